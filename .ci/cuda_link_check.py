@@ -1,0 +1,22 @@
+"""Checks an installed CUDA build on a machine without a device; `make cuda-link-check` runs it."""
+
+import torch
+
+import fpi_cuda
+
+info = fpi_cuda.build_info()
+print(f"package: {fpi_cuda.__file__}")
+for key, value in info.items():
+    print(f"{key}: {value}")
+assert info["cuda_built"], "CUDA was not built"
+assert info["cuda_loaded"], info["cuda_missing"]
+
+operators = [
+    name
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    if name.startswith("fpi_cuda::")
+]
+kernels = {name: torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in operators}
+print(f"CUDA kernels: {kernels}")
+assert kernels["fpi_cuda::_damped_update"]
+print(f"device available: {torch.cuda.is_available()}")

@@ -1,0 +1,65 @@
+# Each target does its own set-up: `make test` on a fresh clone needs Python >= 3.11, a C++ compiler
+# and make; cmake, ninja and torch come from pip. With CUDA: nvcc, and a torch that has CUDA.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+VENV_CUDA ?= .venv-cuda
+TORCH_CUDA ?= torch==2.11.0
+
+PY := $(VENV)/bin/python
+PY_CUDA := $(VENV_CUDA)/bin/python
+STAMP := $(VENV)/.installed-$(subst ==,-,$(TORCH))
+STAMP_CUDA := $(VENV_CUDA)/.installed-$(subst ==,-,$(TORCH_CUDA))
+NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: venv build test bench soak lint cuda-compile cuda-link-check clean
+
+venv: $(STAMP)
+
+$(STAMP): $(wildcard requirements/*.txt)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet $(TORCH) -r requirements/dev.txt
+	touch $@
+
+# Editable: Python changes need no rebuild, and a rebuild compiles only what changed.
+build: venv
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@$(PY) -c "import fpi_cuda; print('built:', fpi_cuda.build_info())"
+
+test: build
+	$(PY) -m pytest
+
+# The long tests too, with many more examples.
+soak: build
+	HYPOTHESIS_PROFILE=soak $(PY) -m pytest -m "slow or not slow"
+
+bench: build
+	$(PY) -m benchmarks quick
+	$(PY) -m examples.denoise
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
+	$(PY) -m mypy
+
+# Compiles the CUDA kernels, with registers and spills, under any torch; nvcc is all it needs.
+cuda-compile: venv
+	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build/cuda-compile -G Ninja \
+		-DPython_EXECUTABLE=$(abspath $(PY)) -DFPI_CUDA_BUILD=cpu -DFPI_CUDA_OBJECTS=ON
+	PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/cuda-compile --target cuda_objects
+
+# Links and loads the CUDA library under a torch that has CUDA (a download of gigabytes); no device
+# is needed. Installed apart, so that the build in the tree stays what it is.
+cuda-link-check: $(STAMP_CUDA)
+	FPI_CUDA_BUILD=cuda $(PY_CUDA) -m pip install --quiet --no-build-isolation --no-deps --upgrade \
+		--target build/cuda-link-check .
+	PYTHONSAFEPATH=1 PYTHONPATH=build/cuda-link-check $(PY_CUDA) .ci/cuda_link_check.py
+
+$(STAMP_CUDA): requirements/build.txt
+	test -x $(PY_CUDA) || $(PYTHON) -m venv $(VENV_CUDA)
+	$(PY_CUDA) -m pip install --quiet $(TORCH_CUDA) -r requirements/build.txt
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info fpi_cuda/*.so

@@ -1,0 +1,184 @@
+// Argument checks shared by the operators of both devices. Messages read
+// `op: <argument> must <property> (got <value>)`.
+#pragma once
+
+#include <torch/csrc/stable/stableivalue_conversions.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "math/progress.h"
+
+// Unlike STD_TORCH_CHECK, the message starts with the operator, not with a source file.
+#define FPI_CHECK(condition, ...)                                  \
+  do {                                                             \
+    if (__builtin_expect(!(condition), 0)) {                       \
+      throw std::runtime_error(fpi::detail::message(__VA_ARGS__)); \
+    }                                                              \
+  } while (false)
+
+namespace fpi {
+
+using torch::stable::Tensor;
+
+namespace detail {
+
+template <typename... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+inline std::string shape(const Tensor& x) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    text << (d ? ", " : "") << x.size(d);
+  }
+  text << ']';
+  return text.str();
+}
+
+inline std::string device(const Tensor& x) {
+  return x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "cpu";
+}
+
+// The stable ABI can't ask a tensor whether it requires grad or carries a tangent. While grad mode
+// is on, an alias of it is a leaf of autograd's graph exactly if it does not require grad.
+inline bool is_differentiated(const Tensor& x) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  StableIValue alias[] = {from(x)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::alias", "", alias, TORCH_ABI_VERSION));
+  StableIValue is_leaf[] = {alias[0]};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::is_leaf", "", is_leaf, TORCH_ABI_VERSION));
+  StableIValue dual[] = {from(x), from(int64_t{0})};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_unpack_dual", "", dual, TORCH_ABI_VERSION));
+  const Tensor primal = to<Tensor>(dual[0]);
+  const Tensor tangent = to<Tensor>(dual[1]);
+  return !to<bool>(is_leaf[0]) || tangent.defined();
+}
+
+}  // namespace detail
+
+// Solvers call the operators with grad mode off, where this costs one flag.
+inline void check_not_differentiated(const char* op, std::initializer_list<Tensor> arguments) {
+  if (!aoti_torch_grad_mode_is_enabled()) {
+    return;
+  }
+  for (const Tensor& x : arguments) {
+    FPI_CHECK(!detail::is_differentiated(x), op,
+              ": internal operator, not differentiable; call fpi_cuda.fixed_point");
+  }
+}
+
+inline void check_contiguous(const char* op, const char* name, const Tensor& x) {
+  FPI_CHECK(x.is_contiguous(), op, ": ", name, " must be contiguous (got shape ", detail::shape(x),
+            " with other strides)");
+}
+
+inline void check_same_device(const char* op, const char* name, const Tensor& x,
+                              const char* like_name, const Tensor& like) {
+  FPI_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), op,
+            ": ", name, " must be on the device of ", like_name, ", ", detail::device(like),
+            " (got ", detail::device(x), ")");
+}
+
+inline void check_same_dtype(const char* op, const char* name, const Tensor& x,
+                             const char* like_name, const Tensor& like) {
+  FPI_CHECK(x.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ",
+            like_name, ", ", like.scalar_type(), " (got ", x.scalar_type(), ")");
+}
+
+inline void check_same_shape(const char* op, const char* name, const Tensor& x,
+                             const char* like_name, const Tensor& like) {
+  bool same = x.dim() == like.dim();
+  for (int64_t d = 0; same && d < x.dim(); ++d) {
+    same = x.size(d) == like.size(d);
+  }
+  FPI_CHECK(same, op, ": ", name, " must have the shape of ", like_name, ", ", detail::shape(like),
+            " (got ", detail::shape(x), ")");
+}
+
+// One function an operator, called first by its kernel on every device.
+
+inline void check_damped_update(const Tensor& x, const Tensor& gx) {
+  constexpr const char* op = "_damped_update";
+  check_not_differentiated(op, {x, gx});
+  check_same_device(op, "gx", gx, "x", x);
+  check_same_dtype(op, "gx", gx, "x", x);
+  check_same_shape(op, "gx", gx, "x", x);
+  check_contiguous(op, "x", x);
+  check_contiguous(op, "gx", gx);
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& x,
+                        torch::headeronly::ScalarType dtype) {
+  FPI_CHECK(x.scalar_type() == dtype, op, ": ", name, " must be ", dtype, " (got ",
+            x.scalar_type(), ")");
+}
+
+inline void check_sizes(const char* op, const char* name, const Tensor& x,
+                        std::initializer_list<int64_t> sizes) {
+  bool same = x.dim() == static_cast<int64_t>(sizes.size());
+  std::string wanted;
+  int64_t d = 0;
+  for (int64_t size : sizes) {
+    same = same && x.size(d) == size;
+    wanted += (d++ ? ", " : "") + std::to_string(size);
+  }
+  FPI_CHECK(same, op, ": ", name, " must have shape [", wanted, "] (got ", detail::shape(x), ")");
+  check_contiguous(op, name, x);
+}
+
+inline torch::headeronly::ScalarType accumulate_dtype(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_step(const char* op, const Tensor& x, const Tensor& gx, const Tensor& out,
+                       const Tensor& counters, const Tensor& scalars, const Tensor& active,
+                       const Tensor& index, const Tensor& floor) {
+  using torch::headeronly::ScalarType;
+  check_not_differentiated(op, {x, gx});
+  FPI_CHECK(x.dim() == 2, op, ": x must have shape [R, N] (got ", detail::shape(x), ")");
+  const int64_t rows = x.size(0), n = x.size(1), samples = floor.numel();
+  check_sizes(op, "x", x, {rows, n});
+  check_sizes(op, "gx", gx, {rows, n});
+  check_sizes(op, "out", out, {samples, n});
+  check_sizes(op, "counters", counters, {samples, kCounters});
+  check_sizes(op, "scalars", scalars, {samples, kScalars});
+  check_sizes(op, "active", active, {1});
+  check_sizes(op, "index", index, {rows});
+  check_sizes(op, "floor", floor, {samples});
+  check_same_dtype(op, "gx", gx, "x", x);
+  check_same_dtype(op, "out", out, "x", x);
+  check_dtype(op, "counters", counters, ScalarType::Int);
+  check_dtype(op, "active", active, ScalarType::Int);
+  check_dtype(op, "index", index, ScalarType::Long);
+  check_dtype(op, "scalars", scalars, accumulate_dtype(x));
+  check_dtype(op, "floor", floor, accumulate_dtype(x));
+}
+
+inline void check_window(const char* op, const Tensor& x, const Tensor& out, const Tensor& scalars,
+                         const Tensor& values, const Tensor& residuals, const Tensor& gram,
+                         int64_t max_history) {
+  FPI_CHECK(values.dim() == 3, op, ": values must have shape [B, m, N] (got ",
+            detail::shape(values), ")");
+  const int64_t samples = out.size(0), m = values.size(1);
+  FPI_CHECK(m >= 1 && m <= max_history, op, ": history must be 1 to ", max_history, " (got ", m,
+            ")");
+  check_sizes(op, "values", values, {samples, m, x.size(1)});
+  check_sizes(op, "residuals", residuals, {samples, m, x.size(1)});
+  check_sizes(op, "gram", gram, {samples, m, m});
+  check_same_dtype(op, "values", values, "x", x);
+  check_same_dtype(op, "residuals", residuals, "x", x);
+  check_same_dtype(op, "gram", gram, "scalars", scalars);
+}
+
+}  // namespace fpi

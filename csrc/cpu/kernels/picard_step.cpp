@@ -1,0 +1,58 @@
+#include "picard_step.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "rows.h"
+
+namespace fpi::FPI_CPU_NAMESPACE {
+
+template <typename T>
+int64_t picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
+                    const Record<accumulate_t<T>>& record, int64_t begin, int64_t end) {
+  using Acc = accumulate_t<T>;
+  int64_t active = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t sample = record.index[row];
+    if (record.counters[sample * kCounters + kStatus] != kActive) {
+      continue;
+    }
+    T* x_row = x + row * n;
+    const T* g_row = gx + row * n;
+
+    // ‖g(x) − x‖², ‖g(x)‖²
+    Vector<Acc> rr = {}, gg = {};
+    for_vectors<T>(n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
+      const Vector<Acc> g = load(g_row + i);
+      const Vector<Acc> r = g - load(x_row + i);
+      rr += r * r;
+      gg += g * g;
+    });
+    const Acc residual = norm_from(sum<Acc>(rr), n, [&](int64_t i) {
+      return residual_at(x_row, g_row, i);
+    });
+    const Acc value =
+        norm_from(sum<Acc>(gg), n, [&](int64_t i) { return static_cast<Acc>(g_row[i]); });
+
+    record.scalars[sample * kScalars + kRing + (record.k - 1) % kRingLength] = residual;
+    const int32_t status = stop(residual, value, sample, record);
+    if (status == kActive) {
+      damped_row(x_row, g_row, static_cast<Acc>(beta), n);
+      ++active;
+    } else {
+      freeze_row(x_row, g_row, out + sample * n, status, n);
+    }
+  }
+  return active;
+}
+
+#define FPI_INSTANTIATE(T)                                                                  \
+  template int64_t picard_step(T*, const T*, T*, int64_t, double, const Record<accumulate_t<T>>&, \
+                               int64_t, int64_t);
+FPI_INSTANTIATE(torch::headeronly::Half)
+FPI_INSTANTIATE(torch::headeronly::BFloat16)
+FPI_INSTANTIATE(float)
+FPI_INSTANTIATE(double)
+#undef FPI_INSTANTIATE
+
+}  // namespace fpi::FPI_CPU_NAMESPACE

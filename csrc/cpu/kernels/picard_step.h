@@ -1,0 +1,13 @@
+#pragma once
+
+#include <cstdint>
+
+#include "../../math/accumulate.h"
+#include "../../math/progress.h"
+#include "../capability.h"
+
+// One damped Picard step of rows [begin, end) of x and gx, [R, n]; returns how many stay active.
+FPI_CPU_KERNEL(template <typename T>
+               int64_t picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
+                                   const Record<accumulate_t<T>>& record, int64_t begin,
+                                   int64_t end));

@@ -1,0 +1,33 @@
+// What the step kernels do with a row, whatever the solver.
+#pragma once
+
+#include "../../math/update.h"
+#include "vector.h"
+
+namespace fpi::FPI_CPU_NAMESPACE {
+
+// x ← x + β (g(x) − x)
+template <typename T>
+FPI_HOST_DEVICE void damped_row(T* x, const T* gx, accumulate_t<T> beta, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = static_cast<T>(damped_update(static_cast<accumulate_t<T>>(x[i]),
+                                        static_cast<accumulate_t<T>>(gx[i]), beta));
+  }
+}
+
+// The finished sample's result, to out and to its row of x, which stays there from now on: g(x), or
+// the last finite iterate where g(x) is not finite.
+template <typename T>
+FPI_HOST_DEVICE void freeze_row(T* x, const T* gx, T* out, int32_t status, int64_t n) {
+  memcpy(out, status == kNonfinite ? x : gx, n * sizeof(T));
+  if (status != kNonfinite) {
+    memcpy(x, gx, n * sizeof(T));
+  }
+}
+
+template <typename T>
+FPI_HOST_DEVICE accumulate_t<T> residual_at(const T* x, const T* gx, int64_t i) {
+  return static_cast<accumulate_t<T>>(gx[i]) - static_cast<accumulate_t<T>>(x[i]);
+}
+
+}  // namespace fpi::FPI_CPU_NAMESPACE

@@ -1,0 +1,29 @@
+// Every operator of fpi_cuda. Kernels are registered at the foot of csrc/cpu/*.cpp and
+// csrc/cuda/*.cu, in files named after the operator. All operators are internals of the Python
+// package: none is differentiable, and each refuses tensors that require grad.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fpi_cuda, m) {
+  // x <- x + beta (gx - x);  x, gx: same shape, contiguous
+  m.def("_damped_update(Tensor(a!) x, Tensor gx, float beta) -> ()");
+
+  // One step of every active row of x, and the end of those that finish. R rows hold the samples
+  // index[R] of B; Acc is float64 for float64 states, else float32.
+  //   x, gx      [R, N]  iterates, moved in place; g at them
+  //   out        [B, N]  results of finished samples
+  //   counters   [B, 5]  int32, scalars [B, 7] Acc: csrc/math/progress.h
+  //   active     [1]     int32, set to the number of rows that stay active
+  //   index      [R]     int64
+  //   floor      [B]     Acc
+  // k counts iterations from 1; offset is atol √N.
+#define FPI_STEP                                                                              \
+  "Tensor(a!) x, Tensor gx, Tensor(b!) out, Tensor(c!) counters, Tensor(d!) scalars, "        \
+  "Tensor(e!) active, Tensor index, Tensor floor, int k, float rtol, float offset, "          \
+  "float rounding, int patience, int max_iterations, float beta"
+  m.def("_picard_step(" FPI_STEP ") -> ()");
+  //   values, residuals  [B, m, N]  rings of g(x) and g(x) − x;  gram [B, m, m] Acc
+  m.def("_anderson_step(" FPI_STEP
+        ", float ridge, float restart, Tensor(f!) values, Tensor(g!) residuals, Tensor(h!) gram)"
+        " -> ()");
+#undef FPI_STEP
+}

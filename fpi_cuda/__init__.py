@@ -1,0 +1,36 @@
+"""Differentiable fixed-point-iteration layers: x̂ = g(x̂, z; θ), with derivatives of every order."""
+
+from . import _build, backends, operators
+from ._build import build_info
+from ._version import __version__
+from .adjoint import ImplicitAdjoint
+from .fixed_point import fixed_point
+from .layer import FixedPointLayer
+from .solution import (
+    FixedPointError,
+    FixedPointWarning,
+    Solution,
+    Status,
+    Tolerance,
+)
+from .solvers import Anderson, Picard
+from .steps import GradientStep, NeuralStep
+
+__all__ = [
+    "Anderson",
+    "FixedPointError",
+    "FixedPointLayer",
+    "FixedPointWarning",
+    "GradientStep",
+    "ImplicitAdjoint",
+    "NeuralStep",
+    "Picard",
+    "Solution",
+    "Status",
+    "Tolerance",
+    "__version__",
+    "backends",
+    "build_info",
+    "fixed_point",
+    "operators",
+]

@@ -1,0 +1,87 @@
+"""Loads the native libraries and tells how they were built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fpi_cuda._version import __version__
+
+try:
+    import fpi_cuda._C as _C  # noqa: PLR0402 (`from` would hide the reason of a failure)
+except ImportError as error:
+    raise ImportError(
+        f"fpi_cuda's native library could not be loaded: {error}. If it was never built, or not "
+        f"for this Python and torch {torch.__version__} (2.10 or newer is needed), build it with "
+        "`pip install --no-build-isolation .` in the source folder."
+    ) from error
+
+
+def _load_cuda() -> str | None:
+    """Load the CUDA operators.
+
+    Returns:
+        Why they are not there, or None if they are.
+    """
+    built: dict[str, Any] = _C.build_info()
+    if not built["cuda_built"]:
+        return str(built["cuda_not_built_because"])
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    library = Path(__file__).with_name("libfpi_cuda_cuda.so")
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library.name} could not be loaded: {error}"
+    return None
+
+
+def _refuse_transforms() -> torch.library.Library:
+    """Make every operator raise when a torch.func transform meets it.
+
+    Without this, grad and jvp of an operator that has no rule are zero, silently. A call from the
+    forward of an autograd.Function is below the transforms and so not affected.
+    """
+    library = torch.library.Library("fpi_cuda", "IMPL")
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
+        if name.startswith("fpi_cuda::"):
+            operator = name.removeprefix("fpi_cuda::")
+
+            def refuse(*_: object, operator: str = operator) -> None:
+                raise RuntimeError(
+                    f"{operator}: internal operator, not differentiable and without rule for "
+                    "torch.func; call fpi_cuda.fixed_point"
+                )
+
+            library.impl(operator, refuse, "FuncTorchDynamicLayerFrontMode")
+    return library
+
+
+_cuda_missing = _load_cuda()
+_library = _refuse_transforms()  # an operator's registration ends with its library object
+
+
+def build_info() -> dict[str, Any]:
+    """Say how the native code was built and what of it runs here.
+
+    Returns:
+        A dict: `version`; `torch_built` and `torch_running`; `compiler`, `cxx_flags`, `build_type`;
+        `cpu_capability` (in use), `cpu_capabilities_built` and `cpu_capabilities_available`;
+        `cuda_built`, `cuda_loaded`, `cuda_missing` (the reason, or None), `cuda_archs` and `nvcc`.
+
+    Example:
+        >>> info = build_info()
+        >>> info["cpu_capability"] in info["cpu_capabilities_built"]
+        True
+    """
+    built: dict[str, Any] = _C.build_info()
+    del built["cuda_not_built_because"]
+    return {
+        "version": __version__,
+        "torch_running": torch.__version__,
+        **built,
+        "cuda_loaded": _cuda_missing is None,
+        "cuda_missing": _cuda_missing,
+    }

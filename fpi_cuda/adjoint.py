@@ -1,0 +1,636 @@
+"""The derivative of a fixed point: the layer's autograd node, closed under differentiation.
+
+x̂ = g(x̂, z; θ) is one node (paper eq. 4). Its backward solves c = (∂g/∂x)ᵀ c + v (eq. 9), which is
+another such node: the fixed point of the affine step c ↦ P(h)(c) + v with x̂, v, z, θ as explicit
+inputs (eq. 10); then ∂h/∂z and ∂h/∂θ at c by P (eq. 11). So every order is right. Where no
+higher order is asked for, g is linearised once and only its vector-Jacobian product is iterated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import backends
+from .backends.progress import Limits, accumulate_dtype
+from .modules import Binding, bindable
+from .operators import partial_bound, transforming
+from .solution import (
+    MASKED,
+    FixedPointError,
+    FixedPointWarning,
+    Record,
+    Solution,
+    Status,
+    Tolerance,
+)
+from .solvers import Anderson, Picard, Solver
+from .solvers.iterate import iterate
+
+__all__ = ["ImplicitAdjoint"]
+
+Bound = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class ImplicitAdjoint:
+    """How the backward fixed-point iteration is solved (paper eq. 9).
+
+    Args:
+        solver: None: the forward's.
+        tolerance: None: the state dtype's default rtol. The test is ‖r‖ ≤ rtol·max(‖c‖, ‖v‖), so
+            the scale of the loss does not matter; an atol is added only where it is given.
+        max_iterations: None: the forward's.
+        failed: "mask" gives samples that ended DIVERGED or NONFINITE a zero gradient; "use" lets
+            their gradient through as it is.
+
+    Raises:
+        ValueError: an option is out of range.
+        TypeError: an option has the wrong type.
+    """
+
+    solver: Solver | None = None
+    tolerance: Tolerance | None = None
+    max_iterations: int | None = None
+    failed: str = "mask"
+
+    def __post_init__(self) -> None:
+        if self.solver is not None and not isinstance(self.solver, (Picard, Anderson)):
+            raise TypeError(
+                f"ImplicitAdjoint: solver must be Picard(...) or Anderson(...) (got {self.solver!r})"
+            )
+        if self.tolerance is not None and not isinstance(self.tolerance, Tolerance):
+            raise TypeError(
+                f"ImplicitAdjoint: tolerance must be a Tolerance (got {self.tolerance!r})"
+            )
+        if self.max_iterations is not None:
+            check_max_iterations("ImplicitAdjoint", self.max_iterations)
+        if self.failed not in ("mask", "use"):
+            raise ValueError(
+                f'ImplicitAdjoint: failed must be "mask" or "use" (got {self.failed!r})'
+            )
+
+
+def check_max_iterations(owner: str, value: Any) -> None:
+    """Raise unless value is a whole number >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{owner}: max_iterations must be a whole number >= 1 (got {value!r})")
+
+
+# --- steps: g with its tensors made explicit -------------------------------------------------
+
+
+class Step:
+    """A step g(x, *inputs, *params) whose every tensor is explicit.
+
+    `bind(params)` does what depends on the shared tensors alone, once, and returns f(x, *inputs).
+    """
+
+    n_inputs: int
+
+    def bind(self, params: Sequence[Tensor]) -> Bound:
+        """The step with its shared tensors put in."""
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """The step at x; tensors are the inputs, then the params."""
+        n = self.n_inputs
+        return self.bind(tensors[n:])(x, *tensors[:n])
+
+
+class UserStep(Step):
+    """The user's g, checked at every call.
+
+    Args:
+        g: a callable g(x, *inputs, *params).
+        n_inputs, n_params: how many of each the user passed; a module's own parameters follow.
+        pack, unpack: between the user's state (a tensor or a tuple) and the solver's one tensor.
+    """
+
+    def __init__(
+        self,
+        g: Callable[..., Any],
+        n_inputs: int,
+        n_params: int,
+        pack: Callable[[Any], Tensor],
+        unpack: Callable[[Tensor], Any],
+    ) -> None:
+        self.g, self.n_inputs, self.n_params = g, n_inputs, n_params
+        self.pack, self.unpack = pack, unpack
+        self.binding = Binding(g) if bindable(g) else None  # type: ignore[arg-type]
+    def bind(self, params: Sequence[Tensor]) -> Bound:
+        """G with the user's params appended and the module's own put in."""
+        shared = params[: self.n_params]
+        g = self.binding.bind(params[self.n_params :]) if self.binding else self.g
+        pack, unpack = self.pack, self.unpack
+
+        def bound(x: Tensor, *inputs: Tensor) -> Tensor:
+            return pack(g(unpack(x), *inputs, *shared))
+
+        return bound
+
+
+class AdjointStep(Step):
+    """c ↦ (∂g/∂x)ᵀ c + v at x: the backward layer's step (paper eq. 10). Inputs: x, v, then g's."""
+
+    def __init__(self, inner: Step) -> None:
+        self.inner = inner
+        self.n_inputs = 2 + inner.n_inputs
+
+    def bind(self, params: Sequence[Tensor]) -> Bound:
+        """The affine step at these params."""
+        g = self.inner.bind(params)
+
+        def bound(c: Tensor, x: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
+            if transforming():
+                return torch.func.vjp(lambda q: g(q, *inputs), x)[1](c)[0] + v  # type: ignore[no-any-return]
+            # x is a leaf of an independent graph here, as everything is inside a node's forward.
+            graph = torch.is_grad_enabled()
+            with torch.enable_grad():
+                leaf = x if x.requires_grad else x.detach().requires_grad_()
+                y = g(leaf, *inputs)
+                jc = _vjp(y, leaf, c, graph)
+            return jc + v
+
+        return bound
+
+
+class MappedStep(Step):
+    """torch.vmap of a step over a new first dimension of x and of the tensors that have it."""
+
+    def __init__(self, inner: Step, dims: Sequence[int | None]) -> None:
+        self.inner, self.dims, self.n_inputs = inner, tuple(dims), inner.n_inputs
+
+    def bind(self, params: Sequence[Tensor]) -> Bound:
+        """The mapped step at these params."""
+        mapped = torch.vmap(self.inner, in_dims=(0, *self.dims))
+
+        def bound(x: Tensor, *inputs: Tensor) -> Tensor:
+            return mapped(x, *inputs, *params)  # type: ignore[no-any-return]
+
+        return bound
+
+
+def _vjp(y: Tensor, x: Tensor, c: Tensor, graph: bool) -> Tensor:
+    if not y.requires_grad:
+        return torch.zeros_like(x)
+    (out,) = torch.autograd.grad(
+        y, x, c, retain_graph=True, create_graph=graph, allow_unused=True
+    )
+    return torch.zeros_like(x) if out is None else out
+
+
+# --- evaluations: what the loop calls --------------------------------------------------------
+
+# Whether g treats samples independently, found out once a g (and a training state of it).
+_PER_SAMPLE: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
+
+
+class _PerSample:
+    """Whether finished samples may be left out of the batch given to one g."""
+
+    def __init__(self, setting: bool | str, step: Step) -> None:
+        self.known: bool | None = None if setting == "auto" else bool(setting)
+        while not isinstance(step, UserStep):
+            step = step.inner  # type: ignore[attr-defined]
+        g = step.g
+        self._g = g
+        modules = g.modules() if isinstance(g, torch.nn.Module) else ()
+        self._key = tuple(m.training for m in modules)
+        if self.known is None:
+            try:
+                self.known = _PER_SAMPLE.get(g, {}).get(self._key)
+            except TypeError:  # g takes no weak reference: look each time
+                pass
+
+    def learn(self, part: Tensor, whole: Tensor) -> bool:
+        """Compare g on the compacted rows with those rows of g on the whole batch."""
+        eps = torch.finfo(part.dtype).eps
+        # A library GEMM's or convolution's rows differ in the last bits with the batch's size.
+        slack = (16 if eps > 1e-5 else 256) * eps
+        part, whole = part.flatten(1).double(), whole.flatten(1).double()
+        scale = torch.maximum(torch.linalg.vector_norm(whole, dim=1), part.new_tensor(1e-300))
+        worst = torch.linalg.vector_norm(part - whole, dim=1) / scale
+        # Rows that hold NaN or Inf say nothing.
+        self.known = not bool((worst > slack * math.sqrt(1 + part.shape[1] ** 0.5)).any())
+        with contextlib.suppress(TypeError):
+            _PER_SAMPLE.setdefault(self._g, {})[self._key] = self.known
+        if not self.known:
+            warnings.warn(
+                "fpi_cuda: g mixes the samples of a batch (batch norm, attention across it?): "
+                "finished samples are frozen but stay in the batch given to g. Pass "
+                "per_sample=False to say so and silence this.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return self.known
+
+
+class _Forward:
+    """X ↦ g(x, *inputs) on the rows it holds."""
+
+    def __init__(
+        self, problem: Problem, g: Bound, inputs: Sequence[Tensor], per_sample: _PerSample | None
+    ) -> None:
+        self.problem, self.g, self.inputs, self.per_sample = problem, g, inputs, per_sample
+        self.compact_below = 0.0 if per_sample is None or per_sample.known is False else 0.8
+        self.first = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.problem.calls += 1
+        if self.first:
+            self.first = False
+            return self._first(x)
+        with self.problem.autocast():
+            return check_output(self.g(x, *self.inputs), x)
+
+    def _first(self, x: Tensor) -> Tensor:
+        """The first call also finds what g captures, and whether it writes to its argument."""
+        version = None if x.is_inference() else x._version
+        with torch.set_grad_enabled(self.problem.grad_enabled), self.problem.autocast():
+            gx = self.g(x, *self.inputs)
+        gx = check_output(gx, x)
+        if torch._C._functorch.is_functorch_wrapped_tensor(gx):
+            raise RuntimeError(
+                "fixed_point: g must take every tensor that torch.func transforms as an argument "
+                "(it captures one); pass it in `inputs` (per sample) or `params` (shared)"
+            )
+        if version is not None and x._version != version:
+            raise RuntimeError(
+                "fixed_point: g must not change its argument x in place; write x * 2, not x.mul_(2)"
+            )
+        if gx.requires_grad:
+            self.problem.captured = True
+        return gx.detach()
+
+    def select(self, positions: Tensor, x: Tensor) -> _Forward | None:
+        assert self.per_sample is not None
+        inputs = [t.index_select(0, positions) for t in self.inputs]
+        part = _Forward(self.problem, self.g, inputs, self.per_sample)
+        part.first = False
+        if self.per_sample.known is None:
+            whole = self(x).index_select(0, positions)
+            if not self.per_sample.learn(part(x.index_select(0, positions)), whole):
+                return None
+        return part
+
+
+class _Adjoint:
+    """C ↦ (∂g/∂x)ᵀ c + v, linearised once at x."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        g: Bound,
+        x: Tensor,
+        v: Tensor,
+        inputs: Sequence[Tensor],
+        per_sample: _PerSample | None,
+    ) -> None:
+        self.problem, self.g, self.v, self.inputs = problem, g, v, inputs
+        self.per_sample = per_sample
+        # A smaller batch costs one more linearisation: it must save more than that.
+        self.compact_below = 0.0 if per_sample is None or per_sample.known is False else 0.5
+        problem.calls += 1
+        with torch.enable_grad(), problem.autocast():
+            self.x = x.detach().requires_grad_()
+            self.y = check_output(g(self.x, *inputs), self.x)
+
+    def __call__(self, c: Tensor) -> Tensor:
+        return _vjp(self.y, self.x, c, False) + self.v
+
+    def select(self, positions: Tensor, c: Tensor) -> _Adjoint | None:
+        del c
+        assert self.per_sample is not None
+
+        def rows(t: Tensor) -> Tensor:
+            return t.detach().index_select(0, positions)
+
+        inputs = [rows(t) for t in self.inputs]
+        part = _Adjoint(self.problem, self.g, rows(self.x), rows(self.v), inputs, self.per_sample)
+        if self.per_sample.known is None and not self.per_sample.learn(
+            part.y.detach(), rows(self.y)
+        ):
+            return None
+        return part
+
+
+def check_output(gx: Any, x: Tensor) -> Tensor:
+    """G's value, or an error that says what it must be."""
+    if not isinstance(gx, Tensor):
+        raise TypeError(f"fixed_point: g must return a tensor like x (got {type(gx).__name__})")
+    if gx.shape != x.shape:
+        raise ValueError(
+            f"fixed_point: g must return the shape of x, {tuple(x.shape)} (got {tuple(gx.shape)}); "
+            "where g broadcasts, give x0 the full shape"
+        )
+    if gx.device != x.device:
+        raise ValueError(
+            f"fixed_point: g must return a tensor on x's device, {x.device} (got {gx.device})"
+        )
+    if gx.dtype != x.dtype:
+        if torch.is_autocast_enabled(x.device.type) and gx.is_floating_point():
+            return gx.to(x.dtype)
+        raise TypeError(
+            f"fixed_point: g must return x's dtype, {x.dtype} (got {gx.dtype}); convert x0, the "
+            "inputs or the parameters to one dtype"
+        )
+    return gx
+
+
+# --- the problem and its node ----------------------------------------------------------------
+
+
+class Report:
+    """Where a problem leaves the record of its last solve; an adjoint's goes into its parent's."""
+
+    def __init__(self, parent: Report | None = None) -> None:
+        self.parent = parent
+        self.record: Record | None = None
+
+    def __call__(self, record: Record) -> None:
+        self.record = record
+        if self.parent is not None and self.parent.record is not None:
+            self.parent.record.adjoint = record
+
+
+@dataclass
+class Problem:
+    """One solve: the step and everything that says how to iterate it."""
+
+    step: Step
+    solver: Solver
+    tolerance: Tolerance
+    max_iterations: int
+    adjoint: ImplicitAdjoint
+    backend: str
+    on_failure: str
+    per_sample: bool | str
+    report: Report
+    unpack: Callable[[Tensor], Any]
+    batch_dims: int = 1
+    linear: bool = False  # the step is an AdjointStep: solved by linearising what it transposes
+    name: str = "fixed_point"
+    lipschitz: float | None = None
+    grad_enabled: bool = False
+    autocast_dtype: torch.dtype | None = None
+    device_type: str = "cpu"
+    # Found out during the solve:
+    captured: bool = False
+    calls: int = 0
+    given: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The autocast state g was called under, whatever it is now."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=self.autocast_dtype, cache_enabled=False)
+
+    def transposed(self) -> Problem:
+        """The adjoint problem: c = (∂g/∂x)ᵀ c + v."""
+        a = self.adjoint
+        return dataclasses.replace(
+            self,
+            step=AdjointStep(self.step),
+            solver=a.solver or self.solver,
+            tolerance=a.tolerance or Tolerance(),
+            max_iterations=a.max_iterations or self.max_iterations,
+            report=Report(self.report),
+            unpack=lambda c: c,
+            linear=True,
+            name="adjoint",
+            lipschitz=None,
+            captured=False,
+            calls=0,
+            given=None,
+        )
+
+    def mapped(self, dims: Sequence[int | None]) -> Problem:
+        """The problem over one more batch dimension, where torch.vmap maps it."""
+        if self.linear:
+            assert isinstance(self.step, AdjointStep)
+            step: Step = AdjointStep(MappedStep(self.step.inner, dims[2:]))
+        else:
+            step = MappedStep(self.step, dims)
+        return dataclasses.replace(self, step=step, batch_dims=self.batch_dims + 1)
+
+    def solve(self, x0: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The fixed point and the samples whose gradient is kept, [*batch]; all tensors plain."""
+        self.calls = 0
+        n = self.step.n_inputs
+        inputs, params = tensors[:n], tensors[n:]
+        per_sample = _PerSample(self.per_sample, self.step) if self.batch_dims == 1 else None
+        with torch.no_grad(), self._full_precision():
+            if self.linear:
+                assert isinstance(self.step, AdjointStep)
+                g = self.step.inner.bind(params)
+                x, v = inputs[:2]
+                linear = _Adjoint(self, g, x, v, inputs[2:], per_sample)
+                return self._iterate(linear, x0, v)
+            with self.autocast():
+                g = self.step.bind(params)
+            forward = _Forward(self, g, inputs, per_sample)
+            return self._iterate(forward, x0, None)
+
+    def _full_precision(self) -> contextlib.AbstractContextManager[Any]:
+        # The loop's own arithmetic stays out of the user's autocast.
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, enabled=False)
+
+    def solve_adjoint(self, linear: _Adjoint, v: Tensor) -> tuple[Tensor, Tensor]:
+        """C and the samples to keep, for a linearisation made by the caller."""
+        self.calls = linear.problem.calls
+        return self._iterate(linear, v, v)
+
+    def _iterate(
+        self, evaluate: _Forward | _Adjoint, x0: Tensor, v: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        b = self.batch_dims
+        acc = accumulate_dtype(x0.dtype)
+        size = x0.shape[b:].numel()
+        rtol, atol = self.tolerance.resolve(x0.dtype, adjoint=v is not None)
+        unit = torch.finfo(x0.dtype).eps / 2
+        limits = Limits(
+            rtol=rtol,
+            offset=atol * math.sqrt(size),
+            rounding=16 * unit * math.sqrt(size),
+            patience=self.solver.patience,
+            max_iterations=self.max_iterations,
+        )
+        backend = backends.choose(self.backend, x0)
+        floor = skip = None
+        if v is not None:
+            rows = v.reshape(x0.shape[:b].numel(), size).to(acc)
+            floor = torch.linalg.vector_norm(rows, dim=1)
+            skip = floor == 0
+            if not bool(skip.any()):
+                skip = None
+        x, record = iterate(
+            evaluate, x0, b, self.solver, backend, limits, floor=floor, skip=skip
+        )
+        record.evaluations, record.lipschitz = self.calls, self.lipschitz
+        self.report(record)
+        keep = torch.ones_like(record.status, dtype=torch.bool)
+        if bool((record.status != Status.CONVERGED).any()):
+            self._fail(x, record, fixed_count=rtol == 0 and atol == 0)
+            if self.adjoint.failed == "mask":
+                for status in MASKED:
+                    keep &= record.status != status
+                if floor is not None:  # a NaN that came with the loss goes on
+                    keep |= ~floor.isfinite().view_as(keep)
+        return x, keep
+
+    def _fail(self, x: Tensor, record: Record, *, fixed_count: bool) -> None:
+        if self.on_failure == "return":
+            return
+        if fixed_count and not any(record.count(s) for s in (*MASKED, Status.STALLED)):
+            return
+        message = f"{self.name}: {record.failures()}"
+        if self.on_failure == "raise":
+            raise FixedPointError(message, Solution(self.unpack(x), record))
+        warnings.warn(message, FixedPointWarning, stacklevel=2)
+
+
+class FixedPoint(Function):
+    """x̂ of a problem as one node. Inputs: problem, x0, g(x̂) where g captures tensors, tensors."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        problem: Problem, x0: Tensor, captured: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if problem.given is not None:
+            return problem.given
+        return problem.solve(x0.detach(), [t.detach() for t in tensors])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.problem, _, captured, *tensors = inputs
+        x, keep = output
+        ctx.captures = captured is not None
+        ctx.mark_non_differentiable(keep)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, keep, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None, _: Any) -> tuple[Any, ...]:
+        problem: Problem = ctx.problem
+        x, keep, *tensors = ctx.saved_tensors
+        out: list[Tensor | None] = [None] * len(tensors)
+        if v is None:
+            return (None, None, None, *out)
+        need = [i for i in range(len(tensors)) if ctx.needs_input_grad[3 + i]]
+        higher = torch.is_grad_enabled() or transforming()
+        if ctx.captures and higher:
+            raise RuntimeError(
+                "fixed_point: g captures a tensor that needs gradients, so only first derivatives "
+                "exist; pass it in `inputs` (per sample) or `params` (shared) and take it as an "
+                "argument of g"
+            )
+        masked = transforming() or not bool(keep.all())
+        if masked:
+            if not transforming() and not bool(keep.any()):
+                zeros = [torch.zeros_like(t) if i in need else None for i, t in enumerate(tensors)]
+                return (None, None, torch.zeros_like(x) if ctx.captures else None, *zeros)
+            v = torch.where(_like(keep, v), v, 0)
+            if problem.batch_dims == 1:
+                # A failed sample's row may hold NaN, and 0·NaN is NaN: a good row stands in.
+                n = problem.step.n_inputs
+                rows = torch.arange(len(keep), device=keep.device)
+                rows = torch.where(keep, rows, keep.to(torch.uint8).argmax())
+                x, *tensors[:n] = (t.index_select(0, rows) for t in (x, *tensors[:n]))
+        if higher:
+            grads = _general(problem, x, v, tensors, need)
+            c = None
+        else:
+            c, grads = _first_order(problem, x, v, tensors, need)
+        for i, g in zip(need, grads, strict=True):
+            out[i] = g
+        return (None, None, c if ctx.captures else None, *out)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "fpi_cuda.fixed_point has no forward-mode derivative yet; use reverse mode "
+            "(torch.func.grad, vjp, jacrev)"
+        )
+
+    @staticmethod
+    def vmap(  # type: ignore[override]
+        info: Any, in_dims: Any, problem: Problem, x0: Tensor, captured: Any, *tensors: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        if captured is not None:
+            raise RuntimeError(
+                "fixed_point: under torch.vmap g must take every tensor that needs gradients as an "
+                "argument; pass it in `inputs` or `params`"
+            )
+
+        def whole(t: Tensor, d: int | None) -> Tensor:
+            return t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+
+        dims = list(in_dims[3:])
+        moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
+        if problem.linear:  # x̂ and v take part in the state: a slice of their own each
+            moved[:2] = [whole(t, d) for t, d in zip(tensors[:2], dims[:2], strict=True)]
+            dims[:2] = [0, 0]
+        mapped = problem.mapped([None if d is None else 0 for d in dims])
+        out = FixedPoint.apply(mapped, whole(x0, in_dims[1]), None, *moved)  # type: ignore[no-untyped-call]
+        return out, (0, 0)
+
+
+def _like(keep: Tensor, v: Tensor) -> Tensor:
+    return keep.reshape(*keep.shape, *(1,) * (v.dim() - keep.dim()))
+
+
+def _general(
+    problem: Problem, x: Tensor, v: Tensor, tensors: Sequence[Tensor], need: Sequence[int]
+) -> Sequence[Tensor]:
+    """The gradients as nodes of the same two kinds: differentiable again."""
+    adjoint = problem.transposed()
+    c, keep = FixedPoint.apply(adjoint, v, None, x, v, *tensors)  # type: ignore[no-untyped-call]
+    c = torch.where(_like(keep, c), c, 0)
+    if not need:
+        return ()
+    step = problem.step
+
+    def h(x: Tensor, c: Tensor, *tensors: Tensor) -> Tensor:
+        with problem.autocast():
+            return torch.sum(c * step(x, *tensors))
+
+    return partial_bound(h, [2 + i for i in need], x, c, *tensors)
+
+
+def _first_order(
+    problem: Problem, x: Tensor, v: Tensor, tensors: Sequence[Tensor], need: Sequence[int]
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The gradients by one linearisation of g: one call, then vector-Jacobian products only."""
+    adjoint = problem.transposed()
+    n = problem.step.n_inputs
+    leaves = [t.detach() for t in tensors]
+    for i in need:
+        leaves[i].requires_grad_()
+    per_sample = _PerSample(problem.per_sample, problem.step) if problem.batch_dims == 1 else None
+    with adjoint._full_precision():
+        with torch.enable_grad(), problem.autocast():
+            g = problem.step.bind(leaves[n:])
+        linear = _Adjoint(adjoint, g, x, v, leaves[:n], per_sample)
+        # Later, smaller linearisations need no path to the params.
+        with torch.no_grad(), problem.autocast():
+            linear.g = problem.step.bind([t.detach() for t in leaves[n:]])
+        c, keep = adjoint.solve_adjoint(linear, v)
+    if not bool(keep.all()):
+        c = torch.where(_like(keep, c), c, 0)
+    wanted = [leaves[i] for i in need]
+    if not wanted or not linear.y.requires_grad:
+        return c, [None] * len(wanted)
+    return c, torch.autograd.grad(linear.y, wanted, c, allow_unused=True)

@@ -1,0 +1,89 @@
+"""The compiled step operators (csrc/), one Python wrapper each.
+
+Same signatures and meaning as in `reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _build  # noqa: F401 - loads the library
+from .progress import Progress
+
+NAME = "native"
+MAX_HISTORY = 64  # csrc/cpu/kernels/anderson_step.h
+
+_ops = torch.ops.fpi_cuda
+_picard_step = _ops._picard_step.default
+_anderson_step = _ops._anderson_step.default
+
+
+def devices() -> tuple[str, ...]:
+    """Device types that every step operator has a kernel for."""
+    return ("cpu",)
+
+
+def damped_update(x: Tensor, gx: Tensor, beta: float) -> None:
+    """x ← x + β (g(x) − x), in place."""
+    _ops._damped_update(x, gx, beta)
+
+
+def picard_step(p: Progress, x: Tensor, gx: Tensor, k: int, beta: float) -> None:
+    """See `reference.picard_step`."""
+    lim = p.limits
+    _picard_step(
+        x,
+        gx,
+        p.out,
+        p.counters,
+        p.scalars,
+        p.active,
+        p.index,
+        p.floor,
+        k,
+        lim.rtol,
+        lim.offset,
+        lim.rounding,
+        lim.patience,
+        lim.max_iterations,
+        beta,
+    )
+
+
+def anderson_step(
+    p: Progress,
+    x: Tensor,
+    gx: Tensor,
+    k: int,
+    beta: float,
+    ridge: float,
+    restart: float,
+    values: Tensor,
+    residuals: Tensor,
+    gram: Tensor,
+) -> None:
+    """See `reference.anderson_step`; refreshes one row of gram."""
+    lim = p.limits
+    _anderson_step(
+        x,
+        gx,
+        p.out,
+        p.counters,
+        p.scalars,
+        p.active,
+        p.index,
+        p.floor,
+        k,
+        lim.rtol,
+        lim.offset,
+        lim.rounding,
+        lim.patience,
+        lim.max_iterations,
+        beta,
+        ridge,
+        restart,
+        values,
+        residuals,
+        gram,
+    )

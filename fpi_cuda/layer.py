@@ -1,0 +1,131 @@
+"""`FixedPointLayer`: the fixed point as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adjoint import ImplicitAdjoint
+from .fixed_point import check_options, fixed_point
+from .solution import Solution, State, Tolerance
+from .solvers import Anderson, Solver
+
+__all__ = ["FixedPointLayer"]
+
+Shape = tuple[int, ...]
+
+
+class FixedPointLayer(nn.Module):
+    """x̂ = g(x̂, z; θ) as a layer: `layer(z)` returns the fixed point of x ↦ g(x, z).
+
+    Adds no parameter and no buffer to g's. The record of the last call is in `last`.
+
+    Args:
+        g: a module or callable g(x, *inputs).
+        state_shape: the shape of one sample's state; a tuple of shapes for a tuple state; a
+            function of the first input that returns either (images of any size). None: g's own
+            `state_shape` where it has one, else the first input's.
+        solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample: as in
+            `fixed_point`.
+
+    Raises:
+        TypeError, ValueError: an option is not as `fixed_point` says.
+
+    Example:
+        >>> layer = FixedPointLayer(lambda x, z: 0.5 * torch.tanh(x) + z)
+        >>> z = torch.randn(4, 3)
+        >>> x = layer(z)
+        >>> bool(torch.allclose(x, 0.5 * torch.tanh(x) + z, atol=1e-3))
+        True
+    """
+
+    last: Solution | None
+
+    def __init__(
+        self,
+        g: Callable[..., Any],
+        *,
+        state_shape: Shape | tuple[Shape, ...] | Callable[[Tensor], Any] | None = None,
+        solver: Solver = Anderson(),  # noqa: B008 - frozen
+        adjoint: ImplicitAdjoint = ImplicitAdjoint(),  # noqa: B008
+        tolerance: Tolerance = Tolerance(),  # noqa: B008
+        max_iterations: int = 200,
+        backend: str = "auto",
+        on_failure: str = "warn",
+        per_sample: bool | str = "auto",
+    ) -> None:
+        super().__init__()
+        check_options(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample)
+        self.g = g
+        self.state_shape = state_shape
+        self.solver = solver
+        self.adjoint = adjoint
+        self.tolerance = tolerance
+        self.max_iterations = max_iterations
+        self.backend = backend
+        self.on_failure = on_failure
+        self.per_sample = per_sample
+        self.last = None
+
+    def forward(self, *inputs: Tensor, x0: State | None = None) -> Any:
+        """The fixed point for these inputs.
+
+        Args:
+            inputs: tensors [B, ...]; the first is z.
+            x0: where to start; None: zeros. Pass `layer.last.x` to start warm.
+
+        Returns:
+            x̂, shaped like the state; attached to autograd.
+
+        Raises:
+            TypeError: no input and no x0 was given.
+        """
+        if x0 is None:
+            x0 = self._zeros(inputs)
+        solution = fixed_point(
+            self.g,
+            x0,
+            *inputs,
+            solver=self.solver,
+            adjoint=self.adjoint,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            backend=self.backend,
+            on_failure=self.on_failure,
+            per_sample=self.per_sample,
+        )
+        self.last = solution.detach()
+        return solution.x
+
+    def _zeros(self, inputs: tuple[Tensor, ...]) -> State:
+        if not inputs:
+            raise TypeError("FixedPointLayer: needs an input or x0 to know the batch size")
+        z = inputs[0]
+        shape: Any = self.state_shape
+        if shape is None:
+            shape = getattr(self.g, "state_shape", None)
+        if callable(shape):
+            shape = shape(z)
+        if shape is None:
+            shape = tuple(z.shape[1:])
+        dtype = z.dtype if z.is_floating_point() else torch.get_default_dtype()
+        if torch.is_autocast_enabled(z.device.type):
+            dtype = torch.promote_types(dtype, torch.float32)  # the state stays wide
+
+        def zeros(s: Shape) -> Tensor:
+            return torch.zeros(z.shape[0], *s, dtype=dtype, device=z.device)
+
+        if len(shape) and isinstance(shape[0], (tuple, list, torch.Size)):
+            return tuple(zeros(s) for s in shape)
+        return zeros(shape)
+
+    def extra_repr(self) -> str:
+        """The solver and its limits."""
+        return f"solver={self.solver}, max_iterations={self.max_iterations}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the record of the last call."""
+        return {**super().__getstate__(), "last": None}  # type: ignore[misc]

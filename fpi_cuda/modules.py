@@ -1,0 +1,111 @@
+"""A module's tensors taken out and put back in, without touching the module.
+
+`torch.func.functional_call` swaps the tensors of the shared module for the length of the call, so
+other threads see them. Here a structural clone (new containers, the same leaves) gets the tensors
+for good: private to one solve, and free of the swap's cost in every iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Binding", "bindable", "has_stateful_buffers"]
+
+
+def bindable(g: Any) -> bool:
+    """Whether g's own tensors can be taken out: a module whose forward is plain Python."""
+    return (
+        isinstance(g, nn.Module)
+        and not isinstance(g, torch.jit.ScriptModule)
+        and not hasattr(g, "_orig_mod")  # torch.compile's wrapper calls the module it closed over
+    )
+
+
+def has_stateful_buffers(g: Any) -> bool:
+    """Whether a training call of g may move a buffer (batch norm, spectral norm)."""
+    return isinstance(g, nn.Module) and any(
+        m.training and any(b is not None for b in m._buffers.values()) for m in g.modules()
+    )
+
+
+class Binding:
+    """A snapshot of a module's structure and buffers, callable with any parameters.
+
+    Attributes:
+        params: the module's parameters, in a fixed order, each once, as they were found.
+
+    Buffers are cloned, and cloned again for every `bind`: whatever a call does to them (running
+    statistics, power iterations) is forgotten, so each bind starts from the same snapshot.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._template = _clone(module, {})
+        self._template_buffers()
+        self._index: dict[int, int] = {}
+        self.params: list[Tensor] = []
+        for m in module.modules():
+            for p in m._parameters.values():
+                if p is not None and id(p) not in self._index:
+                    self._index[id(p)] = len(self.params)
+                    self.params.append(p)
+
+    def _template_buffers(self) -> None:
+        _map_buffers(self._template, lambda b: b.detach().clone())
+
+    def bind(self, params: Sequence[Tensor]) -> Callable[..., Any]:
+        """The module with these parameters; parametrisations are evaluated here, once."""
+        clone = _clone(self._template, {})
+        _map_buffers(clone, lambda b: b.clone())
+        for m in clone.modules():
+            for name, p in m._parameters.items():
+                if p is not None:
+                    m._parameters[name] = params[self._index[id(p)]]  # type: ignore[assignment]
+        for m in list(clone.modules()):
+            _freeze_parametrizations(m)
+            if isinstance(m, nn.RNNBase):  # keeps a second list of its weights
+                m._flat_weights = [getattr(m, name) for name in m._flat_weights_names]
+        return clone
+
+
+def _clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    """New module objects and containers around the same tensors and attributes."""
+    if id(module) in memo:
+        return memo[id(module)]
+    clone = object.__new__(type(module))
+    memo[id(module)] = clone
+    clone.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_forward_pre_hooks"):
+        clone.__dict__[name] = module.__dict__[name].copy()
+    clone.__dict__["_modules"] = {
+        name: None if child is None else _clone(child, memo)
+        for name, child in module._modules.items()
+    }
+    return clone
+
+
+def _map_buffers(module: nn.Module, f: Callable[[Tensor], Tensor]) -> None:
+    memo: dict[int, Tensor] = {}
+    for m in module.modules():
+        for name, b in m._buffers.items():
+            if b is not None:
+                if id(b) not in memo:
+                    memo[id(b)] = f(b)
+                m._buffers[name] = memo[id(b)]
+
+
+def _freeze_parametrizations(module: nn.Module) -> None:
+    """Replace computed tensors (spectral norm, weight norm) by their value, differentiably."""
+    if "parametrizations" in module._modules:
+        names = list(module.parametrizations.keys())  # type: ignore[operator, union-attr]
+        values = {name: getattr(module, name) for name in names}
+        module.__class__ = type(module).__bases__[0]  # the class before it was parametrised
+        del module._modules["parametrizations"]
+        module._parameters.update(values)  # type: ignore[arg-type]
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if type(hook).__name__ in ("SpectralNorm", "WeightNorm"):  # torch.nn.utils' older forms
+            hook(module, ())
+            del module._forward_pre_hooks[key]

@@ -1,0 +1,282 @@
+"""The paper's operators P and H (section 3.3), differentiable to any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .modules import Binding, bindable
+
+__all__ = ["inner_product", "partial"]
+
+Scalar = Callable[..., Tensor]
+
+
+def partial(
+    r: Scalar, *s: Tensor, which: Sequence[int] | None = None
+) -> tuple[Tensor, ...]:
+    """P(s; r): the partial derivatives ∂r(s)/∂s, each argument taken as independent.
+
+    Computed on an independent graph, so it does not matter how the arguments depend on each other
+    outside. The result is attached to the graph of s, and P is its own derivative: differentiate it
+    as often as you like. r is called once, whatever the order, outside torch.func's transforms.
+
+    Args:
+        r: a function of s that returns a scalar. A module's own parameters are found and treated as
+            further arguments (their derivatives flow; `which` does not count them).
+        s: tensors of any shape.
+        which: positions in s to differentiate by; None: every floating tensor.
+
+    Returns:
+        One tensor a position, shaped like that argument; zeros where r does not depend on it.
+
+    Raises:
+        TypeError: an argument is no tensor, or a position names a tensor that is not floating.
+        ValueError: r returns no scalar, or captures a tensor that needs gradients.
+
+    Example:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> (d,) = partial(lambda x, y: x * y, x, x * x, which=(0,))  # ∂/∂x alone: y
+        >>> float(d)
+        9.0
+    """
+    for i, t in enumerate(s):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"partial: s[{i}] must be a tensor (got {type(t).__name__})")
+    if which is None:
+        which = tuple(i for i, t in enumerate(s) if t.is_floating_point())
+    for i in which:
+        if not s[i].is_floating_point():
+            raise TypeError(
+                f"partial: s[{i}] must be floating to be differentiated (got {s[i].dtype}); "
+                "convert it, or leave its position out of `which`"
+            )
+    if not (torch.is_grad_enabled() or transforming()):
+        return _value(r, which, s)
+    if bindable(r):
+        binding, n = Binding(r), len(s)  # type: ignore[arg-type]
+
+        def bound(*q: Tensor) -> Tensor:
+            return binding.bind(q[n:])(*q[:n])  # type: ignore[no-any-return]
+
+        return partial_bound(bound, which, *s, *binding.params)
+    return partial_bound(r, which, *s)
+
+
+def inner_product(v: Sequence[Tensor], u: Callable[..., Sequence[Tensor]]) -> Scalar:
+    """H(v; u): the function s ↦ Σᵢ ⟨vᵢ, u(s)ᵢ⟩.
+
+    Args:
+        v: tensors shaped like the outputs of u.
+        u: a function that returns a sequence of tensors.
+
+    Returns:
+        A scalar-valued function of u's arguments, ready for `partial`.
+    """
+    v = tuple(v)
+
+    def eta(*s: Tensor) -> Tensor:
+        out = u(*s)
+        if len(out) != len(v):
+            raise ValueError(
+                f"inner_product: u must return {len(v)} tensors, as many as v (got {len(out)})"
+            )
+        return _sum(torch.sum(a * b) for a, b in zip(v, out, strict=True))
+
+    return eta
+
+
+def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """P where nothing is to be differentiated again: no graph outlives the call."""
+    q = [t.detach() for t in s]
+    for i in which:
+        q[i].requires_grad_()
+    with torch.enable_grad():
+        tape = _Tape(False, q, r(*q))
+        _check_scalar(tape)
+    assert tape.y is not None
+    wanted = [q[i] for i in which]
+    if not tape.y.requires_grad or not wanted:
+        return tuple(torch.zeros_like(t) for t in wanted)
+    grads = torch.autograd.grad(tape.y, wanted, allow_unused=True)
+    return tuple(
+        torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)
+    )
+
+
+def partial_bound(r: Scalar, which: Sequence[int], *s: Tensor) -> tuple[Tensor, ...]:
+    """`partial` for an r whose every tensor is in s, without its checks of s."""
+    graph = torch.is_grad_enabled() or transforming()
+    out = _Partial.apply(r, tuple(which), _Tape(keep=graph), *s)  # type: ignore[no-untyped-call]
+    return out  # type: ignore[no-any-return]
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform (grad, vmap, ...) is running."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+class _Tape:
+    """The independent graph of one P: its leaves, and r's value on them or what r gave rise to."""
+
+    def __init__(self, keep: bool, leaves: list[Tensor] | None = None, y: Tensor | None = None):
+        self.keep = keep
+        self.leaves = leaves
+        self.y = y
+        self.outputs: list[Tensor | None] = []
+
+
+class _Partial(Function):
+    """∂r(s)/∂s[which] on an independent graph; its backward is made of itself."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor
+    ) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            if tape.leaves is None:
+                tape.leaves = [_leaf(t) for t in s]
+                tape.y = r(*tape.leaves)
+                _check_scalar(tape)
+            y, q = tape.y, tape.leaves
+            assert y is not None
+            wanted = [q[i] for i in which]
+            if y.requires_grad and wanted:
+                tape.outputs = list(
+                    torch.autograd.grad(
+                        y, wanted, allow_unused=True, create_graph=tape.keep, retain_graph=tape.keep
+                    )
+                )
+            else:
+                tape.outputs = [None] * len(wanted)
+        out = tuple(
+            torch.zeros_like(s[i]) if g is None else g.detach()
+            for i, g in zip(which, tape.outputs, strict=True)
+        )
+        if not tape.keep:
+            tape.leaves = tape.y = None
+            tape.outputs = []
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.r, ctx.which, ctx.tape, *s = inputs
+        ctx.save_for_backward(*s)
+
+    @staticmethod
+    def backward(ctx: Any, *delta: Tensor) -> tuple[Any, ...]:
+        s, r, which, tape = ctx.saved_tensors, ctx.r, ctx.which, ctx.tape
+        n = len(delta)
+        need = [i for i in range(len(s)) if ctx.needs_input_grad[3 + i]]
+        out: list[Tensor | None] = [None] * len(s)
+
+        def eta(*q: Tensor) -> Tensor:
+            # torch.func.grad, not autograd.grad: this runs inside vmap and grad too.
+            outputs = torch.func.grad(r, argnums=which)(*q[n:])
+            return _sum(torch.sum(d * g) for d, g in zip(q[:n], outputs, strict=True))
+
+        if transforming() or tape.leaves is None:
+            grads = partial_bound(eta, tuple(n + i for i in need), *delta, *s)
+        elif not torch.is_grad_enabled():
+            grads = _through(tape, delta, need)
+        else:
+            with torch.enable_grad():
+                leaves = [_leaf(d) for d in delta]
+                terms = [
+                    torch.sum(d * g)
+                    for d, g in zip(leaves, tape.outputs, strict=True)
+                    if g is not None and g.requires_grad
+                ]
+                y = _sum(terms) if terms else delta[0].new_zeros(())
+            again = _Tape(True, [*leaves, *tape.leaves], y)
+            positions = tuple(n + i for i in need)
+            grads = _Partial.apply(eta, positions, again, *delta, *s)  # type: ignore[no-untyped-call]
+        for i, g in zip(need, grads, strict=True):
+            out[i] = g
+        return (None, None, None, *out)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "fpi_cuda.operators.partial has no forward-mode derivative; use reverse mode "
+            "(torch.func.grad, vjp, jacrev)"
+        )
+
+    @staticmethod
+    def vmap(  # type: ignore[override]
+        info: Any, in_dims: Any, r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        # Every argument gets a slice of its own, so that a shared one's derivative is per slice too.
+        batched = [
+            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip(s, in_dims[3:], strict=True)
+        ]
+
+        def total(*q: Tensor) -> Tensor:
+            return torch.vmap(r)(*q).sum()
+
+        return partial_bound(total, which, *batched), (0,) * len(which)
+
+
+def _through(
+    tape: _Tape, delta: Sequence[Tensor], need: Sequence[int]
+) -> list[Tensor | None]:
+    """The vector-Jacobian product of P through its own graph: no call of r."""
+    assert tape.leaves is not None
+    pairs = [
+        (g, d) for g, d in zip(tape.outputs, delta, strict=True) if g is not None and g.requires_grad
+    ]
+    if not pairs or not need:
+        return [None] * len(need)
+    outputs, weights = zip(*pairs, strict=True)
+    wanted = [tape.leaves[i] for i in need]
+    return list(
+        torch.autograd.grad(outputs, wanted, weights, allow_unused=True, retain_graph=True)
+    )
+
+
+def _leaf(t: Tensor) -> Tensor:
+    t = t.detach()
+    return t.requires_grad_() if t.is_floating_point() else t
+
+
+def _sum(terms: Any) -> Tensor:
+    total: Tensor | None = None
+    for term in terms:
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def _check_scalar(tape: _Tape) -> None:
+    y, leaves = tape.y, tape.leaves
+    if not isinstance(y, Tensor) or y.numel() != 1:
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"partial: r must return a scalar tensor (got {got}); sum it over the batch")
+    assert leaves is not None
+    if tape.keep and captures(y, leaves):
+        raise ValueError(
+            "partial: r must take every tensor that needs gradients as an argument (it captures "
+            "one); pass it in s, or make r an nn.Module that owns it"
+        )
+    tape.y = y.reshape(())
+
+
+def captures(y: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Whether y's graph reaches a leaf that is not among `leaves`."""
+    known = {id(t) for t in leaves}
+    stack, seen = [y.grad_fn], set()
+    while stack:
+        node: Any = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            return True
+        stack.extend(edge[0] for edge in node.next_functions)
+    return y.grad_fn is None and y.requires_grad and id(y) not in known

@@ -1,0 +1,85 @@
+"""Anderson acceleration, type II, one small least-squares problem a sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..backends.progress import Progress
+from ._check import check_beta
+from .picard import Picard, Step
+
+_RIDGE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Anderson:
+    """Mixes the last iterates so that their combined residual is least (paper section 3.1).
+
+    x ← Σ αᵢ (xᵢ + β rᵢ) with Σ αᵢ = 1 minimising ‖Σ αᵢ rᵢ‖₂, per sample. The weights come from the
+    Gram matrix of successive residual differences by Cholesky, with a ridge relative to its trace:
+    iteration counts do not depend on the scale of the state.
+
+    Args:
+        history: iterates in the window, the current one included; 1 is Picard.
+        beta: weight of the new value, in (0, 2).
+        ridge: regulariser relative to the trace; None: by dtype (float64 1e-12, float32 1e-6,
+            float16 1e-4, bfloat16 1e-3).
+        restart: a residual this many times the best one restarts the sample's window.
+
+    Raises:
+        ValueError: history < 1, beta outside (0, 2), ridge negative or restart <= 1.
+    """
+
+    history: int = 5
+    beta: float = 1.0
+    ridge: float | None = None
+    restart: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_beta("Anderson", self.beta)
+        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 1:
+            raise ValueError(
+                f"Anderson: history must be a whole number >= 1 (got {self.history!r}); "
+                "5 is a good start, 1 is Picard"
+            )
+        if self.ridge is not None and not 0 <= self.ridge < 1:
+            raise ValueError(
+                f"Anderson: ridge must lie in [0, 1) (got {self.ridge!r}); it is relative to the "
+                "Gram matrix's trace"
+            )
+        if not self.restart > 1:
+            raise ValueError(f"Anderson: restart must be > 1 (got {self.restart!r})")
+
+    @property
+    def patience(self) -> int:
+        """Iterations without progress before a sample at the rounding level counts as stalled."""
+        return max(10, 2 * self.history)
+
+    def start(self, backend: Any, progress: Progress, x: Tensor) -> Step:
+        """The step `(x, gx, k) -> None` that moves x [R, N] in place; owns the window."""
+        if self.history == 1:
+            return Picard(self.beta).start(backend, progress, x)
+        b, n = x.shape
+        m = self.history
+        ridge = _RIDGE[x.dtype] if self.ridge is None else self.ridge
+        # Rings by sample, not by row: compaction moves no history.
+        values, residuals = x.new_empty(b, m, n), x.new_empty(b, m, n)
+        gram = torch.empty(b, m, m, dtype=progress.dtype, device=x.device)
+
+        def step(x: Tensor, gx: Tensor, k: int) -> None:
+            backend.anderson_step(
+                progress, x, gx, k, self.beta, ridge, self.restart, values, residuals, gram
+            )
+
+        return step
+
+    def contraction(self, progress: Progress) -> Tensor:
+        """[B]: the largest secant ratio of g over the last iterates."""
+        if self.history == 1:
+            return Picard(self.beta).contraction(progress)
+        return reference.contraction(progress, picard_beta=None)

@@ -1,0 +1,104 @@
+"""The loop: one for every solver, backend and direction (forward and adjoint)."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..backends.progress import ITERATIONS, RESIDUAL, STATUS, Limits, Progress
+from ..solution import Record, Status
+from .layout import Layout
+
+
+class Evaluation(Protocol):
+    """What the loop iterates: x ↦ g(x) on the rows it holds."""
+
+    compact_below: float  # leave finished samples out when active/rows falls below this; 0: never
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """g(x), shaped like x."""
+
+    def select(self, positions: Tensor, x: Tensor) -> Evaluation | None:
+        """The same for these rows only; None where g does not treat samples independently.
+
+        x is the next iterate of all rows, for checking that.
+        """
+
+
+def iterate(
+    evaluate: Evaluation,
+    x0: Tensor,
+    batch_dims: int,
+    solver: Any,
+    backend: Any,
+    limits: Limits,
+    *,
+    floor: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> tuple[Tensor, Record]:
+    """Iterate every sample to its own end.
+
+    Args:
+        evaluate: calls g.
+        x0: [*batch, *sample]; not written to.
+        batch_dims: number of leading batch dimensions.
+        solver, backend: hyper-parameters, and the module with the step operators.
+        limits: the stop rule.
+        floor: [B], see `Progress`.
+        skip: bool [B]: samples that are left at x0 as converged, without an iteration.
+
+    Returns:
+        The state shaped like x0, and the record with tensors shaped like the batch.
+    """
+    batch = x0.shape[:batch_dims]
+    layout = Layout(x0, batch_dims)
+    x = layout.rows(x0).clone()  # the solver's own buffer, updated in place
+    progress = Progress(x, limits, floor)
+    active = len(x)
+    if skip is not None:
+        progress.counters[:, STATUS].masked_fill_(skip, Status.CONVERGED)
+        progress.scalars[:, RESIDUAL].masked_fill_(skip, 0.0)
+        progress.out.copy_(x)
+        active -= int(skip.sum())
+    evaluations, k, compacted = 0, 0, False
+    step = None
+    rows_shape = tuple(batch)
+    state = layout.state(x, rows_shape)
+    while active:
+        if active <= evaluate.compact_below * len(x):
+            keep = progress.active_rows()
+            smaller = evaluate.select(keep, state)
+            if smaller is None:
+                evaluate.compact_below = 0.0
+            else:
+                evaluate, compacted = smaller, True
+                progress.index = progress.index.index_select(0, keep)
+                x = x.index_select(0, keep)
+                rows_shape = (len(x),)
+                state = layout.state(x, rows_shape)
+        k += 1
+        gx = evaluate(state)
+        evaluations += 1
+        if step is None:
+            # The layout that g itself returns costs no copy in any later iteration.
+            wanted = Layout(gx, len(rows_shape))
+            if wanted.order != layout.order:
+                x, progress.out = (
+                    wanted.rows(layout.state(t, b)) for t, b in ((x, rows_shape), (progress.out, batch))
+                )
+                layout = wanted
+                state = layout.state(x, rows_shape)
+            step = solver.start(backend, progress, progress.out)
+        step(x, layout.rows(gx), k)
+        active = progress.active.item()
+    record = Record(
+        status=progress.counters[:, STATUS].to(torch.int8).view(batch),
+        iterations=progress.counters[:, ITERATIONS].clone().view(batch),
+        residual_norm=progress.scalars[:, RESIDUAL].clone().view(batch),
+        contraction=solver.contraction(progress).view(batch),
+        evaluations=evaluations,
+        path=f"{backend.NAME}, eager, {'compacted' if compacted else 'whole batch'}",
+    )
+    return layout.state(progress.out, batch), record

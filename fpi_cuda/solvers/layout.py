@@ -1,0 +1,46 @@
+"""How a state of any shape lies in the [rows, N] matrix that the step operators work on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Layout:
+    """A per-sample order of dimensions, taken from a dense tensor's strides.
+
+    A channels-last state stays channels-last through the solve: its rows are a view, never a copy.
+
+    Args:
+        like: a tensor of the state's shape, [*batch, *sample].
+        batch_dims: how many leading dimensions count samples.
+    """
+
+    def __init__(self, like: Tensor, batch_dims: int = 1) -> None:
+        self.sample = tuple(like.shape[batch_dims:])
+        self.n = like.shape[batch_dims:].numel()
+        order = list(range(len(self.sample)))
+        if not like.is_contiguous():
+            by_stride = sorted(order, key=lambda d: -like.stride(batch_dims + d))
+            batch = range(batch_dims)
+            if like.permute(*batch, *(batch_dims + d for d in by_stride)).is_contiguous():
+                order = by_stride
+        self.order = order
+        self.plain = order == sorted(order)
+
+    def rows(self, t: Tensor) -> Tensor:
+        """T, [*batch, *sample], as a contiguous [R, N]: a view where t has this layout."""
+        r = t.numel() // self.n if self.n else t.shape[: t.dim() - len(self.sample)].numel()
+        if self.plain:
+            return t.contiguous().view(r, self.n)
+        lead = t.dim() - len(self.sample)
+        return t.permute(*range(lead), *(lead + d for d in self.order)).contiguous().view(r, self.n)
+
+    def state(self, rows: Tensor, batch: torch.Size | tuple[int, ...]) -> Tensor:
+        """A view of rows, [R, N], shaped [*batch, *sample]."""
+        if self.plain:
+            return rows.view(*batch, *self.sample)
+        lead = len(batch)
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        t = rows.view(*batch, *(self.sample[d] for d in self.order))
+        return t.permute(*range(lead), *(lead + d for d in back))

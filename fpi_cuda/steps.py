@@ -1,0 +1,80 @@
+"""The paper's two forms of g (section 3.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .operators import partial
+
+__all__ = ["GradientStep", "NeuralStep"]
+
+
+class NeuralStep(nn.Module):
+    """FPI_NN: g is a network, x⁺ = net(x, z).
+
+    Args:
+        net: a module net(x, *inputs) that returns x's shape.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Any, *inputs: Tensor) -> Any:
+        """net(x, *inputs), shaped like x."""
+        return self.net(x, *inputs)
+
+
+class GradientStep(nn.Module):
+    """FPI_GD: g is a step of gradient descent on an energy, x⁺ = x − γ ∂f/∂x(x, z).
+
+    The fixed point is a stationary point of the energy, its minimiser where f is convex in x. The
+    gradient is taken by P, so z and the energy's parameters may depend on x outside.
+
+    Args:
+        energy: f(x, *inputs) returning [B], the energy of each sample. A module's parameters are
+            found; a plain function must capture no tensor that needs gradients.
+        step_size: γ > 0, a number or an nn.Parameter. For an energy whose gradient is L-Lipschitz
+            and m-strongly monotone, γ < 2/L makes g a contraction.
+
+    Raises:
+        ValueError: step_size is not positive.
+    """
+
+    def __init__(self, energy: Callable[..., Tensor], step_size: float | nn.Parameter) -> None:
+        super().__init__()
+        if not float(step_size) > 0:
+            raise ValueError(f"GradientStep: step_size must be > 0 (got {float(step_size)!r})")
+        self.energy = energy
+        self.step_size = step_size
+
+    def forward(self, x: Any, *inputs: Tensor) -> Any:
+        """X − γ ∂f/∂x, shaped like x."""
+        parts = x if isinstance(x, tuple) else (x,)
+        n = len(parts)
+        gradients = partial(_Total(self.energy, n), *parts, *inputs, which=tuple(range(n)))
+        moved = tuple(t - self.step_size * d for t, d in zip(parts, gradients, strict=True))
+        return moved if isinstance(x, tuple) else moved[0]
+
+
+class _Total(nn.Module):
+    """The batch's total energy: its gradient is every sample's own."""
+
+    def __init__(self, energy: Callable[..., Tensor], n: int) -> None:
+        super().__init__()
+        self.energy, self.n = energy, n
+
+    def forward(self, *s: Tensor) -> Tensor:
+        x = s[: self.n]
+        values = self.energy(x if self.n > 1 else x[0], *s[self.n :])
+        if not isinstance(values, Tensor) or values.shape != x[0].shape[:1]:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"GradientStep: energy must return one value a sample, shape [{x[0].shape[0]}] "
+                f"(got {got}); sum over the other dimensions"
+            )
+        return torch.sum(values)
