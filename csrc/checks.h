@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -123,16 +124,24 @@ inline void check_dtype(const char* op, const char* name, const Tensor& x,
             x.scalar_type(), ")");
 }
 
+inline std::string joined(std::initializer_list<int64_t> sizes) {
+  std::string text;
+  for (int64_t size : sizes) {
+    text += (text.empty() ? "" : ", ") + std::to_string(size);
+  }
+  return text;
+}
+
 inline void check_sizes(const char* op, const char* name, const Tensor& x,
                         std::initializer_list<int64_t> sizes) {
-  bool same = x.dim() == static_cast<int64_t>(sizes.size());
-  std::string wanted;
+  const auto got = x.sizes();
+  bool same = got.size() == sizes.size();
   int64_t d = 0;
   for (int64_t size : sizes) {
-    same = same && x.size(d) == size;
-    wanted += (d++ ? ", " : "") + std::to_string(size);
+    same = same && got[d++] == size;
   }
-  FPI_CHECK(same, op, ": ", name, " must have shape [", wanted, "] (got ", detail::shape(x), ")");
+  FPI_CHECK(same, op, ": ", name, " must have shape [", joined(sizes), "] (got ",
+            detail::shape(x), ")");
   check_contiguous(op, name, x);
 }
 
@@ -142,27 +151,34 @@ inline torch::headeronly::ScalarType accumulate_dtype(const Tensor& x) {
 }
 
 inline void check_step(const char* op, const Tensor& x, const Tensor& gx, const Tensor& out,
-                       const Tensor& counters, const Tensor& scalars, const Tensor& active,
-                       const Tensor& index, const Tensor& floor) {
+                       const Tensor& counters, const Tensor& scalars, const Tensor& tally,
+                       const std::optional<Tensor>& index, const std::optional<Tensor>& floor) {
   using torch::headeronly::ScalarType;
   check_not_differentiated(op, {x, gx});
   FPI_CHECK(x.dim() == 2, op, ": x must have shape [R, N] (got ", detail::shape(x), ")");
-  const int64_t rows = x.size(0), n = x.size(1), samples = floor.numel();
+  const int64_t rows = x.size(0), n = x.size(1), samples = out.size(0);
   check_sizes(op, "x", x, {rows, n});
   check_sizes(op, "gx", gx, {rows, n});
   check_sizes(op, "out", out, {samples, n});
   check_sizes(op, "counters", counters, {samples, kCounters});
   check_sizes(op, "scalars", scalars, {samples, kScalars});
-  check_sizes(op, "active", active, {1});
-  check_sizes(op, "index", index, {rows});
-  check_sizes(op, "floor", floor, {samples});
+  check_sizes(op, "tally", tally, {2});
   check_same_dtype(op, "gx", gx, "x", x);
   check_same_dtype(op, "out", out, "x", x);
   check_dtype(op, "counters", counters, ScalarType::Int);
-  check_dtype(op, "active", active, ScalarType::Int);
-  check_dtype(op, "index", index, ScalarType::Long);
+  check_dtype(op, "tally", tally, ScalarType::Int);
   check_dtype(op, "scalars", scalars, accumulate_dtype(x));
-  check_dtype(op, "floor", floor, accumulate_dtype(x));
+  if (index) {
+    check_sizes(op, "index", *index, {rows});
+    check_dtype(op, "index", *index, ScalarType::Long);
+  } else {
+    FPI_CHECK(rows == samples, op, ": index must be given where x has ", rows, " rows for ", samples,
+              " samples");
+  }
+  if (floor) {
+    check_sizes(op, "floor", *floor, {samples});
+    check_dtype(op, "floor", *floor, accumulate_dtype(x));
+  }
 }
 
 inline void check_window(const char* op, const Tensor& x, const Tensor& out, const Tensor& scalars,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import warnings
 import weakref
@@ -245,12 +246,15 @@ class _Forward:
         self.problem, self.g, self.inputs, self.per_sample = problem, g, inputs, per_sample
         self.compact_below = 0.0 if per_sample is None or per_sample.known is False else 0.8
         self.first = True
+        self.wide = problem.autocast_dtype is None
 
     def __call__(self, x: Tensor) -> Tensor:
         self.problem.calls += 1
         if self.first:
             self.first = False
             return self._first(x)
+        if self.wide:
+            return check_output(self.g(x, *self.inputs), x)
         with self.problem.autocast():
             return check_output(self.g(x, *self.inputs), x)
 
@@ -481,12 +485,13 @@ class Problem:
         )
         record.evaluations, record.lipschitz = self.calls, self.lipschitz
         self.report(record)
-        keep = torch.ones_like(record.status, dtype=torch.bool)
-        if bool((record.status != Status.CONVERGED).any()):
+        keep = torch.ones(record.batch, dtype=torch.bool, device=x.device)
+        if record.failed:
             self._fail(x, record, fixed_count=rtol == 0 and atol == 0)
             if self.adjoint.failed == "mask":
-                for status in MASKED:
-                    keep &= record.status != status
+                status = record.status
+                for masked in MASKED:
+                    keep &= status != masked
                 if floor is not None:  # a NaN that came with the loss goes on
                     keep |= ~floor.isfinite().view_as(keep)
         return x, keep
@@ -586,6 +591,10 @@ class FixedPoint(Function):
         mapped = problem.mapped([None if d is None else 0 for d in dims])
         out = FixedPoint.apply(mapped, whole(x0, in_dims[1]), None, *moved)  # type: ignore[no-untyped-call]
         return out, (0, 0)
+
+
+# autograd.Function.apply looks the signature up at every call; once is enough.
+FixedPoint.forward.__signature__ = inspect.signature(FixedPoint.forward)  # type: ignore[attr-defined]
 
 
 def _like(keep: Tensor, v: Tensor) -> Tensor:

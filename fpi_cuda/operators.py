@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -220,6 +221,10 @@ class _Partial(Function):
             return torch.vmap(r)(*q).sum()
 
         return partial_bound(total, which, *batched), (0,) * len(which)
+
+
+# autograd.Function.apply looks the signature up at every call; once is enough.
+_Partial.forward.__signature__ = inspect.signature(_Partial.forward)  # type: ignore[attr-defined]
 
 
 def _through(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .backends.progress import ITERATIONS, RESIDUAL, RING_START, STATUS, Progress
 
 __all__ = ["FixedPointError", "FixedPointWarning", "Record", "Solution", "Status", "Tolerance"]
 
@@ -108,14 +111,35 @@ class FixedPointError(RuntimeError):
 class Record:
     """Per-sample account of one solve. Every tensor has the batch's shape, [B]."""
 
-    status: Tensor  # int8, members of Status
-    iterations: Tensor  # int32, evaluations of g that this sample took part in while active
-    residual_norm: Tensor  # ‖g(x) − x‖₂ of the iterate that passed the test
-    contraction: Tensor  # measured rate; NaN where only one iteration was made
+    progress: Progress
+    batch: torch.Size
+    rate: Callable[[Tensor, Tensor], Tensor]  # the solver's contraction
     evaluations: int  # calls of g, whatever the number of rows in them
     path: str  # which backend and driver ran
+    failed: int  # samples that did not converge
     lipschitz: float | None = None  # certified by the step, for error_bound
     adjoint: Record | None = None  # the backward solve's own record, filled by each backward
+
+    @property
+    def status(self) -> Tensor:
+        """Int8 [B], members of Status."""
+        return (self.progress.counters[:, STATUS] - 1).to(torch.int8).view(self.batch)
+
+    @property
+    def iterations(self) -> Tensor:
+        """Int32 [B], evaluations of g that this sample took part in while active."""
+        return self.progress.counters[:, ITERATIONS].reshape(self.batch)
+
+    @property
+    def residual_norm(self) -> Tensor:
+        """[B], ‖g(x) − x‖₂ of the iterate that passed the test."""
+        return self.progress.scalars[:, RESIDUAL].reshape(self.batch)
+
+    @property
+    def contraction(self) -> Tensor:
+        """[B], measured rate; NaN where only one iteration was made."""
+        ring = self.progress.scalars[:, RING_START:]
+        return self.rate(ring, self.progress.counters[:, ITERATIONS]).view(self.batch)
 
     @property
     def converged(self) -> Tensor:

@@ -9,12 +9,13 @@ namespace fpi {
 namespace {
 
 void anderson_step_cpu(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalars,
-                       Tensor active, Tensor index, Tensor floor, int64_t k, double rtol,
+                       Tensor tally, std::optional<Tensor> index,
+                     std::optional<Tensor> floor, int64_t k, double rtol,
                        double offset, double rounding, int64_t patience, int64_t max_iterations,
                        double beta, double ridge, double restart, Tensor values, Tensor residuals,
                        Tensor gram) {
   constexpr const char* op = "_anderson_step";
-  check_step(op, x, gx, out, counters, scalars, active, index, floor);
+  check_step(op, x, gx, out, counters, scalars, tally, index, floor);
   check_window(op, x, out, scalars, values, residuals, gram, kMaxHistory);
   dispatch_floating(op, "x", x, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -30,7 +31,7 @@ void anderson_step_cpu(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor 
     T* out_data = static_cast<T*>(out.mutable_data_ptr());
     const int64_t n = x.size(1);
     const auto kernel = FPI_CPU_DISPATCH(anderson_step<T>);
-    for_rows(x, n * m, active, [&](int64_t begin, int64_t end) {
+    for_rows(x, n * m, tally, [&](int64_t begin, int64_t end) {
       return kernel(x_data, gx_data, out_data, n, beta, ridge, restart, window, record, begin, end);
     });
   });

@@ -9,10 +9,11 @@ namespace fpi {
 namespace {
 
 void picard_step_cpu(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalars,
-                     Tensor active, Tensor index, Tensor floor, int64_t k, double rtol,
+                     Tensor tally, std::optional<Tensor> index,
+                     std::optional<Tensor> floor, int64_t k, double rtol,
                      double offset, double rounding, int64_t patience, int64_t max_iterations,
                      double beta) {
-  check_step("_picard_step", x, gx, out, counters, scalars, active, index, floor);
+  check_step("_picard_step", x, gx, out, counters, scalars, tally, index, floor);
   dispatch_floating("_picard_step", "x", x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto record = record_of<accumulate_t<T>>(counters, scalars, index, floor, k, rtol, offset,
@@ -22,7 +23,7 @@ void picard_step_cpu(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor sc
     T* out_data = static_cast<T*>(out.mutable_data_ptr());
     const int64_t n = x.size(1);
     const auto kernel = FPI_CPU_DISPATCH(picard_step<T>);
-    for_rows(x, n, active, [&](int64_t begin, int64_t end) {
+    for_rows(x, n, tally, [&](int64_t begin, int64_t end) {
       return kernel(x_data, gx_data, out_data, n, beta, record, begin, end);
     });
   });

@@ -10,13 +10,14 @@
 
 namespace fpi {
 
+// One more than Python's Status, so that a zeroed record is one of active samples.
 enum Status : int32_t {
-  kActive = -1,
-  kConverged = 0,
-  kMaxIterations = 1,
-  kStalled = 2,
-  kDiverged = 3,
-  kNonfinite = 4,
+  kActive,
+  kConverged,
+  kMaxIterations,
+  kStalled,
+  kDiverged,
+  kNonfinite,
 };
 
 // Columns of counters, int32 [B, kCounters].
@@ -41,11 +42,22 @@ template <typename Acc>
 struct Record {
   int32_t* counters;     // [B, kCounters]
   Acc* scalars;          // [B, kScalars]
-  const Acc* floor;      // [B]
-  const int64_t* index;  // [R]: the sample that each row holds
+  const Acc* floor;      // [B], or null: 0
+  const int64_t* index;  // [R]: the sample that each row holds, or null: row r holds sample r
   Limits<Acc> limits;
   int32_t k;  // this iteration, from 1
 };
+
+// What a step left of the rows it worked on.
+struct Tally {
+  int64_t active = 0;  // still iterating
+  int64_t failed = 0;  // finished in this step, not converged
+};
+
+template <typename Acc>
+FPI_HOST_DEVICE int64_t sample_of(int64_t row, const Record<Acc>& record) {
+  return record.index == nullptr ? row : record.index[row];
+}
 
 template <typename Acc>
 FPI_HOST_DEVICE bool is_finite(Acc a) {
@@ -66,11 +78,11 @@ FPI_HOST_DEVICE int32_t stop(Acc residual, Acc value, int64_t sample, const Reco
 
   Acc reference = scalars[kReference];
   int32_t since = counters[kReferenceIteration];
-  if (residual <= Acc(kFall) * reference) {
+  if (k == 1 || residual <= Acc(kFall) * reference) {
     reference = residual;
     since = k;
   }
-  const Acc floor = record.floor[sample];
+  const Acc floor = record.floor == nullptr ? Acc(0) : record.floor[sample];
   const Acc threshold = limits.offset + limits.rtol * (value > floor ? value : floor);
 
   int32_t status = kActive;

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-ACTIVE = -1  # in COUNTERS[STATUS] while a sample still iterates; csrc/math/stop.h has the same
+# In counters[:, STATUS]: 0 while a sample iterates, then its Status + 1; csrc/math/progress.h.
+ACTIVE = 0
 
-# Columns of `counters`, int32 [B, 5]; csrc/math/stop.h has the same.
+# Columns of `counters`, int32 [B, 5]; csrc/math/progress.h has the same.
 STATUS, ITERATIONS, REFERENCE_ITERATION, WINDOW, HEAD = range(5)
-# Columns of `scalars`, [B, 2 + RING] in the accumulate dtype; csrc/math/stop.h has the same.
+# Columns of `scalars`, [B, 2 + RING] in the accumulate dtype; csrc/math/progress.h has the same.
 RESIDUAL, REFERENCE, RING_START = 0, 1, 2
 RING = 5  # residuals (Picard) or secant ratios (Anderson) behind the contraction estimate
 
-# DIVERGED: the residual is GROWTH times the best one, which is at least GROWTH_ITERATIONS old.
+# DIVERGED: the residual is GROWTH times the reference, which is at least GROWTH_ITERATIONS old.
 GROWTH, GROWTH_ITERATIONS = 1e4, 5
 FALL = 0.9  # a residual this much below the reference counts as progress
 
@@ -38,7 +38,7 @@ class Limits:
 
 
 class Progress:
-    """Per-sample state of one solve, shared by all backends.
+    """Per-sample state of one solve, shared by all backends. A zeroed record is a fresh one.
 
     Args:
         x: iterates, [B, N], contiguous; only its shape, dtype and device are used.
@@ -48,19 +48,31 @@ class Progress:
     """
 
     def __init__(self, x: Tensor, limits: Limits, floor: Tensor | None = None) -> None:
-        b = x.shape[0]
+        b, device = x.shape[0], x.device
         self.limits = limits
         self.dtype = accumulate_dtype(x.dtype)
-        self.counters = torch.zeros(b, 5, dtype=torch.int32, device=x.device)
-        self.counters[:, STATUS] = ACTIVE
-        self.scalars = torch.full((b, 2 + RING), math.nan, dtype=self.dtype, device=x.device)
-        self.scalars[:, REFERENCE] = math.inf
-        self.floor = torch.zeros(b, dtype=self.dtype, device=x.device) if floor is None else floor
+        self.counters = torch.zeros(b, 5, dtype=torch.int32, device=device)
+        self.scalars = torch.zeros(b, 2 + RING, dtype=self.dtype, device=device)
+        self.floor = floor
         self.out = torch.empty_like(x)  # [B, N]: written when a sample finishes
-        self.index = torch.arange(b, device=x.device)  # [R]: the sample that each row of x holds
-        self.active = torch.zeros(1, dtype=torch.int32, device=x.device)  # count, after a step
+        self.index: Tensor | None = None  # [R]: the sample that each row holds; None: its own
+        # Rows still active after a step; samples that ended otherwise than converged, so far.
+        self.tally = torch.zeros(2, dtype=torch.int32, device=device)
+
+    @property
+    def samples(self) -> Tensor:
+        """[R]: the sample that each row of x holds."""
+        if self.index is None:
+            return torch.arange(len(self.counters), device=self.counters.device)
+        return self.index
 
     def active_rows(self) -> Tensor:
-        """Positions in `index` whose samples are still active, ascending."""
+        """Positions of the rows whose samples still iterate, ascending."""
         status = self.counters[:, STATUS]
-        return (status.index_select(0, self.index) == ACTIVE).nonzero().reshape(-1)
+        if self.index is not None:
+            status = status.index_select(0, self.index)
+        return (status == ACTIVE).nonzero().reshape(-1)
+
+    def narrow(self, positions: Tensor) -> None:
+        """From now on the rows are those at these positions."""
+        self.index = positions if self.index is None else self.index.index_select(0, positions)

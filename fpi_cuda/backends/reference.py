@@ -50,7 +50,7 @@ def picard_step(p: Progress, x: Tensor, gx: Tensor, k: int, beta: float) -> None
     xa, ga = x.to(p.dtype), gx.to(p.dtype)
     residual, value = _norm(ga - xa), _norm(ga)
     running = _running(p)
-    samples = p.index
+    samples = p.samples
     _push_ring(p, samples[running], residual[running], k)
     status = _stop(p, residual, value, k, running)
     moved = _damped(xa, ga, beta).to(x.dtype)
@@ -89,7 +89,7 @@ def anderson_step(
     r = ga - xa
     residual, value = _norm(r), _norm(ga)
     running = _running(p)
-    s = p.index[running]
+    s = p.samples[running]
     c = p.counters
     seen = c[s, WINDOW] > 0
     if bool(seen.any()):
@@ -98,14 +98,14 @@ def anderson_step(
         dg = ga[running][seen] - values[t, head].to(p.dtype)
         dr = r[running][seen] - residuals[t, head].to(p.dtype)
         p.scalars[t, RING_START + (k - 2) % RING] = _norm(dg) / _norm(dg - dr)
-    reference = p.scalars[p.index, REFERENCE]
+    reference = p.scalars[p.samples, REFERENCE]
     status = _stop(p, residual, value, k, running)
 
     rows = (running & (status == ACTIVE)).nonzero().reshape(-1)
     moved = x.clone()
     if len(rows):
-        s = p.index[rows]
-        grown = residual[rows] > restart * reference[rows]
+        s = p.samples[rows]
+        grown = (k > 1) & (residual[rows] > restart * reference[rows])
         window = torch.where(grown, 0, c[s, WINDOW])
         head = (c[s, HEAD] + 1) % m
         values[s, head.long()] = gx[rows]
@@ -131,27 +131,6 @@ def anderson_step(
     _freeze(p, x, gx, moved, status, running)
 
 
-def contraction(p: Progress, *, picard_beta: float | None) -> Tensor:
-    """[B]: the measured rate of each sample; NaN after one iteration.
-
-    Picard: the geometric mean of the last residual ratios, taken back from the damped map to g.
-    Anderson (picard_beta None): the largest secant ratio ‖g(xᵢ)−g(xⱼ)‖/‖xᵢ−xⱼ‖ in the ring;
-    residual ratios say nothing of g there.
-    """
-    ring = p.scalars[:, RING_START:]
-    if picard_beta is None:
-        rate = ring.nan_to_num(nan=-1.0).amax(1)
-        return torch.where(rate < 0, torch.nan, rate)
-    last = p.counters[:, ITERATIONS].long()
-    span = (last - 1).clamp(min=0, max=RING - 1)
-    rows = torch.arange(len(last), device=last.device)
-    newest = ring[rows, (last - 1) % RING]
-    oldest = ring[rows, (last - 1 - span) % RING]
-    rate = (newest / oldest) ** (1 / span.to(p.dtype))  # span 0: 1 ** inf is 1, replaced below
-    rate = (1 - (1 - rate) / picard_beta).abs()
-    return torch.where(span > 0, rate, torch.nan)
-
-
 def _damped(xa: Tensor, ga: Tensor, beta: float) -> Tensor:
     return ga if beta == 1 else xa + beta * (ga - xa)
 
@@ -164,32 +143,36 @@ def _norm(r: Tensor) -> Tensor:
 
 
 def _running(p: Progress) -> Tensor:
-    return p.counters[p.index, STATUS] == ACTIVE
+    return p.counters[p.samples, STATUS] == ACTIVE
 
 
 def _push_ring(p: Progress, samples: Tensor, residual: Tensor, k: int) -> None:
     p.scalars[samples, RING_START + (k - 1) % RING] = residual
 
 
+def _code(status: Status) -> int:
+    return status + 1
+
+
 def _stop(p: Progress, residual: Tensor, value: Tensor, k: int, running: Tensor) -> Tensor:
     """The status of each row after iteration k, [R]; updates the counters of running samples."""
-    lim, s = p.limits, p.index
+    lim, s = p.limits, p.samples
     reference = p.scalars[s, REFERENCE]
     since = p.counters[s, REFERENCE_ITERATION]
-    fell = residual <= FALL * reference
+    fell = (residual <= FALL * reference) | (k == 1)
     reference = torch.where(fell, residual, reference)
     since = torch.where(fell, k, since)
-    threshold = lim.offset + lim.rtol * torch.maximum(value, p.floor[s])
+    threshold = lim.offset + lim.rtol * (value if p.floor is None else torch.maximum(value, p.floor[s]))
 
     status = torch.full_like(since, ACTIVE)
     if k >= lim.max_iterations:
-        status[:] = Status.MAX_ITERATIONS
+        status[:] = _code(Status.MAX_ITERATIONS)
     stalled = (k - since >= lim.patience) & (residual <= lim.rounding * value)
-    status[stalled] = Status.STALLED
+    status[stalled] = _code(Status.STALLED)
     diverged = (k - since >= GROWTH_ITERATIONS) & (residual > GROWTH * reference)
-    status[diverged] = Status.DIVERGED
-    status[residual <= threshold] = Status.CONVERGED
-    status[~(residual.isfinite() & value.isfinite())] = Status.NONFINITE
+    status[diverged] = _code(Status.DIVERGED)
+    status[residual <= threshold] = _code(Status.CONVERGED)
+    status[~(residual.isfinite() & value.isfinite())] = _code(Status.NONFINITE)
 
     t = s[running]
     p.counters[t, STATUS] = status[running].to(torch.int32)
@@ -197,7 +180,9 @@ def _stop(p: Progress, residual: Tensor, value: Tensor, k: int, running: Tensor)
     p.counters[t, REFERENCE_ITERATION] = since[running].to(torch.int32)
     p.scalars[t, RESIDUAL] = residual[running]
     p.scalars[t, REFERENCE] = reference[running]
-    p.active.fill_(int((status[running] == ACTIVE).sum()))
+    ended = status[running]
+    p.tally[0] = (ended == ACTIVE).sum()
+    p.tally[1] += ((ended != ACTIVE) & (ended != _code(Status.CONVERGED))).sum()
     return status
 
 
@@ -205,8 +190,8 @@ def _freeze(
     p: Progress, x: Tensor, gx: Tensor, moved: Tensor, status: Tensor, running: Tensor
 ) -> None:
     """Move the active rows, write the finished ones to `out`, leave the frozen ones alone."""
-    finite = status != Status.NONFINITE
+    finite = status != _code(Status.NONFINITE)
     result = torch.where(finite[:, None], gx, x)
     finished = running & (status != ACTIVE)
-    p.out[p.index[finished]] = result[finished]
+    p.out[p.samples[finished]] = result[finished]
     x.copy_(torch.where((running & ~finished)[:, None], moved, torch.where(finished[:, None], result, x)))

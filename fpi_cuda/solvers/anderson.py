@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import reference
 from ..backends.progress import Progress
+from ..backends.scratch import Scratch
 from ._check import check_beta
 from .picard import Picard, Step
 
@@ -68,18 +68,25 @@ class Anderson:
         m = self.history
         ridge = _RIDGE[x.dtype] if self.ridge is None else self.ridge
         # Rings by sample, not by row: compaction moves no history.
-        values, residuals = x.new_empty(b, m, n), x.new_empty(b, m, n)
-        gram = torch.empty(b, m, m, dtype=progress.dtype, device=x.device)
+        scratch = Scratch()
+        values = scratch.empty((b, m, n), x.dtype, x.device)
+        residuals = scratch.empty((b, m, n), x.dtype, x.device)
+        gram = scratch.empty((b, m, m), progress.dtype, x.device)
 
         def step(x: Tensor, gx: Tensor, k: int) -> None:
             backend.anderson_step(
                 progress, x, gx, k, self.beta, ridge, self.restart, values, residuals, gram
             )
 
+        step.scratch = scratch  # type: ignore[attr-defined]  # back to the pool with the step
+
         return step
 
-    def contraction(self, progress: Progress) -> Tensor:
-        """[B]: the largest secant ratio of g over the last iterates."""
+    def contraction(self, ring: Tensor, iterations: Tensor) -> Tensor:
+        """[B]: the largest secant ratio ‖g(xᵢ)−g(xⱼ)‖/‖xᵢ−xⱼ‖ over the last iterates.
+
+        Residual ratios, which serve Picard, say nothing of g here.
+        """
         if self.history == 1:
-            return Picard(self.beta).contraction(progress)
-        return reference.contraction(progress, picard_beta=None)
+            return Picard(self.beta).contraction(ring, iterations)
+        return torch.where(iterations > 1, ring.amax(1), torch.nan)

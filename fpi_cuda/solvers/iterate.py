@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from ..backends.progress import ITERATIONS, RESIDUAL, STATUS, Limits, Progress
+from ..backends.progress import STATUS, Limits, Progress
 from ..solution import Record, Status
 from .layout import Layout
 
@@ -56,10 +55,9 @@ def iterate(
     layout = Layout(x0, batch_dims)
     x = layout.rows(x0).clone()  # the solver's own buffer, updated in place
     progress = Progress(x, limits, floor)
-    active = len(x)
+    active, failed = len(x), 0
     if skip is not None:
-        progress.counters[:, STATUS].masked_fill_(skip, Status.CONVERGED)
-        progress.scalars[:, RESIDUAL].masked_fill_(skip, 0.0)
+        progress.counters[:, STATUS].masked_fill_(skip, Status.CONVERGED + 1)
         progress.out.copy_(x)
         active -= int(skip.sum())
     evaluations, k, compacted = 0, 0, False
@@ -74,7 +72,7 @@ def iterate(
                 evaluate.compact_below = 0.0
             else:
                 evaluate, compacted = smaller, True
-                progress.index = progress.index.index_select(0, keep)
+                progress.narrow(keep)
                 x = x.index_select(0, keep)
                 rows_shape = (len(x),)
                 state = layout.state(x, rows_shape)
@@ -82,23 +80,23 @@ def iterate(
         gx = evaluate(state)
         evaluations += 1
         if step is None:
-            # The layout that g itself returns costs no copy in any later iteration.
-            wanted = Layout(gx, len(rows_shape))
-            if wanted.order != layout.order:
-                x, progress.out = (
-                    wanted.rows(layout.state(t, b)) for t, b in ((x, rows_shape), (progress.out, batch))
-                )
-                layout = wanted
-                state = layout.state(x, rows_shape)
+            if not (layout.plain and gx.is_contiguous()):
+                # The layout that g itself returns costs no copy in any later iteration.
+                wanted = Layout(gx, len(rows_shape))
+                x = wanted.rows(state)
+                progress.out = wanted.rows(layout.state(progress.out, batch))
+                layout, state = wanted, wanted.state(x, rows_shape)
             step = solver.start(backend, progress, progress.out)
         step(x, layout.rows(gx), k)
-        active = progress.active.item()
+        active, failed = progress.tally.tolist()
     record = Record(
-        status=progress.counters[:, STATUS].to(torch.int8).view(batch),
-        iterations=progress.counters[:, ITERATIONS].clone().view(batch),
-        residual_norm=progress.scalars[:, RESIDUAL].clone().view(batch),
-        contraction=solver.contraction(progress).view(batch),
+        progress=progress,
+        batch=batch,
+        rate=solver.contraction,
         evaluations=evaluations,
         path=f"{backend.NAME}, eager, {'compacted' if compacted else 'whole batch'}",
+        failed=failed,
     )
-    return layout.state(progress.out, batch), record
+    out = layout.state(progress.out, batch)
+    del progress.out  # the record outlives the solve; the state belongs to the caller
+    return out, record

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..backends import reference
-from ..backends.progress import Progress
+from ..backends.progress import RING, Progress
 from ._check import check_beta
 
 Step = Callable[[Tensor, Tensor, int], None]
@@ -47,6 +47,18 @@ class Picard:
 
         return step
 
-    def contraction(self, progress: Progress) -> Tensor:
-        """[B]: rate from residual ratios."""
-        return reference.contraction(progress, picard_beta=self.beta)
+    def contraction(self, ring: Tensor, iterations: Tensor) -> Tensor:
+        """[B]: the geometric mean of the last residual ratios, taken back from the damped map to g.
+
+        Args:
+            ring: [B, RING], the last residual norms, iteration k in column (k − 1) mod RING.
+            iterations: [B].
+        """
+        last = iterations.long()
+        span = (last - 1).clamp(min=0, max=RING - 1)
+        rows = torch.arange(len(last), device=last.device)
+        newest = ring[rows, (last - 1) % RING]
+        oldest = ring[rows, (last - 1 - span) % RING]
+        rate = (newest / oldest) ** (1 / span.to(ring.dtype))
+        rate = (1 - (1 - rate) / self.beta).abs()
+        return torch.where(span > 0, rate, torch.nan)

@@ -87,14 +87,14 @@ FPI_HOST_DEVICE void mix(T* x, const T* const* values, const T* const* residuals
 }  // namespace
 
 template <typename T>
-int64_t anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ridge,
+Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ridge,
                       double restart, const Window<T>& window,
                       const Record<accumulate_t<T>>& record, int64_t begin, int64_t end) {
   using Acc = accumulate_t<T>;
   const int m = window.m;
-  int64_t active = 0;
+  Tally tally;
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t sample = record.index[row];
+    const int64_t sample = sample_of(row, record);
     int32_t* counters = record.counters + sample * kCounters;
     if (counters[kStatus] != kActive) {
       continue;
@@ -145,13 +145,15 @@ int64_t anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double 
     const Acc value =
         norm_from(sum<Acc>(gg), n, [&](int64_t i) { return static_cast<Acc>(g_row[i]); });
 
-    const bool grown = residual > static_cast<Acc>(restart) * scalars[kReference];
+    const bool grown =
+        record.k > 1 && residual > static_cast<Acc>(restart) * scalars[kReference];
     const int32_t status = stop(residual, value, sample, record);
     if (status != kActive) {
       freeze_row(x_row, g_row, out + sample * n, status, n);
+      tally.failed += status != kConverged;
       continue;
     }
-    ++active;
+    ++tally.active;
 
     int pairs = grown ? 0 : counters[kWindow];
     pairs = pairs < m ? pairs + 1 : m;
@@ -196,11 +198,11 @@ int64_t anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double 
       mix<true>(x_row, value_of, residual_of, count, gamma, static_cast<Acc>(beta), n);
     }
   }
-  return active;
+  return tally;
 }
 
 #define FPI_INSTANTIATE(T)                                                                    \
-  template int64_t anderson_step(T*, const T*, T*, int64_t, double, double, double,           \
+  template Tally anderson_step(T*, const T*, T*, int64_t, double, double, double,           \
                                  const Window<T>&, const Record<accumulate_t<T>>&, int64_t, \
                                  int64_t);
 FPI_INSTANTIATE(torch::headeronly::Half)

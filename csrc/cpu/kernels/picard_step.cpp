@@ -8,12 +8,12 @@
 namespace fpi::FPI_CPU_NAMESPACE {
 
 template <typename T>
-int64_t picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
+Tally picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
                     const Record<accumulate_t<T>>& record, int64_t begin, int64_t end) {
   using Acc = accumulate_t<T>;
-  int64_t active = 0;
+  Tally tally;
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t sample = record.index[row];
+    const int64_t sample = sample_of(row, record);
     if (record.counters[sample * kCounters + kStatus] != kActive) {
       continue;
     }
@@ -38,16 +38,17 @@ int64_t picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
     const int32_t status = stop(residual, value, sample, record);
     if (status == kActive) {
       damped_row(x_row, g_row, static_cast<Acc>(beta), n);
-      ++active;
+      ++tally.active;
     } else {
       freeze_row(x_row, g_row, out + sample * n, status, n);
+      tally.failed += status != kConverged;
     }
   }
-  return active;
+  return tally;
 }
 
 #define FPI_INSTANTIATE(T)                                                                  \
-  template int64_t picard_step(T*, const T*, T*, int64_t, double, const Record<accumulate_t<T>>&, \
+  template Tally picard_step(T*, const T*, T*, int64_t, double, const Record<accumulate_t<T>>&, \
                                int64_t, int64_t);
 FPI_INSTANTIATE(torch::headeronly::Half)
 FPI_INSTANTIATE(torch::headeronly::BFloat16)

@@ -6,8 +6,8 @@
 #include "../../math/progress.h"
 #include "../capability.h"
 
-// One damped Picard step of rows [begin, end) of x and gx, [R, n]; returns how many stay active.
+// One damped Picard step of rows [begin, end) of x and gx, [R, n]; returns what came of them.
 FPI_CPU_KERNEL(template <typename T>
-               int64_t picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
+               Tally picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
                                    const Record<accumulate_t<T>>& record, int64_t begin,
                                    int64_t end));
