@@ -6,14 +6,13 @@ window is the largest thing a solve allocates. CUDA's caching allocator does thi
 
 from __future__ import annotations
 
-from collections import deque
-
 import torch
 from torch import Tensor
 
 LIMIT = 256 * 2**20  # bytes kept in all; larger tensors are allocated anew each time
 
-_kept: deque[Tensor] = deque()  # oldest first; its methods are atomic
+# By shape and dtype, least recently used kind first; list.pop and append are atomic.
+_kept: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
 
 
 class Scratch:
@@ -26,24 +25,20 @@ class Scratch:
         """A tensor with undefined values: a kept one of just this kind, or a new one."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
-        found = None
-        for t in tuple(_kept):
-            if t.shape == shape and t.dtype == dtype:
-                try:
-                    _kept.remove(t)
-                except ValueError:  # another thread took it
-                    continue
-                found = t
-                break
-        if found is None:
-            found = torch.empty(shape, dtype=dtype)
-        self._mine.append(found)
-        return found
+        try:
+            t = _kept[shape, dtype].pop()
+        except (KeyError, IndexError):
+            t = torch.empty(shape, dtype=dtype)
+        self._mine.append(t)
+        return t
 
     def __del__(self) -> None:
-        _kept.extend(t for t in self._mine if t.nbytes <= LIMIT)
-        while sum(t.nbytes for t in tuple(_kept)) > LIMIT:
-            _kept.popleft()
+        for t in self._mine:
+            kind = (tuple(t.shape), t.dtype)
+            _kept[kind] = [*_kept.pop(kind, []), t]  # now the most recently used
+        total = sum(t.nbytes for kind in list(_kept.values()) for t in kind)
+        while total > LIMIT and _kept:
+            total -= sum(t.nbytes for t in _kept.pop(next(iter(_kept)), []))
 
 
 def release() -> None:
