@@ -25,7 +25,7 @@ from torch.autograd import Function
 from . import backends
 from .backends.progress import Limits, accumulate_dtype
 from .modules import Binding, bindable
-from .operators import partial_bound, transforming
+from .operators import legacy_batched, over_legacy_batch, partial_bound, transforming
 from .solution import (
     MASKED,
     FixedPointError,
@@ -214,8 +214,27 @@ class _PerSample:
             except TypeError:  # g takes no weak reference: look each time
                 pass
 
-    def learn(self, part: Tensor, whole: Tensor) -> bool:
+    def learn(self, part: Callable[[], Tensor], whole: Tensor) -> bool:
         """Compare g on the compacted rows with those rows of g on the whole batch."""
+        try:
+            self.known = self._agree(part(), whole)
+        except Exception:  # noqa: BLE001 - whatever g raises, it can't take fewer rows
+            self.known = False
+        with contextlib.suppress(TypeError):
+            _PER_SAMPLE.setdefault(self._g, {})[self._key] = self.known
+        if not self.known:
+            warnings.warn(
+                "fpi_cuda: g does not treat the samples of a batch independently (batch norm, "
+                "attention across it, or a captured tensor with the batch dimension?): finished "
+                "samples are frozen but stay in the batch given to g. Pass captured tensors as "
+                "inputs, or per_sample=False to say so and silence this.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return self.known
+
+    @staticmethod
+    def _agree(part: Tensor, whole: Tensor) -> bool:
         eps = torch.finfo(part.dtype).eps
         # A library GEMM's or convolution's rows differ in the last bits with the batch's size.
         slack = (16 if eps > 1e-5 else 256) * eps
@@ -223,18 +242,7 @@ class _PerSample:
         scale = torch.maximum(torch.linalg.vector_norm(whole, dim=1), part.new_tensor(1e-300))
         worst = torch.linalg.vector_norm(part - whole, dim=1) / scale
         # Rows that hold NaN or Inf say nothing.
-        self.known = not bool((worst > slack * math.sqrt(1 + part.shape[1] ** 0.5)).any())
-        with contextlib.suppress(TypeError):
-            _PER_SAMPLE.setdefault(self._g, {})[self._key] = self.known
-        if not self.known:
-            warnings.warn(
-                "fpi_cuda: g mixes the samples of a batch (batch norm, attention across it?): "
-                "finished samples are frozen but stay in the batch given to g. Pass "
-                "per_sample=False to say so and silence this.",
-                UserWarning,
-                stacklevel=2,
-            )
-        return self.known
+        return not bool((worst > slack).any())
 
 
 class _Forward:
@@ -264,11 +272,6 @@ class _Forward:
         with torch.set_grad_enabled(self.problem.grad_enabled), self.problem.autocast():
             gx = self.g(x, *self.inputs)
         gx = check_output(gx, x)
-        if torch._C._functorch.is_functorch_wrapped_tensor(gx):
-            raise RuntimeError(
-                "fixed_point: g must take every tensor that torch.func transforms as an argument "
-                "(it captures one); pass it in `inputs` (per sample) or `params` (shared)"
-            )
         if version is not None and x._version != version:
             raise RuntimeError(
                 "fixed_point: g must not change its argument x in place; write x * 2, not x.mul_(2)"
@@ -284,7 +287,7 @@ class _Forward:
         part.first = False
         if self.per_sample.known is None:
             whole = self(x).index_select(0, positions)
-            if not self.per_sample.learn(part(x.index_select(0, positions)), whole):
+            if not self.per_sample.learn(lambda: part(x.index_select(0, positions)), whole):
                 return None
         return part
 
@@ -320,13 +323,17 @@ class _Adjoint:
         def rows(t: Tensor) -> Tensor:
             return t.detach().index_select(0, positions)
 
-        inputs = [rows(t) for t in self.inputs]
-        part = _Adjoint(self.problem, self.g, rows(self.x), rows(self.v), inputs, self.per_sample)
+        def smaller() -> _Adjoint:
+            inputs = [rows(t) for t in self.inputs]
+            return _Adjoint(
+                self.problem, self.g, rows(self.x), rows(self.v), inputs, self.per_sample
+            )
+
         if self.per_sample.known is None and not self.per_sample.learn(
-            part.y.detach(), rows(self.y)
+            lambda: smaller().y.detach(), rows(self.y)
         ):
             return None
-        return part
+        return smaller()
 
 
 def check_output(gx: Any, x: Tensor) -> Tensor:
@@ -534,6 +541,8 @@ class FixedPoint(Function):
         out: list[Tensor | None] = [None] * len(tensors)
         if v is None:
             return (None, None, None, *out)
+        if legacy_batched(v):  # autograd.grad(is_grads_batched=True)
+            return over_legacy_batch(lambda v: FixedPoint.backward(ctx, v, None), v)
         need = [i for i in range(len(tensors)) if ctx.needs_input_grad[3 + i]]
         higher = torch.is_grad_enabled() or transforming()
         if ctx.captures and higher:

@@ -71,6 +71,23 @@ def fixed_point(
             to do.
         FixedPointError: `on_failure="raise"` and a sample did not converge.
     """
+    if torch.compiler.is_compiling():
+        # A loop whose length depends on the data: one graph break, and the solve runs as it is.
+        from ._uncompiled import fixed_point as uncompiled
+
+        return uncompiled(  # type: ignore[no-any-return]
+            g,
+            x0,
+            *inputs,
+            params=params,
+            solver=solver,
+            adjoint=adjoint,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            backend=backend,
+            on_failure=on_failure,
+            per_sample=per_sample,
+        )
     check_options(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample)
     packed, pack, unpack = _state(x0)
     b = packed.shape[0]
@@ -98,6 +115,11 @@ def fixed_point(
         device_type=device_type,
     )
     tensors = (*inputs, *params, *own)
+    if transforming() and _captures_transformed(step, packed, tensors):
+        raise RuntimeError(
+            "fixed_point: g must take every tensor that torch.func transforms as an argument (it "
+            "captures one); pass it in `inputs` (per sample) or `params` (shared)"
+        )
     x, keep = FixedPoint.apply(problem, packed, None, *tensors)  # type: ignore[no-untyped-call]
     if problem.captured:
         x = _attach_captured(problem, x.detach(), keep, packed, tensors)
@@ -224,6 +246,20 @@ def _check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], b: int) 
                 f"fixed_point: inputs[{i}] must have the batch size {b} as first dimension (got "
                 f"shape {tuple(t.shape)}); a tensor that the batch shares goes into params=(...)"
             )
+
+
+def _captures_transformed(step: UserStep, x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether g's value depends on a tensor that a torch.func transform tracks and g captured."""
+    plain = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (x, *tensors)]
+    try:
+        y = step(*plain)
+    except Exception:  # noqa: BLE001 - zeros may be outside g's domain; the solve will tell
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(y):
+        if torch._C._functorch.is_batchedtensor(y) or y.requires_grad:
+            return True
+        y = torch._C._functorch.get_unwrapped(y)
+    return False
 
 
 def _attach_captured(

@@ -121,6 +121,32 @@ def transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def legacy_batched(v: Any) -> bool:
+    """Whether v is batched by autograd.grad(is_grads_batched=True), which is no transform."""
+    return isinstance(v, Tensor) and torch._C._functorch.is_legacy_batchedtensor(v)
+
+
+def over_legacy_batch(backward: Callable[..., tuple[Any, ...]], *v: Tensor) -> tuple[Any, ...]:
+    """Run a backward under torch.func.vmap, which has batching rules for everything in it."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    whole = [torch._remove_batch_dim(t, level, 0, 0) if legacy_batched(t) else t for t in v]
+    dims = tuple(0 if legacy_batched(t) else None for t in v)
+    found: list[int] = []
+
+    def one(*v: Tensor) -> tuple[Tensor, ...]:
+        grads = backward(*v)
+        found[:] = [i for i, g in enumerate(grads) if g is not None]
+        found.append(len(grads))
+        return tuple(grads[i] for i in found[:-1])
+
+    mapped = torch.func.vmap(one, in_dims=dims)(*whole)
+    out: list[Any] = [None] * found[-1]
+    for i, g in zip(found, mapped, strict=False):
+        out[i] = torch._add_batch_dim(g, 0, level)
+    return tuple(out)
+
+
 class _Tape:
     """The independent graph of one P: its leaves, and r's value on them or what r gave rise to."""
 
@@ -170,6 +196,8 @@ class _Partial(Function):
 
     @staticmethod
     def backward(ctx: Any, *delta: Tensor) -> tuple[Any, ...]:
+        if any(legacy_batched(d) for d in delta):
+            return over_legacy_batch(lambda *d: _Partial.backward(ctx, *d), *delta)
         s, r, which, tape = ctx.saved_tensors, ctx.r, ctx.which, ctx.tape
         n = len(delta)
         need = [i for i in range(len(s)) if ctx.needs_input_grad[3 + i]]

@@ -2,6 +2,10 @@
 // for float64.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <cstdint>
+
 namespace fpi {
 
 template <typename T>
@@ -17,5 +21,20 @@ struct Accumulate<double> {
 
 template <typename T>
 using accumulate_t = typename Accumulate<T>::type;
+
+// Significand bits of a state type, the hidden one included; its unit roundoff is 2^-bits.
+template <typename T>
+constexpr int kSignificandBits = 11;  // float16
+template <>
+inline constexpr int kSignificandBits<torch::headeronly::BFloat16> = 8;
+template <>
+inline constexpr int kSignificandBits<float> = 24;
+template <>
+inline constexpr int kSignificandBits<double> = 53;
+
+template <typename T>
+constexpr accumulate_t<T> unit_roundoff() {
+  return accumulate_t<T>(1) / (int64_t{1} << kSignificandBits<T>);
+}
 
 }  // namespace fpi

@@ -6,46 +6,45 @@
 
 namespace fpi {
 
-// Solves (K + ridge tr(K) I) gamma = b by Cholesky, in place: a holds K on entry and is overwritten,
-// b becomes gamma. a is row-major with row stride `stride`; only its lower triangle is read.
-// Returns whether the matrix was numerically positive definite and gamma is finite.
+// Solves (K + ridge tr(K) I) gamma = b in place, by Cholesky without square roots (L D Lᵀ): a holds K
+// on entry and is overwritten, b becomes gamma. a is row-major with n columns; only its lower
+// triangle is read. Returns whether the matrix was numerically positive definite, its trace above
+// `noise`, and gamma finite.
 template <typename Acc>
-FPI_HOST_DEVICE bool ridge_solve(int n, int stride, Acc* a, Acc* b, Acc ridge) {
+FPI_HOST_DEVICE bool ridge_solve(int n, Acc* a, Acc* b, Acc ridge, Acc noise) {
   Acc trace = 0;
   for (int i = 0; i < n; ++i) {
-    trace += a[i * stride + i];
+    trace += a[i * n + i];
+  }
+  if (!(trace > noise)) {
+    return false;
   }
   const Acc shift = ridge * trace;
   for (int i = 0; i < n; ++i) {
-    // L_ij = (K_ij − Σ_{l<j} L_il L_jl) / L_jj; the diagonal stores 1 / L_ii.
+    // a_ij ← L_ij D_j, then with L_ij = a_ij / D_j:  D_i = K_ii + shift − Σ L_ij² D_j,
+    // y_i = b_i − Σ L_ij y_j. The diagonal keeps 1 / D_i.
+    Acc pivot = a[i * n + i] + shift;
     for (int j = 0; j < i; ++j) {
-      Acc sum = a[i * stride + j];
+      Acc scaled = a[i * n + j];
       for (int l = 0; l < j; ++l) {
-        sum -= a[i * stride + l] * a[j * stride + l];
+        scaled -= a[i * n + l] * a[j * n + l] * a[l * n + l];
       }
-      a[i * stride + j] = sum * a[j * stride + j];
-    }
-    Acc pivot = a[i * stride + i] + shift;
-    for (int l = 0; l < i; ++l) {
-      pivot -= a[i * stride + l] * a[i * stride + l];
+      a[i * n + j] = scaled;
+      pivot -= scaled * scaled * a[j * n + j];
+      b[i] -= scaled * a[j * n + j] * b[j];
     }
     if (!(pivot > Acc(0)) || !is_finite(pivot)) {
       return false;
     }
-    a[i * stride + i] = Acc(1) / square_root(pivot);
-  }
-  for (int i = 0; i < n; ++i) {  // L y = b
-    for (int l = 0; l < i; ++l) {
-      b[i] -= a[i * stride + l] * b[l];
-    }
-    b[i] *= a[i * stride + i];
+    a[i * n + i] = Acc(1) / pivot;
   }
   bool finite = true;
-  for (int i = n - 1; i >= 0; --i) {  // Lᵀ gamma = y
-    for (int l = i + 1; l < n; ++l) {
-      b[i] -= a[l * stride + i] * b[l];
+  for (int i = n - 1; i >= 0; --i) {  // gamma_i = y_i / D_i − Σ_{j>i} L_ji gamma_j
+    Acc total = b[i];
+    for (int j = i + 1; j < n; ++j) {
+      total -= a[j * n + i] * b[j];
     }
-    b[i] *= a[i * stride + i];
+    b[i] = total * a[i * n + i];
     finite = finite && is_finite(b[i]);
   }
   return finite;

@@ -31,6 +31,8 @@ constexpr double kGrowth = 1e4;         // DIVERGED: this many times the referen
 constexpr int32_t kGrowthIterations = 5;  // which is this old
 constexpr double kFall = 0.9;           // a residual this much below the reference is progress
 
+constexpr int kNoise = 2;  // Anderson needs residual differences above this many roundings of g(x)
+
 template <typename Acc>
 struct Limits {
   Acc rtol, offset, rounding;

@@ -18,6 +18,7 @@ RING = 5  # residuals (Picard) or secant ratios (Anderson) behind the contractio
 
 # DIVERGED: the residual is GROWTH times the reference, which is at least GROWTH_ITERATIONS old.
 GROWTH, GROWTH_ITERATIONS = 1e4, 5
+NOISE = 2  # Anderson needs residual differences above this many roundings of g(x)
 FALL = 0.9  # a residual this much below the reference counts as progress
 
 

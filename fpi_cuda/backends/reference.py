@@ -17,6 +17,7 @@ from .progress import (
     GROWTH_ITERATIONS,
     HEAD,
     ITERATIONS,
+    NOISE,
     REFERENCE,
     REFERENCE_ITERATION,
     RESIDUAL,
@@ -122,7 +123,8 @@ def anderson_step(
         system = system + torch.diag_embed(torch.where(valid, ridge * trace[:, None], 1.0))
         factor, info = torch.linalg.cholesky_ex(system)
         gamma = torch.cholesky_solve(d @ rw[:, 0, :, None], factor)  # [n, m-1, 1]
-        bad = (info != 0) | ~gamma.isfinite().all(1).squeeze(1)
+        noise = NOISE * torch.finfo(x.dtype).eps / 2 * value[rows]
+        bad = (info != 0) | ((window > 1) & (trace <= noise**2)) | ~gamma.isfinite().all(1).squeeze(1)
         gamma = gamma.where(~bad[:, None, None], 0)
         mixed = ga[rows] - (gamma * dg).sum(1) - (1 - beta) * (r[rows] - (gamma * d).sum(1))
         moved[rows] = mixed.to(x.dtype)

@@ -18,8 +18,10 @@ _kept: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
 class Scratch:
     """Uninitialised tensors that return to the pool with this object."""
 
+    _mine: list[Tensor] | tuple[()] = ()
+
     def __init__(self) -> None:
-        self._mine: list[Tensor] = []
+        self._mine = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with undefined values: a kept one of just this kind, or a new one."""
@@ -28,7 +30,8 @@ class Scratch:
         try:
             t = _kept[shape, dtype].pop()
         except (KeyError, IndexError):
-            t = torch.empty(shape, dtype=dtype)
+            with torch.inference_mode(False):  # the pool serves later solves of any mode
+                t = torch.empty(shape, dtype=dtype)
         self._mine.append(t)
         return t
 

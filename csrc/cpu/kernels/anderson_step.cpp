@@ -15,7 +15,10 @@ template <int C, typename T>
 FPI_HOST_DEVICE void dots(const T* newest, const T* previous, const T* const* residuals, int64_t n,
                           accumulate_t<T>* gram_row, accumulate_t<T>* rhs) {
   using Acc = accumulate_t<T>;
-  Vector<Acc> gram[C] = {}, right[C] = {};
+  Vector<Acc> gram[C], right[C];
+  for (int j = 0; j < C; ++j) {
+    gram[j] = right[j] = Vector<Acc>{};
+  }
   for_vectors<T>(n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
     const Vector<Acc> r = load(newest + i);
     const Vector<Acc> d_new = r - load(previous + i);
@@ -178,7 +181,6 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
         gram[head * m + slot_of[j]] = gram_row[j];
         gram[slot_of[j] * m + head] = gram_row[j];
       }
-      // Oldest first would pivot on the largest; newest first keeps what the ridge costs least.
       for (int i = 0; i < count; ++i) {
         for (int j = 0; j <= i; ++j) {
           system[i * count + j] = gram[slot_of[i] * m + slot_of[j]];
@@ -187,7 +189,9 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
     }
     counters[kHead] = head;
     counters[kWindow] = pairs;
-    if (count > 0 && !ridge_solve(count, count, system, gamma, static_cast<Acc>(ridge))) {
+    // Differences of residuals at the rounding level of g(x) say nothing of g.
+    const Acc noise = kNoise * unit_roundoff<T>() * value;
+    if (count > 0 && !ridge_solve(count, system, gamma, static_cast<Acc>(ridge), noise * noise)) {
       counters[kWindow] = 1;  // a Picard step, and the window starts anew from this iterate
       damped_row(x_row, g_row, static_cast<Acc>(beta), n);
     } else if (count == 0) {

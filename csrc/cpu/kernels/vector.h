@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../../math/accumulate.h"
 #include "../../math/progress.h"
@@ -69,15 +70,20 @@ FPI_HOST_DEVICE void store_tail(T* p, Vector<Acc> v, int64_t count) {
   }
 }
 
-// Lanes in a tree of fixed shape.
-template <typename Acc>
+// Lanes in a tree of fixed shape: the upper half onto the lower, until one is left.
+template <typename Acc, int kHalf = kLanes<Acc> / 2>
 FPI_HOST_DEVICE Acc sum(Vector<Acc> v) {
-  for (int half = kLanes<Acc> / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) {
-      v[l] += v[l + half];
+  if constexpr (kHalf == 0) {
+    return v[0];
+  } else {
+    typedef std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t> Lane;
+    typedef Lane Lanes __attribute__((vector_size(kVectorBytes)));
+    Lanes upper = {};
+    for (int l = 0; l < kLanes<Acc>; ++l) {
+      upper[l] = (l + kHalf) % kLanes<Acc>;
     }
+    return sum<Acc, kHalf / 2>(v + __builtin_shuffle(v, upper));
   }
-  return v[0];
 }
 
 // Runs body(i, load, store) over [0, n) a vector at a time, the last one partial.

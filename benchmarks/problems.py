@@ -1,0 +1,107 @@
+"""The problems: x ← tanh(s (x Wᵀ) + u), easy and hard, and what counts as solved.
+
+`g` is an opaque function to every method: nobody knows that it is dense. u = z Uᵀ + b does not
+depend on x and is hoisted out of the loop for all of them, as a per-sample input; so is s.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+SIZES = ((256, 128), (1024, 256), (64, 1024), (4096, 64))
+KINDS = ("easy", "hard")
+INSTANCES = 3  # inputs of one problem that the timed calls rotate over
+
+
+def g(x: Tensor, u: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+    return torch.tanh(s * (x @ weight.T) + u)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a sample has converged: ‖g(x) − x‖₂ ≤ atol·√N + rtol·‖g(x)‖₂; the adjoint without atol."""
+
+    rtol: float = 1e-4
+    atol: float = 1e-6
+    adjoint_rtol: float = 1e-4
+    max_iterations: int = 200
+
+
+@dataclass(frozen=True)
+class Instance:
+    x0: Tensor  # [B, N], zero
+    u: Tensor  # [B, N]
+    s: Tensor  # [B, 1]
+    weight: Tensor  # [N, N], W
+    loss: Tensor  # [B, N]: the loss is Σ loss·x̂
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.x0, self.u, self.s, self.weight
+
+    def to(self, *args: torch.device | torch.dtype | str) -> Instance:
+        names = ("x0", "u", "s", "weight", "loss")
+        return replace(self, **{name: getattr(self, name).to(*args) for name in names})
+
+
+@dataclass(frozen=True)
+class Problem:
+    kind: str
+    batch: int
+    size: int
+    instances: tuple[Instance, ...]
+    rule: Rule = Rule()
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.batch}x{self.size}"
+
+
+def make(
+    kind: str, batch: int, size: int, device: str = "cpu", instances: int = INSTANCES
+) -> Problem:
+    """A problem whose instances share W and differ in u, in the order of s and in the loss.
+
+    easy: W Gaussian with ‖W‖₂ = 0.9 (spectral radius about 0.45), s = 1, u of unit scale. All
+        samples take 9-12 iterations.
+    hard: W symmetric Gaussian with ‖W‖₂ = 0.99, u small, s log-spaced from 0.1 to 0.99 over the
+        batch and shuffled. A few samples take 80-200 iterations, the mean is 13-18.
+    """
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    weight, into = normal(size, size), normal(size, size) / math.sqrt(size)
+    if kind == "easy":
+        norm, scale = 0.9, 1.0
+    elif kind == "hard":
+        weight, norm, scale = (weight + weight.T) / 2, 0.99, 0.05
+    else:
+        raise ValueError(f"make: kind must be one of {KINDS} (got {kind!r})")
+    weight *= norm / torch.linalg.matrix_norm(weight.double(), 2).float()
+    bias = normal(size)
+    made = []
+    for _ in range(instances):
+        z = normal(batch, size)
+        s = torch.ones(batch)
+        if kind == "hard":
+            spread = torch.logspace(-1, math.log10(0.99), batch)
+            s = spread[torch.randperm(batch, generator=random)]
+        u = scale * (z @ into.T + bias)
+        instance = Instance(torch.zeros_like(u), u, s[:, None], weight, normal(batch, size))
+        made.append(instance.to(device))
+    return Problem(kind, batch, size, tuple(made))
+
+
+def check_spread(problem: Problem, longest: int, mean: float) -> None:
+    """A hard problem must be one where finished samples matter, in plain Picard iterations."""
+    if problem.kind == "hard" and longest < 4 * mean:
+        raise RuntimeError(
+            f"{problem.name}: the slowest sample must take at least 4 times the mean "
+            f"(got {longest} and {mean:.1f}): this problem does not exercise finished samples"
+        )

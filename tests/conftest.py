@@ -1,0 +1,91 @@
+"""Fixtures: backend, solver and dtype, seeds, and memory that holds NaN until it is written."""
+
+import os
+import sys
+
+import hypothesis
+import pytest
+import torch
+from helpers import DTYPES, SOLVERS
+
+from fpi_cuda import backends
+from fpi_cuda.backends import scratch
+
+# "soak" is what `make soak` asks for. No database and no random seed: a run is repeatable.
+hypothesis.settings.register_profile(
+    "default", max_examples=15, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("soak", max_examples=500, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-backend",
+        action="append",
+        default=[],
+        metavar="NAME[:DEVICE]",
+        help="fail, instead of skipping its tests, where this build lacks the backend",
+    )
+
+
+def pytest_configure(config):
+    for wanted in config.getoption("--require-backend"):
+        name, _, device = wanted.partition(":")
+        devices = backends.available().get(name, ())
+        if not devices or (device and device not in devices and "any" not in devices):
+            raise pytest.UsageError(
+                f"--require-backend {wanted}: this build has {backends.available()}"
+            )
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request):
+    if "cpu" not in backends.available().get(request.param, ()) and request.param != "reference":
+        pytest.skip(f"this build has no {request.param} kernels for the CPU")
+    return request.param
+
+
+@pytest.fixture(params=list(SOLVERS))
+def solver(request):
+    return SOLVERS[request.param]
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def _poison(t):
+    if t.is_floating_point():
+        t.fill_(float("nan"))
+    elif t.dtype != torch.bool:
+        t.fill_(torch.iinfo(t.dtype).max)
+    return t
+
+
+def _poisoned(function):
+    def empty(*args, **kwargs):
+        t = function(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return _poison(t) if caller.startswith("fpi_cuda") else t
+
+    return empty
+
+
+@pytest.fixture(autouse=True)
+def poison(request, monkeypatch):
+    """Uninitialised memory that the library takes holds NaN, so that reading it shows."""
+    if request.node.get_closest_marker("no_poison"):
+        return
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+    taken = scratch.Scratch.empty
+    monkeypatch.setattr(scratch.Scratch, "empty", lambda *a: _poison(taken(*a)))

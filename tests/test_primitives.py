@@ -1,0 +1,288 @@
+"""Every step operator of every backend against the float64 reference, memory poisoned first."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from fpi_cuda.backends import native, reference
+from fpi_cuda.backends.progress import (
+    ACTIVE,
+    ITERATIONS,
+    REFERENCE,
+    RESIDUAL,
+    RING_START,
+    STATUS,
+    WINDOW,
+    Limits,
+    Progress,
+    accumulate_dtype,
+)
+from fpi_cuda.backends.scratch import Scratch
+from fpi_cuda.solution import Status
+
+# Rows around a vector's and a grain's width; 1, primes, one more than a power of two.
+SHAPES = [(1, 1), (3, 1), (2, 7), (5, 8), (4, 15), (3, 17), (2, 33), (7, 64), (3, 1025), (67, 129)]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# Rounding of the stored result, times a little for the sums behind it.
+TOLERANCE = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-4,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+FOREVER = Limits(rtol=0.0, offset=0.0, rounding=0.0, patience=10**6, max_iterations=10**6)
+
+
+# The reference in other dtypes is the oracle's own code: one shape shows its casts.
+CASES = [*((native, shape) for shape in SHAPES), (reference, (3, 17))]
+
+
+def case_id(value: object) -> str:
+    return getattr(value, "NAME", None) or str(value)
+
+
+def oracle_of(p: Progress) -> Progress:
+    """A float64 copy of the record: the oracle starts each step where the kernel did."""
+    q = Progress(torch.empty(p.out.shape, dtype=torch.float64), p.limits)
+    q.counters, q.scalars = p.counters.clone(), p.scalars.double().clone()
+    q.floor = None if p.floor is None else p.floor.double()
+    q.index = None if p.index is None else p.index.clone()
+    q.out, q.tally = p.out.double().clone(), p.tally.clone()
+    return q
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
+    tolerance = TOLERANCE[dtype] * scale
+    torch.testing.assert_close(
+        a.double(), b.double(), rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+
+
+def same_record(p: Progress, q: Progress, dtype: torch.dtype) -> None:
+    assert torch.equal(p.counters, q.counters)
+    assert torch.equal(p.tally, q.tally)
+    acc = accumulate_dtype(dtype)
+    close(p.scalars[:, RESIDUAL], q.scalars[:, RESIDUAL], acc)
+    close(p.scalars[:, REFERENCE], q.scalars[:, REFERENCE], acc)
+    close(p.scalars[:, RING_START:], q.scalars[:, RING_START:], acc, 10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 4), (3, 0)], ids=str)
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_damped_update_matches_the_formula(shape, dtype, beta):
+    x, gx = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    expected = x.double() + beta * (gx.double() - x.double())
+    native.damped_update(x, gx, beta)
+    close(x, expected, dtype)
+    if beta == 1.0:
+        assert torch.equal(x, gx)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "shape"), CASES, ids=case_id)
+@pytest.mark.parametrize("beta", [1.0, 0.6])
+def test_picard_step_matches_the_oracle(backend, shape, dtype, beta):
+    torch.manual_seed(0)
+    b, n = shape
+    p = Progress(torch.empty(b, n, dtype=dtype), FOREVER)
+    p.out.fill_(math.nan)
+    x = torch.randn(b, n).to(dtype)
+    for k in range(1, 8):
+        gx = (torch.randn(b, n) / k).to(dtype)
+        q, y = oracle_of(p), x.double().clone()
+        backend.picard_step(p, x, gx, k, beta)
+        reference.picard_step(q, y, gx.double(), k, beta)
+        close(x, y, dtype)
+        same_record(p, q, dtype)
+    assert p.out.isnan().all(), "no sample finished, so nothing may be written to out"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "shape"), CASES, ids=case_id)
+@pytest.mark.parametrize("history", [2, 5, 6, 11])
+@pytest.mark.parametrize("beta", [1.0, 0.6])
+def test_anderson_step_matches_the_oracle(backend, shape, dtype, history, beta):
+    torch.manual_seed(0)
+    b, n = shape
+    p = Progress(torch.empty(b, n, dtype=dtype), FOREVER)
+    p.out.fill_(math.nan)
+    values, residuals = (poisoned(b, history, n, dtype=dtype) for _ in range(2))
+    gram = poisoned(b, history, history, dtype=p.dtype)
+    x = torch.randn(b, n).to(dtype)
+    ridge = 0.05  # well posed also where N < m, so that rounding is all that may differ
+    for k in range(1, 2 * history + 3):
+        gx = torch.randn(b, n).to(dtype)
+        q, y, gamma = oracle_of(p), x.double().clone(), gram.double().clone()
+        oracle_values, oracle_residuals = (t.double().clone() for t in (values, residuals))
+        backend.anderson_step(p, x, gx, k, beta, ridge, 1e9, values, residuals, gram)
+        reference.anderson_step(
+            q, y, gx.double(), k, beta, ridge, 1e9, oracle_values, oracle_residuals, gamma
+        )
+        close(x, y, dtype, 30)
+        same_record(p, q, dtype)
+        close(values, oracle_values, dtype)
+        close(residuals, oracle_residuals, dtype)
+    assert int(p.counters[:, WINDOW].min()) == history
+
+
+@pytest.mark.parametrize("backend", [native, reference], ids=lambda b: b.NAME)
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_finish_freeze_and_follow_their_index(backend, solver, dtype):
+    """Row r holds sample index[r]; a finished row stays to the bit, whatever gx brings later."""
+    torch.manual_seed(1)
+    b, n = 6, 19
+    limits = Limits(rtol=1e-2, offset=0.0, rounding=0.0, patience=10**6, max_iterations=3)
+    p = Progress(torch.empty(b, n, dtype=dtype), limits)
+    p.out.fill_(math.nan)
+    p.narrow(torch.tensor([4, 1, 5]))
+    x = torch.randn(3, n).to(dtype)
+    if solver == "anderson":
+        window = [poisoned(b, 3, n, dtype=dtype) for _ in range(2)]
+        window.append(poisoned(b, 3, 3, dtype=p.dtype))
+
+        def step(gx: torch.Tensor, k: int) -> None:
+            backend.anderson_step(p, x, gx, k, 1.0, 1e-3, 1e9, *window)
+    else:
+
+        def step(gx: torch.Tensor, k: int) -> None:
+            backend.picard_step(p, x, gx, k, 1.0)
+
+    first = x.clone()
+    gx = torch.randn(3, n).to(dtype)
+    gx[0] = x[0]  # converged at once
+    gx[2, 3] = math.inf  # not finite
+    step(gx, 1)
+    status = p.counters[:, STATUS]
+    assert status.tolist() == [0, 0, 0, 0, 1 + Status.CONVERGED, 1 + Status.NONFINITE]
+    assert p.tally.tolist() == [1, 1]
+    assert torch.equal(p.out[4], gx[0])
+    assert torch.equal(p.out[5], first[2]), "the last finite iterate is returned"
+    frozen = x[[0, 2]].clone()
+    for k in (2, 3):
+        gx = torch.randn(3, n).to(dtype)
+        step(gx, k)
+        assert torch.equal(x[[0, 2]], frozen)
+    assert p.counters[1, STATUS] == 1 + Status.MAX_ITERATIONS
+    assert torch.equal(p.out[1], gx[1])
+    assert p.tally.tolist() == [0, 2]
+    assert p.counters[:, ITERATIONS].tolist() == [0, 3, 0, 0, 1, 1]
+    assert p.out[[0, 2, 3]].isnan().all(), "samples without a row are left alone"
+
+
+@pytest.mark.parametrize("backend", [native, reference], ids=lambda b: b.NAME)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("exponent", [-36, -20, 18, 37])
+def test_norms_neither_underflow_nor_overflow(backend, dtype, exponent):
+    scale = 10.0**exponent
+    x = torch.zeros(1, 3, dtype=dtype)
+    gx = scale * torch.tensor([[3.0, 0.0, 4.0]], dtype=dtype)
+    p = Progress(x, FOREVER)
+    backend.picard_step(p, x, gx, 1, 1.0)
+    assert p.counters[0, STATUS] == ACTIVE
+    assert float(p.scalars[0, RESIDUAL]) == pytest.approx(5 * scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", [native, reference], ids=lambda b: b.NAME)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_singular_window_takes_a_picard_step_alone(backend, dtype):
+    """Without ridge, repeated residuals make the Gram matrix singular: that sample restarts."""
+    torch.manual_seed(2)
+    n, m = 9, 4
+    x = torch.zeros(2, n, dtype=dtype)
+    p = Progress(x, FOREVER)
+    window = [poisoned(2, m, n, dtype=dtype) for _ in range(2)]
+    gram = poisoned(2, m, m, dtype=p.dtype)
+    r = torch.randn(n, dtype=dtype)
+    for k in range(1, 4):
+        gx = x + torch.stack([r, torch.randn(n, dtype=dtype)])
+        backend.anderson_step(p, x, gx, k, 1.0, 0.0, 1e9, *window, gram)
+        assert torch.equal(x[0], gx[0]), "the singular sample took g(x)"
+    assert p.counters[:, WINDOW].tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("backend", [native, reference], ids=lambda b: b.NAME)
+def test_a_grown_residual_restarts_its_window_alone(backend):
+    torch.manual_seed(3)
+    n, m = 12, 4
+    x = torch.zeros(2, n, dtype=torch.float64)
+    p = Progress(x, FOREVER)
+    window = [poisoned(2, m, n, dtype=torch.float64) for _ in range(2)]
+    gram = poisoned(2, m, m, dtype=torch.float64)
+    for k in range(1, 5):
+        step = torch.randn(2, n, dtype=torch.float64)
+        if k == 4:
+            step[1] *= 100
+        gx = x + step
+        backend.anderson_step(p, x, gx, k, 1.0, 1e-12, 10.0, *window, gram)
+    assert p.counters[:, WINDOW].tolist() == [4, 1]
+    assert torch.equal(x[1], gx[1])
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_matches_the_oracle(capability):
+    """The kernels are compiled once an instruction set; each that this machine has is run."""
+    import os
+    import subprocess
+    import sys
+
+    import fpi_cuda
+
+    if capability not in fpi_cuda.build_info()["cpu_capabilities_available"]:
+        pytest.skip(f"this machine has no {capability}")
+    if capability == fpi_cuda.build_info()["cpu_capability"]:
+        pytest.skip("runs in this process already")
+    tests = f"{__file__}::test_anderson_step_matches_the_oracle"
+
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", "native and float32"],
+        env={**os.environ, "FPI_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_operators_refuse_to_be_differentiated():
+    x, gx = torch.zeros(2, 3), torch.zeros(2, 3, requires_grad=True)
+    p = Progress(x, FOREVER)
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        native.picard_step(p, x, gx, 1, 1.0)
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        torch.func.jvp(lambda g: native.damped_update(x, g, 1.0), (gx.detach(),), (x,))
+
+
+def test_operators_say_what_a_tensor_must_be():
+    x = torch.zeros(2, 3)
+    p = Progress(x, FOREVER)
+    with pytest.raises(RuntimeError, match=r"gx must have shape \[2, 3\] \(got \[2, 4\]\)"):
+        native.picard_step(p, x, torch.zeros(2, 4), 1, 1.0)
+    with pytest.raises(RuntimeError, match="gx must have the dtype of x"):
+        native.picard_step(p, x, x.double(), 1, 1.0)
+    with pytest.raises(RuntimeError, match="index must be given"):
+        native.picard_step(p, x[:1].clone(), x[:1].clone(), 1, 1.0)
+    big = native.MAX_HISTORY + 1
+    with pytest.raises(RuntimeError, match=f"history must be 1 to 64 .got {big}"):
+        native.anderson_step(
+            p, x, x, 1, 1.0, 0.0, 2.0, *(torch.zeros(2, big, 3),) * 2, torch.zeros(2, big, big)
+        )
+
+
+def test_scratch_memory_is_lent_to_one_solve_at_a_time():
+    one, two = Scratch(), Scratch()
+    shape, cpu = (3, 5), torch.device("cpu")
+    a, b = one.empty(shape, torch.float32, cpu), two.empty(shape, torch.float32, cpu)
+    assert a.data_ptr() != b.data_ptr()
+    kept = a.data_ptr()
+    del one, a
+    c = Scratch()
+    assert c.empty(shape, torch.float32, cpu).data_ptr() == kept
