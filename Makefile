@@ -37,7 +37,7 @@ bench: build
 	$(PY) -m benchmarks quick
 	$(PY) -m examples.denoise
 
-lint: build
+lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)

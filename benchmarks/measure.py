@@ -12,9 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def interleave(
     budget: float = 3.0,
     rounds: tuple[int, int] = (3, 15),
     label: str = "",
+    clock: Callable[[Callable[[], Any], str], float] = timed,
 ) -> dict[str, Times]:
     """Time calls in turns, in one process, in an order that rotates from round to round.
 
@@ -85,12 +86,12 @@ def interleave(
         budget: seconds that each variant may take about, on the timed calls.
         rounds: least and most repeats; the slow variants sit some rounds out, evenly.
         label: of the progress bar.
+        clock: seconds of one call.
     """
     names = list(calls)
     repeats = {}
     for name in names:
-        calls[name](0)
-        once = timed(lambda call=calls[name]: call(1), device)
+        once = min(timed(lambda call=calls[name], i=i: call(i), device) for i in range(2))
         repeats[name] = max(rounds[0], min(rounds[1], int(budget / max(once, 1e-9))))
     total = max(repeats.values())
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -101,7 +102,7 @@ def interleave(
             for j in range(len(names)):
                 name = names[(i + j) % len(names)]
                 if (i + 1) * repeats[name] // total > i * repeats[name] // total:
-                    samples[name].append(timed(lambda call=calls[name], i=i: call(i), device))
+                    samples[name].append(clock(lambda call=calls[name], i=i: call(i), device))
             gc.collect(0)
     finally:
         gc.enable()
@@ -260,8 +261,6 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def installed(name: str) -> str | None:
-    from importlib import metadata
-
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -35,7 +35,7 @@ class Method:
     family: str  # "ours", "plain" or the peer's name
     build: Callable[[Rule], Solve]
     missing: str | None = None  # why it can't run here
-    slow_start: bool = False  # compiles at its first call: left out of the quick suite
+    slow: bool = False  # compiles at its first calls: left out of the quick suite
 
 
 # --- this library ----------------------------------------------------------------------------
@@ -85,9 +85,7 @@ class Forward:
 class Adjoint:
     """c ↦ (∂g/∂x)ᵀ c + v, linearised once at x; anew, on the rows kept, after compaction."""
 
-    def __init__(
-        self, g: Step, x: Tensor, v: Tensor, u: Tensor, s: Tensor, weight: Tensor
-    ) -> None:
+    def __init__(self, g: Step, x: Tensor, v: Tensor, u: Tensor, s: Tensor, weight: Tensor) -> None:
         self.g, self.v, self.inputs = g, v, (u, s, weight)
         self.floor = torch.linalg.vector_norm(v, dim=1)
         with torch.enable_grad():
@@ -207,6 +205,48 @@ def anderson(f: Any, x: Tensor, rtol: float, offset: float, limit: int, below: f
 seldom = functools.partial(picard_compacted, every=3)
 
 
+def picard_compiled(
+    f: Any, x: Tensor, rtol: float, offset: float, limit: int, below: float
+) -> Tensor:
+    """The compacted loop with g and the test compiled into one; forward only."""
+    if isinstance(f, Adjoint):
+        return seldom(f, x, rtol, offset, limit, below)
+    # A g that counts its calls runs as it is: the algorithm is the same.
+    step = compiled_step() if f.g is problems.g else tested_step
+    out, index = None, None
+    for _ in range(limit):
+        y, active, left = step(f.g, x, f.u, f.s, f.weight, rtol, offset)
+        left = int(left)
+        if left == 0:
+            break
+        if left <= below * len(active):
+            keep = active.nonzero().squeeze(1)
+            if out is None:
+                out, index = y, keep
+            else:
+                out[index] = y
+                index = index[keep]
+            (y,), f = rows(keep, y), f.rows(keep)
+        x = y
+    if out is None:
+        return y
+    out[index] = y
+    return out
+
+
+def tested_step(
+    g: Step, x: Tensor, u: Tensor, s: Tensor, weight: Tensor, rtol: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = g(x, u, s, weight)
+    active = ~finished(y - x, y, rtol, offset, None)
+    return y, active, active.sum()
+
+
+@functools.cache
+def compiled_step() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(tested_step, dynamic=True)
+
+
 class PlainLayer(torch.autograd.Function):
     """Implicit differentiation in plain torch: one linearisation, its VJP iterated by the loop."""
 
@@ -240,24 +280,17 @@ class PlainLayer(torch.autograd.Function):
 
 
 def plain(
-    loop: Callable[..., Tensor], below: tuple[float, float] = (0.0, 0.0), compiled: bool = False
+    loop: Callable[..., Tensor], below: tuple[float, float] = (0.0, 0.0)
 ) -> Callable[[Rule], Solve]:
     """below: active/rows under which a loop compacts, forward and adjoint."""
 
     def build(rule: Rule) -> Solve:
         def solve(g: Step, *tensors: Tensor) -> Tensor:
-            # A g that counts its calls runs as it is: the algorithm is the same.
-            step = compiled_step() if compiled and g is problems.g else g
-            return PlainLayer.apply(loop, below, rule, step, *tensors)
+            return PlainLayer.apply(loop, below, rule, g, *tensors)
 
         return solve
 
     return build
-
-
-@functools.cache
-def compiled_step() -> Step:
-    return torch.compile(problems.g, dynamic=False)
 
 
 # --- torchdeq --------------------------------------------------------------------------------
@@ -301,8 +334,6 @@ def absent(package: str) -> str | None:
 
 # --- all of them -----------------------------------------------------------------------------
 
-BEST_PLAIN = "plain"  # the family that "best plain loop" means
-
 
 def all_methods() -> list[Method]:
     no_torchdeq = absent("torchdeq")
@@ -320,7 +351,9 @@ def all_methods() -> list[Method]:
         Method("plain loop", "plain", plain(picard)),
         Method("plain loop, compacted", "plain", plain(picard_compacted, COMPACT)),
         Method("plain loop, compacted, test every 3rd", "plain", plain(seldom, COMPACT)),
-        Method("plain loop, compiled g", "plain", plain(picard, compiled=True), slow_start=True),
+        Method(
+            "plain loop, compacted, compiled", "plain", plain(picard_compiled, COMPACT), slow=True
+        ),
         Method("plain Anderson", "plain", plain(anderson)),
         Method("plain Anderson, compacted", "plain", plain(anderson, COMPACT)),
         *peers,

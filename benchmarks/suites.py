@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import fpi_cuda
+from fpi_cuda.backends import native
+from fpi_cuda.backends.progress import Limits, Progress
 
 from . import methods, problems
 from .measure import (
+    ROOT,
     Counting,
     Exact,
+    Times,
     exact,
     gradients,
     interleave,
     judge,
     relative_error,
-    synchronize,
+    timed,
 )
 from .methods import HISTORY, Method
 from .problems import Instance, Problem, Rule
@@ -36,18 +39,19 @@ Size = tuple[int, int]
 class Options:
     device: str = "cpu"
     sizes: tuple[Size, ...] = problems.SIZES
+    kinds: tuple[str, ...] = problems.KINDS
     families: tuple[str, ...] = ()  # none: all
     budget: float = 3.0  # seconds of timed calls a variant
     rounds: tuple[int, int] = (5, 31)
-    slow_start: bool = True  # torch.compile too
+    slow: bool = True  # torch.compile too
 
 
 # --- solve: whole solves, forward and with the backward ---------------------------------------
 
 
-def solve(options: Options, kinds: Sequence[str] = problems.KINDS) -> list[Row]:
+def solve(options: Options) -> list[Row]:
     rows = []
-    cells = [(kind, size) for kind in kinds for size in options.sizes]
+    cells = [(kind, size) for kind in options.kinds for size in options.sizes]
     for kind, (batch, size) in tqdm(cells, desc="solve"):
         problem = problems.make(kind, batch, size, options.device)
         truth = tuple(exact(instance) for instance in problem.instances)
@@ -74,8 +78,8 @@ def solve_cell(
         }
         rows.append(row)
         reason = method.missing
-        if method.slow_start and not options.slow_start:
-            reason = "compiles for long; `solve` has it"
+        if method.slow and not options.slow:
+            reason = "compiles at its first calls: not in the quick suite"
         if reason:
             row["skipped"] = reason
             continue
@@ -124,9 +128,7 @@ def gate(
     }
 
 
-def timed_call(
-    run: methods.Solve, problem: Problem, *, backward: bool
-) -> Callable[[int], Any]:
+def timed_call(run: methods.Solve, problem: Problem, *, backward: bool) -> Callable[[int], Any]:
     instances = problem.instances
 
     def forward(i: int) -> None:
@@ -139,4 +141,267 @@ def timed_call(
     return both if backward else forward
 
 
-SUITES = {"solve": solve}
+# --- overhead: what an iteration costs outside g ----------------------------------------------
+
+FIXED = 20  # evaluations; at s = 0.99 no sample is done by then, so that none is left out
+
+
+def overhead(options: Options) -> list[Row]:
+    """Time outside g an evaluation: Anderson, the same window, the same number of evaluations."""
+    rows = []
+    for batch, size in tqdm(options.sizes, desc="overhead"):
+        problem = problems.make("hard", batch, size, options.device)
+        instances = [replace(i, s=torch.full_like(i.s, 0.99)) for i in problem.instances]
+        g = Counting(problems.g, options.device)
+        runs = {
+            name: run
+            for name, run in fixed_count_runs().items()
+            if not options.families or name.split()[0] in options.families
+        }
+
+        def clock(call: Callable[[], Any], device: str, g: Counting = g) -> float:
+            g.reset()
+            total = timed(call, device)
+            if g.calls != FIXED:
+                raise RuntimeError(f"overhead: a method made {g.calls} evaluations, not {FIXED}")
+            return (total - g.seconds) / g.calls
+
+        def call(run: methods.Solve) -> Callable[[int], Any]:
+            return lambda i: run(g, *instances[i % len(instances)].arguments)  # noqa: B023
+
+        with torch.no_grad():
+            measured = interleave(
+                {name: call(run) for name, run in runs.items()},
+                device=options.device,
+                budget=options.budget,
+                rounds=options.rounds,
+                label=f"{batch}x{size}",
+                clock=clock,
+            )
+        for name, times in measured.items():
+            rows.append(
+                {
+                    "suite": "overhead",
+                    "batch": batch,
+                    "size": size,
+                    "method": name,
+                    "history": HISTORY,
+                    "evaluations": FIXED,
+                    **times.row(),
+                }
+            )
+    return rows
+
+
+def fixed_count_runs() -> dict[str, methods.Solve]:
+    """Anderson by FIXED evaluations, whatever the residual."""
+    never = Rule(rtol=0.0, atol=0.0, max_iterations=FIXED)
+    runs = {
+        "ours Anderson": methods.ours(fpi_cuda.Anderson(history=HISTORY))(never),
+        "plain Anderson": methods.plain(methods.anderson)(never),
+    }
+    if methods.absent("torchdeq") is None:
+        runs["torchdeq Anderson"] = methods.torchdeq("anderson", m=HISTORY)(never)
+    return runs
+
+
+# --- scale: neither the state's nor the loss's scale may matter -------------------------------
+
+SCALES = (1e-3, 1.0, 1e3)
+LOSS_SCALE = 1e-5
+
+
+def scale(options: Options) -> list[Row]:
+    rows = []
+    batch, size = options.sizes[0]
+    problem = problems.make("hard", batch, size, options.device, instances=1)
+    (instance,) = problem.instances
+    for name, solver in (
+        ("Picard", fpi_cuda.Picard()),
+        ("Anderson", fpi_cuda.Anderson(history=HISTORY)),
+    ):
+        for atol in (0.0, problem.rule.atol):
+            counts = {c: iterations_at_scale(instance, solver, c, atol) for c in SCALES}
+            for c in SCALES:
+                rows.append(
+                    {
+                        "suite": "scale",
+                        "method": name,
+                        "what": "state",
+                        "scale": c,
+                        "atol": atol * c,
+                        "iterations_max": int(counts[c].max()),
+                        "iterations_mean": float(counts[c].double().mean()),
+                        "difference": int((counts[c] - counts[1.0]).abs().max()),
+                    }
+                )
+        run = methods.ours(solver)(problem.rule)
+        _, weight, u = gradients(run, problems.g, instance)
+        small = replace(instance, loss=instance.loss * LOSS_SCALE)
+        _, small_weight, small_u = gradients(run, problems.g, small)
+        rows.append(
+            {
+                "suite": "scale",
+                "method": name,
+                "what": "loss",
+                "scale": LOSS_SCALE,
+                "difference": max(
+                    relative_error(small_weight.double() / LOSS_SCALE, weight.double()),
+                    relative_error(small_u.double() / LOSS_SCALE, u.double()),
+                ),
+            }
+        )
+    return rows
+
+
+def iterations_at_scale(instance: Instance, solver: Any, c: float, atol: float) -> torch.Tensor:
+    """[B]: iterations of the same map in the variable c·x."""
+
+    def scaled(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return c * problems.g(x / c, *rest)
+
+    with torch.no_grad():
+        solution = fpi_cuda.fixed_point(
+            scaled,
+            instance.x0,
+            instance.u,
+            instance.s,
+            params=(instance.weight,),
+            solver=solver,
+            tolerance=fpi_cuda.Tolerance(problems.Rule.rtol, atol * c),
+            on_failure="return",
+        )
+    return solution.iterations
+
+
+# --- kernels: one step's bytes against the machine's copy -------------------------------------
+
+
+def kernels(options: Options, batch: int = 4096, size: int = 1024) -> list[Row]:
+    """Bandwidth of one step with a full window, for the bytes of the committed layout.
+
+    Picard reads x and g(x) and writes x: 3 vectors. Anderson besides reads m−1 old values and m−1
+    old residuals, writes the two new ones and reads them once more: 2m + 4 with the rest. The copy
+    touches as many bytes of memory as the step does and counts what it reads and writes.
+    """
+    device = options.device
+    if torch.device(device).type not in native.devices():
+        return [{"suite": "kernels", "skipped": f"no native step kernels for {device}"}]
+    m = HISTORY
+    x = torch.randn(batch, size, device=device)
+    gx = [torch.randn(batch, size, device=device) for _ in range(m + 1)]
+    progress = Progress(x, Limits(1e-9, 0.0, 0.0, 10**6, 10**6))
+    values, residuals = (torch.empty(batch, m, size, device=device) for _ in range(2))
+    gram = torch.empty(batch, m, m, device=device)
+    vector = x.nbytes
+    count = {"Anderson": 0, "Picard": 0}
+
+    def anderson(_: int) -> None:
+        count["Anderson"] += 1
+        k = count["Anderson"]
+        native.anderson_step(
+            progress, x, gx[k % len(gx)], k, 1.0, 1e-6, 1e30, values, residuals, gram
+        )
+
+    def picard(_: int) -> None:
+        count["Picard"] += 1
+        native.picard_step(progress, x, gx[0], count["Picard"], 1.0)
+
+    def copy_of(nbytes: int) -> Callable[[int], Any]:
+        source = torch.randn(nbytes // 8, device=device)
+        target = torch.randn(nbytes // 8, device=device)
+        return lambda _: target.copy_(source)
+
+    moved = {"Anderson": (2 * m + 4) * vector, "Picard": 3 * vector}
+    touched = {"Anderson": (2 * m + 2) * vector, "Picard": 2 * vector}
+    rows = []
+    for name, step in (("Anderson", anderson), ("Picard", picard)):
+        for _ in range(2 * m):
+            step(0)
+        measured = interleave(
+            {"step": step, "copy": copy_of(touched[name])},
+            device=device,
+            budget=options.budget,
+            rounds=(11, 101),
+            label=f"{name} step",
+        )
+        if int(progress.tally[1]) or int(progress.tally[0]) != batch:
+            raise RuntimeError(f"kernels: samples finished during the {name} step's timing")
+        bandwidth = moved[name] / measured["step"].median
+        copy = touched[name] / measured["copy"].median
+        rows.append(
+            {
+                "suite": "kernels",
+                "method": f"{name} step",
+                "batch": batch,
+                "size": size,
+                "history": m if name == "Anderson" else None,
+                "bytes": moved[name],
+                "working_set": touched[name],
+                "bytes_per_s": bandwidth,
+                "copy_bytes_per_s": copy,
+                "of_copy": bandwidth / copy,
+                **measured["step"].row(),
+            }
+        )
+    return rows
+
+
+# --- import: how long the library keeps a program from starting -------------------------------
+
+IMPORT = """
+import time
+start = time.perf_counter()
+import torch
+middle = time.perf_counter()
+import fpi_cuda
+print(middle - start, time.perf_counter() - middle)
+"""
+
+
+def importing(options: Options) -> list[Row]:
+    """Seconds that `import fpi_cuda` adds after `import torch`, in fresh processes."""
+    torch_s, ours_s = [], []
+    for _ in tqdm(range(max(5, options.rounds[0])), desc="import"):
+        command = [sys.executable, "-c", IMPORT]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        a, b = map(float, done.stdout.split())
+        torch_s.append(a)
+        ours_s.append(b)
+    row = {"suite": "import", "method": "import fpi_cuda", "torch_s": Times(tuple(torch_s)).median}
+    return [row | Times(tuple(ours_s)).row()]
+
+
+# --- the list ---------------------------------------------------------------------------------
+
+SUITES: dict[str, Callable[[Options], list[Row]]] = {
+    "solve": solve,
+    "overhead": overhead,
+    "scale": scale,
+    "kernels": kernels,
+    "import": importing,
+}
+
+QUICK_PEERS = ((256, 128), (4096, 64))  # the sizes at which the quick suite runs the peers too
+
+
+def quick(options: Options) -> list[Row]:
+    """Every suite, short: peers at two sizes, few repeats, nothing compiled."""
+    short = replace(options, budget=options.budget / 8, rounds=(3, 11), slow=False)
+    rows = []
+    for size in options.sizes:
+        families = short.families or (() if size in QUICK_PEERS else ("ours", "plain"))
+        rows += solve(replace(short, sizes=(size,), families=families))
+    two = tuple(size for size in options.sizes if size in QUICK_PEERS) or options.sizes[:1]
+    rows += overhead(replace(short, sizes=two))
+    for suite in (scale, kernels, importing):
+        rows += suite(short)
+    return rows
+
+
+def full(options: Options) -> list[Row]:
+    """Every suite, for the committed JSON."""
+    return [row for suite in SUITES.values() for row in suite(options)]
+
+
+PRESETS: dict[str, Callable[[Options], list[Row]]] = {"quick": quick, "full": full}

@@ -217,9 +217,11 @@ class _PerSample:
     def learn(self, part: Callable[[], Tensor], whole: Tensor) -> bool:
         """Compare g on the compacted rows with those rows of g on the whole batch."""
         try:
-            self.known = self._agree(part(), whole)
+            rows = part()
         except Exception:  # noqa: BLE001 - whatever g raises, it can't take fewer rows
             self.known = False
+        else:
+            self.known = self._agree(rows, whole)
         with contextlib.suppress(TypeError):
             _PER_SAMPLE.setdefault(self._g, {})[self._key] = self.known
         if not self.known:
@@ -238,7 +240,7 @@ class _PerSample:
         eps = torch.finfo(part.dtype).eps
         # A library GEMM's or convolution's rows differ in the last bits with the batch's size.
         slack = (16 if eps > 1e-5 else 256) * eps
-        part, whole = part.flatten(1).double(), whole.flatten(1).double()
+        part, whole = (t.reshape(len(t), -1).double() for t in (part, whole))
         scale = torch.maximum(torch.linalg.vector_norm(whole, dim=1), part.new_tensor(1e-300))
         worst = torch.linalg.vector_norm(part - whole, dim=1) / scale
         # Rows that hold NaN or Inf say nothing.

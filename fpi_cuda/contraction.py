@@ -52,7 +52,7 @@ def jacobian_norm(
     with torch.enable_grad():
         for _ in range(iterations):
             v = _unit(v).requires_grad_()
-            u = transposed(v)
+            u = transposed(v, True)
             size = _length(u)
             v = _vjp(u, v, u.detach())  # u is (∂g/∂x)ᵀ v, linear in v: this is (∂g/∂x) u
     return size if torch.is_grad_enabled() else size.detach(), _unit(v)
@@ -88,15 +88,14 @@ def jacobian_radius(
     """
     v, transposed = _linearise(g, x, inputs, v, iterations)
     growth = []
-    with torch.enable_grad():
-        for _ in range(iterations):
-            u = transposed(_unit(v))
-            growth.append(_length(u))
-            v = u.detach()
-        last = torch.stack(growth[iterations // 2 :])
-        tiny = torch.finfo(last.dtype).tiny
-        radius = last.clamp_min(tiny).log().mean(0).exp() if len(last) > 1 else last[0]
-    return radius if torch.is_grad_enabled() else radius.detach(), _unit(v)
+    for i in range(iterations):
+        last = i >= iterations // 2  # only these are differentiated
+        v = transposed(_unit(v), last and torch.is_grad_enabled())
+        if last:
+            growth.append(_length(v))
+    tiny = torch.finfo(v.dtype).tiny
+    radius = torch.stack(growth).clamp_min(tiny).log().mean(0).exp()
+    return radius, _unit(v)
 
 
 def jacobian_penalty(
@@ -143,8 +142,8 @@ def jacobian_penalty(
 
 def _linearise(
     g: Step, x: Tensor, inputs: tuple[Tensor, ...], v: Tensor | None, iterations: int
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """V to start from, and v ↦ (∂g/∂x)ᵀ v with its graph."""
+) -> tuple[Tensor, Callable[[Tensor, bool], Tensor]]:
+    """V to start from, and v ↦ (∂g/∂x)ᵀ v, with its graph where that is asked for."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
         got = f"{x.dtype}, shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"∂g/∂x: x must be a floating tensor [B, ...] (got {got})")
@@ -165,7 +164,7 @@ def _linearise(
             f"∂g/∂x: g must return the shape of x, {tuple(x.shape)} (got {tuple(gx.shape)})"
         )
     v = torch.randn_like(x) if v is None else v
-    return v, lambda v: _vjp(gx, x, v, create_graph=True)
+    return v, lambda v, create_graph: _vjp(gx, x, v, create_graph)
 
 
 def _length(v: Tensor) -> Tensor:

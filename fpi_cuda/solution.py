@@ -69,8 +69,8 @@ class Tolerance:
         atol: absolute tolerance for each value; None likewise (1e-12, 1e-6, 1e-3, 1e-3), so that a
             fixed point at zero converges. The adjoint takes 0 by default: a gradient has no scale.
 
-    `Tolerance(0, 0)` asks for exactly `max_iterations` iterations; such a solve never fails for
-    want of convergence.
+    `Tolerance(0, 0)` asks for `max_iterations` iterations (fewer only for a sample whose residual is
+    exactly zero); such a solve never fails for want of convergence.
 
     Raises:
         ValueError: a tolerance is negative or not finite.
@@ -114,7 +114,7 @@ class Record:
     progress: Progress
     batch: torch.Size
     rate: Callable[[Tensor, Tensor], Tensor]  # the solver's contraction
-    evaluations: int  # calls of g, whatever the number of rows in them
+    evaluations: int  # calls of g with any number of rows, those of the per_sample probe included
     path: str  # which backend and driver ran
     failed: int  # samples that did not converge
     lipschitz: float | None = None  # certified by the step, for error_bound

@@ -13,7 +13,7 @@ from fpi_cuda.backends import scratch
 
 # "soak" is what `make soak` asks for. No database and no random seed: a run is repeatable.
 hypothesis.settings.register_profile(
-    "default", max_examples=15, deadline=None, derandomize=True, database=None
+    "default", max_examples=10, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.register_profile("soak", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
@@ -30,6 +30,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "no_poison: torch's own functions must stay what they are")
     for wanted in config.getoption("--require-backend"):
         name, _, device = wanted.partition(":")
         devices = backends.available().get(name, ())

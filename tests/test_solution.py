@@ -84,21 +84,22 @@ def test_counts_are_of_g_and_of_each_samples_part_in_it(backend, solver):
     solution = fixed_point(g, torch.zeros(3, 1), s, solver=solver, backend=backend, per_sample=False)
     assert solution.evaluations == g.calls == solution.iterations.max()
     assert solution.iterations[0] == 2
-    assert sorted(solution.iterations.tolist()) == solution.iterations.tolist()
+    assert solution.iterations[1:].min() > 2
     assert solution.iterations.dtype == torch.int32
     assert solution.status.dtype == torch.int8
     assert solution.converged.tolist() == [True] * 3
 
 
 def test_fixed_count_is_silent_exact_and_equals_the_plain_loop(backend):
-    z, w = torch.randn(4, 5), contraction(5, 0.9, dtype=torch.float32)
+    z, w = torch.randn(4, 5, dtype=torch.float64), contraction(5, 0.9)
     g = Counter(lambda x, z, w: torch.tanh(x @ w.mT + z))
+    x0 = torch.zeros_like(z)
     solution = fixed_point(
-        g, torch.zeros(4, 5), z, params=(w,), solver=Picard(), tolerance=Tolerance(0, 0),
+        g, x0, z, params=(w,), solver=Picard(), tolerance=Tolerance(0, 0),
         max_iterations=17, backend=backend, on_failure="raise",
     )
-    assert torch.equal(solution.x, unroll(g.f, torch.zeros(4, 5), z, w, steps=17))
     assert g.calls == 17
+    assert torch.equal(solution.x, unroll(g.f, x0, z, w, steps=17))
     assert solution.iterations.tolist() == [17] * 4
 
 
@@ -207,7 +208,7 @@ def seeded():
     return torch.Generator().manual_seed(1)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e3, 1e-12, 1e12])
+@pytest.mark.parametrize("scale", [1e-3, 1e3, 2.0**-40, 2.0**40])
 def test_scaled_state_takes_the_same_iterations(scale, solver, backend):
     one, other = scaled(1.0, solver, backend), scaled(scale, solver, backend)
     assert one.converged.all()

@@ -27,11 +27,12 @@ FPI_HOST_DEVICE bool ridge_solve(int n, Acc* a, Acc* b, Acc ridge, Acc noise) {
     for (int j = 0; j < i; ++j) {
       Acc scaled = a[i * n + j];
       for (int l = 0; l < j; ++l) {
-        scaled -= a[i * n + l] * a[j * n + l] * a[l * n + l];
+        scaled -= a[i * n + l] * (a[j * n + l] * a[l * n + l]);
       }
+      const Acc factor = scaled * a[j * n + j];  // L_ij: free of the state's scale
       a[i * n + j] = scaled;
-      pivot -= scaled * scaled * a[j * n + j];
-      b[i] -= scaled * a[j * n + j] * b[j];
+      pivot -= scaled * factor;
+      b[i] -= factor * b[j];
     }
     if (!(pivot > Acc(0)) || !is_finite(pivot)) {
       return false;
@@ -40,11 +41,10 @@ FPI_HOST_DEVICE bool ridge_solve(int n, Acc* a, Acc* b, Acc ridge, Acc noise) {
   }
   bool finite = true;
   for (int i = n - 1; i >= 0; --i) {  // gamma_i = y_i / D_i − Σ_{j>i} L_ji gamma_j
-    Acc total = b[i];
+    b[i] *= a[i * n + i];
     for (int j = i + 1; j < n; ++j) {
-      total -= a[j * n + i] * b[j];
+      b[i] -= a[j * n + i] * a[i * n + i] * b[j];
     }
-    b[i] = total * a[i * n + i];
     finite = finite && is_finite(b[i]);
   }
   return finite;

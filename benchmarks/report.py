@@ -1,0 +1,358 @@
+"""From rows to tables: on the terminal, in the JSON, and in docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .measure import ROOT, incomparable
+from .problems import SIZES
+
+Row = Mapping[str, Any]
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+# --- JSON ------------------------------------------------------------------------------------
+
+
+def save(path: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"facts": facts, "rows": rows}, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n")
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    content = json.loads(path.read_text())
+    return content["facts"], content["rows"]
+
+
+def committed() -> list[Path]:
+    """The result files of this harness, over all devices."""
+    return sorted(RESULTS.glob("*/full.json"))
+
+
+# --- comparing -------------------------------------------------------------------------------
+
+
+def cell(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("problem", "batch", "size", "mode"))
+
+
+def cells(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["suite"] == "solve":
+            found.setdefault(cell(row), []).append(row)
+    return found
+
+
+def timed_rows(rows: Iterable[Row], **where: str) -> list[Row]:
+    """Those that have a time, of the family or method asked for; fastest first."""
+    found = [
+        row
+        for row in rows
+        if "median_s" in row and all(row[key] == value for key, value in where.items())
+    ]
+    return sorted(found, key=lambda row: row["median_s"])
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """time / time of the rival, or why there is none."""
+
+    value: float | None
+    against: str
+    note: str = ""  # why there is no ratio, or which faster rivals were left out
+
+
+def against_plain(row: Row, rows: Sequence[Row]) -> Ratio:
+    """The row's time over that of the fastest plain loop that it may be compared with."""
+    left_out = []
+    for rival in timed_rows(rows, family="plain"):
+        why = incomparable(row, rival)
+        if why is None:
+            note = f"not against {'; '.join(left_out)}" if left_out else ""
+            return Ratio(row["median_s"] / rival["median_s"], rival["method"], note)
+        left_out.append(f"{rival['method']}: {why}")
+    return Ratio(None, "no plain loop", "; ".join(left_out) or "no plain loop was timed")
+
+
+def against(row: Row, rows: Sequence[Row], method: str) -> Ratio:
+    """The row's time over that of one rival."""
+    rival = next((r for r in rows if r["method"] == method), None)
+    if rival is None or "skipped" in rival:
+        return Ratio(None, method, rival["skipped"] if rival else "not run")
+    why = incomparable(row, rival)
+    if why is not None:
+        return Ratio(None, method, why)
+    return Ratio(row["median_s"] / rival["median_s"], method)
+
+
+# --- targets ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    what: str
+    where: str
+    target: str
+    measured: str
+    met: bool | None  # None: not measured
+    note: str = ""
+
+
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """The targets that concern an opaque g, one line a cell."""
+    found: list[Verdict] = []
+    for key, group in cells(rows).items():
+        kind, batch, size, mode = key
+        where = f"{kind} ({batch}, {size}) {mode}"
+        ours = {row["method"]: row for row in group if row["family"] == "ours"}
+        picard, anderson = ours.get("Picard"), ours.get("Anderson")
+        if picard and "median_s" in picard and batch * size >= 32_000:
+            ratio = against_plain(picard, group)
+            found.append(at_most("Picard / best plain loop", where, ratio, 1.1))
+        if anderson and "median_s" in anderson and size <= 256:
+            if kind == "hard":
+                ratio = against_plain(anderson, group)
+                found.append(at_most("Anderson / best plain loop", where, ratio, 1.0))
+            if any(row["family"] == "torchdeq" for row in group):
+                ratio = against(anderson, group, "torchdeq Anderson")
+                least = 6.0 if kind == "hard" else 3.0
+                found.append(speedup("torchdeq Anderson / Anderson", where, ratio, least))
+    return found + overhead_verdicts(rows) + other_verdicts(rows)
+
+
+def at_most(what: str, where: str, ratio: Ratio, limit: float) -> Verdict:
+    met = None if ratio.value is None else ratio.value <= limit
+    measured = "-" if ratio.value is None else f"{ratio.value:.2f} ({ratio.against})"
+    return Verdict(what, where, f"≤ {limit:g}", measured, met, ratio.note)
+
+
+def speedup(what: str, where: str, ratio: Ratio, least: float) -> Verdict:
+    if ratio.value is None:
+        return Verdict(what, where, f"≥ {least:g}", "-", None, ratio.note)
+    times = 1 / ratio.value
+    return Verdict(what, where, f"≥ {least:g}", f"{times:.1f}", times >= least, ratio.note)
+
+
+def overhead_verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    found = []
+    grouped: dict[tuple[int, int], dict[str, Row]] = {}
+    for row in rows:
+        if row["suite"] == "overhead":
+            grouped.setdefault((row["batch"], row["size"]), {})[row["method"]] = row
+    for (batch, size), by in grouped.items():
+        if "torchdeq Anderson" in by and "ours Anderson" in by and size <= 256:
+            ratio = by["torchdeq Anderson"]["median_s"] / by["ours Anderson"]["median_s"]
+            what = "time outside g, torchdeq Anderson / Anderson"
+            found.append(Verdict(what, f"({batch}, {size})", "≥ 8", f"{ratio:.1f}", ratio >= 8))
+    return found
+
+
+def other_verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    found = []
+    for row in rows:
+        if row["suite"] == "kernels" and "of_copy" in row:
+            part = row["of_copy"]
+            where = f"({row['batch']}, {row['size']})"
+            met = part >= 0.6
+            found.append(
+                Verdict(f"{row['method']} / copy bandwidth", where, "≥ 60 %", f"{part:.0%}", met)
+            )
+        elif row["suite"] == "import":
+            seconds = row["median_s"]
+            what = "import fpi_cuda after torch"
+            found.append(Verdict(what, "", "< 0.3 s", f"{seconds:.3f} s", seconds < 0.3))
+    for method in ("Picard", "Anderson"):
+        mine = [r for r in rows if r["suite"] == "scale" and r["method"] == method]
+        state = [r["difference"] for r in mine if r["what"] == "state"]
+        loss = [r["difference"] for r in mine if r["what"] == "loss"]
+        if state:
+            what = f"{method}: iterations, state scaled by 1e-3 to 1e3"
+            worst = max(state)
+            found.append(Verdict(what, "", "± 1", f"± {worst}", worst <= 1))
+        if loss:
+            what = f"{method}: gradient's change, loss scaled by 1e-5"
+            worst = max(loss)
+            found.append(Verdict(what, "", "rounding", f"{worst:.1e}", worst <= 1e-5))
+    return found
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """What of ours is wrong; times, and what a peer gets wrong, are no failures."""
+    return [
+        f"{row['problem']} ({row['batch']}, {row['size']}) {row['mode']} {row['method']}: "
+        f"{row['refused']}"
+        for row in rows
+        if row["suite"] == "solve" and row["family"] == "ours" and row.get("refused")
+    ]
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+Table = list[list[str]]
+
+
+def solve_table(rows: Sequence[Row]) -> Table:
+    head = ["method", "ms", "quartiles", "/ plain", "g calls", "mean", "residual", "dW error"]
+    table = [head]
+    for row in rows:
+        name = f"**{row['method']}**" if row["family"] == "ours" else row["method"]
+        if "skipped" in row:
+            table.append([name, "-", row["skipped"], *[""] * 5])
+            continue
+        ratio = against_plain(row, rows) if "median_s" in row else Ratio(None, "", row["refused"])
+        error = row["gradient_error"]
+        table.append(
+            [
+                name,
+                f"{row['median_s'] * 1e3:.2f}" if "median_s" in row else "refused",
+                f"{row['q1_s'] * 1e3:.2f}-{row['q3_s'] * 1e3:.2f}" if "q1_s" in row else "",
+                "-" if ratio.value is None else f"{ratio.value:.2f}",
+                str(row["evaluations"]),
+                f"{row['iterations_mean']:.1f}",
+                f"{row['worst_residual']:.1e}",
+                "" if error is None else f"{error:.1e}",
+            ]
+        )
+    return table
+
+
+def overhead_table(rows: Sequence[Row]) -> Table:
+    table = [["method", "B", "N", "µs outside g an evaluation", "quartiles"]]
+    for row in rows:
+        if row["suite"] == "overhead":
+            low, high = row["q1_s"] * 1e6, row["q3_s"] * 1e6
+            table.append(
+                [
+                    row["method"],
+                    str(row["batch"]),
+                    str(row["size"]),
+                    f"{row['median_s'] * 1e6:.0f}",
+                    f"{low:.0f}-{high:.0f}",
+                ]
+            )
+    return table
+
+
+def kernels_table(rows: Sequence[Row]) -> Table:
+    table = [["kernel", "B", "N", "ms", "GB/s", "copy GB/s", "of copy"]]
+    for row in rows:
+        if row["suite"] == "kernels" and "skipped" not in row:
+            table.append(
+                [
+                    row["method"],
+                    str(row["batch"]),
+                    str(row["size"]),
+                    f"{row['median_s'] * 1e3:.2f}",
+                    f"{row['bytes_per_s'] / 1e9:.1f}",
+                    f"{row['copy_bytes_per_s'] / 1e9:.1f}",
+                    f"{row['of_copy']:.0%}",
+                ]
+            )
+    return table
+
+
+def scale_table(rows: Sequence[Row]) -> Table:
+    table = [["solver", "scaled", "by", "atol", "most iterations", "mean", "difference to 1"]]
+    for row in rows:
+        if row["suite"] == "scale":
+            state = row["what"] == "state"
+            table.append(
+                [
+                    row["method"],
+                    row["what"],
+                    f"{row['scale']:g}",
+                    f"{row['atol']:g}" if state else "",
+                    str(row["iterations_max"]) if state else "",
+                    f"{row['iterations_mean']:.2f}" if state else "",
+                    str(row["difference"]) if state else f"{row['difference']:.1e}",
+                ]
+            )
+    return table
+
+
+def verdict_table(found: Sequence[Verdict]) -> Table:
+    table = [["what", "where", "target", "measured", "met?", "note"]]
+    for v in found:
+        met = "not measured" if v.met is None else "yes" if v.met else "NO"
+        table.append([v.what, v.where, v.target, v.measured, met, v.note])
+    return table
+
+
+def text_table(table: Table) -> str:
+    plain = [[value.replace("**", "") for value in line] for line in table]
+    widths = [max(len(line[i]) for line in plain) for i in range(len(plain[0]))]
+    lines = ["  ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)) for line in plain]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def markdown_table(table: Table) -> str:
+    lines = ["| " + " | ".join(line) + " |" for line in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def render(rows: Sequence[Row], table: Callable[[Table], str], heading: str) -> str:
+    """All tables, the targets last."""
+    parts = []
+    order = {size: i for i, size in enumerate(SIZES)}
+    groups = sorted(
+        cells(rows).items(),
+        key=lambda item: (item[0][0], order.get(item[0][1:3], len(order)), item[0][3]),
+    )
+    for (kind, batch, size, mode), group in groups:
+        parts.append(f"{heading}{kind}, B = {batch}, N = {size}, {mode}")
+        parts.append(table(solve_table(group)))
+    for name, make in (
+        (f"Anderson, time outside g", overhead_table),
+        ("step kernels", kernels_table),
+        ("scale of the state and of the loss", scale_table),
+    ):
+        content = make(rows)
+        if len(content) > 1:
+            parts += [heading + name, table(content)]
+    found = verdicts(rows)
+    if found:
+        parts += [heading + "targets", table(verdict_table(found))]
+    return "\n\n".join(parts)
+
+
+# --- docs/benchmarks.md ----------------------------------------------------------------------
+
+
+def section(path: Path) -> str:
+    facts, rows = load(path)
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    threads = facts["threads"]
+    head = (
+        f"## {facts['device_name']}\n\n"
+        f"`{facts['command']}` at commit `{facts['commit']}`, {facts['timestamp']}, "
+        f"{threads} thread{'s' if threads != 1 else ''}, "
+        f"{facts['build']['cpu_capability']} kernels; {versions}. "
+        f"From `{path.relative_to(ROOT).as_posix()}`."
+    )
+    return head + "\n\n" + render(rows, markdown_table, "### ")
+
+
+def results() -> str:
+    """The part of the page that is made from the committed JSON."""
+    return "\n\n".join(section(path) for path in committed()) or "No results are committed yet."
+
+
+def rebuild(page: Path = PAGE) -> bool:
+    """Rewrite the page's results.
+
+    Returns:
+        Whether anything changed.
+    """
+    old = page.read_text()
+    before, rest = old.split(BEGIN)
+    _, after = rest.split(END)
+    new = f"{before}{BEGIN}\n\n{results()}\n\n{END}{after}"
+    page.write_text(new)
+    return new != old

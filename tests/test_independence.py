@@ -1,0 +1,296 @@
+"""A sample's answer does not depend on its batch-mates, and leaving finished ones out costs nothing."""
+
+import warnings
+
+import pytest
+import torch
+from helpers import SOLVERS, assert_close, contraction, row_tanh
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fpi_cuda import Anderson, Picard, Tolerance, fixed_point
+
+BACKENDS = ("reference", "native")
+
+
+def elementwise(x, z, s):
+    """Row-invariant, and so is its derivative: no sum, only a shift along the row."""
+    return torch.tanh(s * (0.6 * x + 0.4 * x.roll(1, 1)) + z)
+
+
+def solve(g, z, s, solver, backend, **options):
+    z = z.clone().requires_grad_()
+    solution = fixed_point(
+        g, torch.zeros_like(z), z, s, solver=solver, backend=backend, on_failure="return", **options
+    )
+    (gradient,) = torch.autograd.grad(solution.x.sin().sum(), z)
+    adjoint = solution.adjoint  # None where every sample failed
+    none = torch.zeros_like(solution.iterations)
+    return {
+        "x": solution.x.detach(),
+        "status": solution.status,
+        "iterations": solution.iterations,
+        "residual_norm": solution.residual_norm,
+        "gradient": gradient,
+        "adjoint iterations": none if adjoint is None else adjoint.iterations,
+    }, solution
+
+
+def same_bits(a, b):
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+batches = st.fixed_dictionaries(
+    {
+        "b": st.integers(1, 7),
+        "n": st.integers(1, 19),
+        "seed": st.integers(0, 10**6),
+        "dtype": st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    }
+)
+
+
+def draw(case):
+    """Samples of very different difficulty, one of them bad."""
+    g = torch.Generator().manual_seed(case["seed"])
+    z = torch.randn(case["b"], case["n"], generator=g, dtype=torch.float64).to(case["dtype"])
+    s = 0.9 * torch.rand(case["b"], 1, generator=g, dtype=torch.float64).to(case["dtype"])
+    if case["seed"] % 3 == 0:
+        z[case["seed"] % case["b"], 0] = float("nan")
+    return z, s
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", list(SOLVERS))
+@given(case=batches, data=st.data())
+def test_any_order_and_any_part_of_the_batch_give_the_same_bits(backend, name, case, data):
+    z, s = draw(case)
+    rows = data.draw(st.permutations(range(case["b"])))
+    rows = torch.tensor(rows[: data.draw(st.integers(1, case["b"]))])
+    whole, _ = solve(elementwise, z, s, SOLVERS[name], backend)
+    part, _ = solve(elementwise, z[rows], s[rows], SOLVERS[name], backend)
+    for key, value in part.items():
+        assert same_bits(value, whole[key][rows]), key
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+@given(case=batches)
+def test_a_sample_alone_gives_the_same_bits(name, case):
+    z, s = draw(case)
+    whole, _ = solve(elementwise, z, s, SOLVERS[name], "native")
+    for i in range(case["b"]):
+        alone, _ = solve(elementwise, z[i : i + 1], s[i : i + 1], SOLVERS[name], "native")
+        for key, value in alone.items():
+            assert same_bits(value, whole[key][i : i + 1]), key
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+@pytest.mark.parametrize("b", [1, 2, 3, 17, 64])
+def test_row_sums_in_a_fixed_order_give_the_same_bits_alone(name, b):
+    """One native row in any batch, with sums inside g: forward only, as its backward sums too."""
+    w = contraction(9, 0.9, dtype=torch.float32)
+    z = torch.randn(b, 9)
+    with torch.no_grad():
+        whole, alone = (
+            fixed_point(
+                row_tanh, torch.zeros_like(t), t, params=(w,), solver=SOLVERS[name],
+                backend="native",
+            )
+            for t in (z, z[b // 2 : b // 2 + 1].clone())
+        )
+    assert torch.equal(whole.x[b // 2], alone.x[0])
+    assert whole.iterations[b // 2] == alone.iterations[0]
+    assert torch.equal(whole.residual_norm[b // 2], alone.residual_norm[0])
+
+
+@pytest.mark.parametrize("kind", ["gemm", "convolution"])
+def test_library_gemms_and_convolutions_agree_to_tolerance_in_any_batch(kind, backend, solver):
+    """DESIGN.md 6: values within tolerance, counts within 1, status equal off the threshold."""
+    if kind == "gemm":
+        z, w = torch.randn(33, 32), contraction(32, 0.9, dtype=torch.float32)
+
+        def g(x, z, w):
+            return torch.tanh(x @ w.mT + z)
+    else:
+        z, w = torch.randn(9, 3, 6, 6), 0.06 * torch.randn(3, 3, 3, 3)
+
+        def g(x, z, w):
+            return torch.tanh(nn.functional.conv2d(x, w, padding=1) + z)
+
+    def run(z):
+        return fixed_point(
+            g, torch.zeros_like(z), z, params=(w,), solver=solver, backend=backend,
+            on_failure="return", max_iterations=60,
+        )
+
+    whole = run(z)
+    rtol, atol = Tolerance().resolve(torch.float32)
+    for part in ([0], [5, 3], list(range(7, -1, -1))):
+        some = run(z[part])
+        assert (some.iterations - whole.iterations[part]).abs().max() <= 1
+        flat, other = some.x.flatten(1), whole.x[part].flatten(1)
+        allowed = 20 * (rtol * flat.norm(dim=1) + atol * flat.shape[1] ** 0.5)
+        assert ((flat - other).norm(dim=1) <= allowed).all()
+        threshold = atol * flat.shape[1] ** 0.5 + rtol * flat.norm(dim=1)
+        near = (some.residual_norm / threshold - 1).abs() < 0.01
+        assert ((some.status == whole.status[part]) | near).all()
+
+
+# --- compaction ------------------------------------------------------------------------------
+
+
+def rows_given(g):
+    seen = []
+
+    def counting(x, *rest):
+        seen.append(len(x))
+        return g(x, *rest)
+
+    return counting, seen
+
+
+def spread(b=32, n=6, dtype=torch.float32):
+    """Samples whose difficulty is spread from trivial to hard."""
+    g = torch.Generator().manual_seed(3)
+    z = torch.randn(b, n, generator=g, dtype=torch.float64).to(dtype) * 0.2
+    s = torch.linspace(0.0, 0.97, b, dtype=torch.float64)[torch.randperm(b, generator=g)]
+    return z, s[:, None].to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_compaction_changes_no_bit_and_saves_rows(backend, solver, dtype):
+    z, s = spread(dtype=dtype)
+    g, rows = rows_given(elementwise)
+    whole, masked = solve(g, z, s, solver, backend, per_sample=False)
+    rows_masked, counts = sum(rows), masked.iterations
+    rows.clear()
+    part, compacted = solve(g, z, s, solver, backend, per_sample=True)
+    for key, value in whole.items():
+        assert torch.equal(value, part[key]), key
+    assert "compacted" in compacted.path
+    assert "compacted" not in masked.path
+    assert sum(rows) < rows_masked
+    # Finished samples cost at most a quarter more than those that iterate.
+    assert compacted.evaluations == masked.evaluations
+    forward = rows[: compacted.evaluations]
+    assert sum(forward) <= 1.25 * counts.sum() + len(z)
+
+
+def test_auto_compacts_an_independent_g_without_a_warning(backend, solver):
+    z, s = spread()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result, solution = solve(elementwise, z, s, solver, backend)
+    assert "compacted" in solution.path
+    expected, _ = solve(elementwise, z, s, solver, backend, per_sample=False)
+    for key, value in expected.items():
+        assert torch.equal(value, result[key]), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_auto_takes_gemms_and_convolutions_for_independent(dtype, backend):
+    b = 64
+    s = torch.linspace(0.05, 0.95, b)[torch.randperm(b)].to(dtype)
+    w = contraction(48, 1.0, dtype=dtype)
+    kernel = (0.1 * torch.randn(4, 4, 3, 3)).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gemm = fixed_point(
+            lambda x, z, s, w: torch.tanh(s * (x @ w.mT) + z), torch.zeros(b, 48, dtype=dtype),
+            torch.randn(b, 48).to(dtype), s[:, None], params=(w,), backend=backend, solver=Picard(),
+            on_failure="return",
+        )
+        convolution = fixed_point(
+            lambda x, z, s, k: torch.tanh(s * nn.functional.conv2d(x, k, padding=1) + z),
+            torch.zeros(b, 4, 5, 5, dtype=dtype), torch.randn(b, 4, 5, 5).to(dtype),
+            s[:, None, None, None], params=(kernel,), backend=backend, solver=Picard(),
+            on_failure="return",
+        )
+    assert "compacted" in gemm.path
+    assert "compacted" in convolution.path
+
+
+def test_rows_that_hold_nan_do_not_decide_whether_g_mixes_samples(backend):
+    z, s = spread()
+    z[::2] = float("nan")
+    result, _ = solve(elementwise, z, s, Picard(), backend)  # a warning is an error here
+    expected, _ = solve(elementwise, z[1::2], s[1::2], Picard(), backend)
+    assert torch.equal(result["x"][1::2], expected["x"])
+
+
+# --- a g that mixes samples ------------------------------------------------------------------
+
+
+class Normalised(nn.Module):
+    """Batch norm inside g: its rows depend on the others of the batch."""
+
+    def __init__(self, n=6):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(n)
+
+    def forward(self, x, z, s):
+        return torch.tanh(s * self.norm(x + z)) + z
+
+
+class Attention(nn.Module):
+    """Attention across the batch."""
+
+    def forward(self, x, z, s):
+        mix = torch.softmax(z @ z.mT, 1)
+        return torch.tanh(s * (mix @ x)) + z
+
+
+@pytest.mark.parametrize("make", [Normalised, Attention])
+def test_a_g_that_mixes_samples_is_found_out_once_and_only_masked(make, backend):
+    z, s = spread()
+    z, s = 5 * z, 0.5 * s
+    g = make()
+    with pytest.warns(UserWarning, match="per_sample=False") as caught:
+        found, solution = solve(g, z, s, Picard(), backend)
+    assert len(caught) == 1
+    assert "compacted" not in solution.path
+    again, _ = solve(g, z, s, Picard(), backend)  # known by now: silent
+    asked, _ = solve(make(), z, s, Picard(), backend, per_sample=False)
+    for key, value in asked.items():
+        assert torch.equal(found[key], value), key
+        assert torch.equal(again[key], value), key
+
+
+def test_batch_norm_in_eval_mode_is_independent_and_judged_anew(backend):
+    z, s = spread()
+    z, s = 5 * z, 0.5 * s
+    g = Normalised()
+    with pytest.warns(UserWarning, match="per_sample=False"):
+        solve(g, z, s, Picard(), backend)
+    _, solution = solve(g.eval(), z, s, Picard(), backend)
+    assert "compacted" in solution.path
+
+
+def test_a_captured_per_sample_tensor_is_masked_only(backend):
+    z, s = spread()
+    with pytest.warns(UserWarning, match="per_sample=False"):
+        captured = fixed_point(
+            lambda x: elementwise(x, z, s), torch.zeros_like(z), backend=backend, solver=Anderson()
+        )
+    passed = fixed_point(elementwise, torch.zeros_like(z), z, s, backend=backend, solver=Anderson())
+    assert torch.equal(captured.x, passed.x)
+    assert torch.equal(captured.iterations, passed.iterations)
+
+
+def test_masked_gradients_of_a_mixing_g_are_those_of_the_frozen_values(backend):
+    """Frozen or not, x is a fixed point of the whole map: the gradient is the dense solve's."""
+    z = torch.randn(4, 2, dtype=torch.float64).requires_grad_()
+
+    def g(x, z):
+        return torch.tanh(0.4 * x + 0.2 * x.mean(0, keepdim=True) + z)
+
+    tight = Tolerance(1e-13, 1e-14)
+    x = fixed_point(g, torch.zeros(4, 2).double(), z, backend=backend, tolerance=tight,
+                    per_sample=False).x
+    (mine,) = torch.autograd.grad(x.sin().sum(), z)
+    y = torch.zeros(4, 2, dtype=torch.float64)
+    for _ in range(100):
+        y = g(y, z)
+    (true,) = torch.autograd.grad(y.sin().sum(), z)
+    assert_close(mine, true, {torch.float64: (1e-5, 1e-6)})
