@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 VENV_CUDA ?= .venv-cuda
 TORCH_CUDA ?= torch==2.11.0
 
+QUIET := --quiet --disable-pip-version-check
 PY := $(VENV)/bin/python
 PY_CUDA := $(VENV_CUDA)/bin/python
 STAMP := $(VENV)/.installed-$(subst ==,-,$(TORCH))
@@ -18,12 +19,12 @@ venv: $(STAMP)
 
 $(STAMP): $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet $(TORCH) -r requirements/dev.txt
+	$(PY) -m pip install $(QUIET) $(TORCH) -r requirements/dev.txt
 	touch $@
 
 # Editable: Python changes need no rebuild, and a rebuild compiles only what changed.
 build: venv
-	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(PY) -m pip install $(QUIET) --no-build-isolation --no-deps --editable .
 	@$(PY) -c "import fpi_cuda; print('built:', fpi_cuda.build_info())"
 
 test: build
@@ -52,13 +53,13 @@ cuda-compile: venv
 # Links and loads the CUDA library under a torch that has CUDA (a download of gigabytes); no device
 # is needed. Installed apart, so that the build in the tree stays what it is.
 cuda-link-check: $(STAMP_CUDA)
-	FPI_CUDA_BUILD=cuda $(PY_CUDA) -m pip install --quiet --no-build-isolation --no-deps --upgrade \
+	FPI_CUDA_BUILD=cuda $(PY_CUDA) -m pip install $(QUIET) --no-build-isolation --no-deps --upgrade \
 		--target build/cuda-link-check .
 	PYTHONSAFEPATH=1 PYTHONPATH=build/cuda-link-check $(PY_CUDA) .ci/cuda_link_check.py
 
 $(STAMP_CUDA): requirements/build.txt
 	test -x $(PY_CUDA) || $(PYTHON) -m venv $(VENV_CUDA)
-	$(PY_CUDA) -m pip install --quiet $(TORCH_CUDA) -r requirements/build.txt
+	$(PY_CUDA) -m pip install $(QUIET) $(TORCH_CUDA) -r requirements/build.txt
 	touch $@
 
 clean:

@@ -38,12 +38,13 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "fpi_cuda"
         # One folder a configuration, kept between builds, so that a rebuild compiles only changes.
-        # --fresh forgets paths of an environment that may be gone, but no object file.
         variant = (sys.implementation.cache_tag, f"torch{version('torch')}", cuda)
         folder = ROOT / "build" / "-".join(variant + ("debug",) * debug)
+        # The cache is forgotten: it holds paths of an environment that may be gone.
+        (folder / "CMakeCache.txt").unlink(missing_ok=True)
         cmake = tool("cmake", "CMAKE_BIN_DIR")
         configure = [
-            *(cmake, "--fresh", "-S", ROOT, "-B", folder, "-G", "Ninja"),
+            *(cmake, "-S", ROOT, "-B", folder, "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja', 'BIN_DIR')}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",

@@ -163,7 +163,7 @@ def anderson(f: Any, x: Tensor, rtol: float, offset: float, limit: int, below: f
 
     With `below` > 0 finished samples are left out as above.
     """
-    out, index = None, None
+    out = index = last_y = last_r = None
     m = HISTORY - 1
     dy, dr = (x.new_empty(len(x), m, x.shape[1]) for _ in range(2))
     gram, eye = x.new_empty(len(x), m, m), torch.eye(m, dtype=x.dtype, device=x.device)
@@ -333,6 +333,9 @@ def absent(package: str) -> str | None:
 
 
 # --- all of them -----------------------------------------------------------------------------
+
+
+COMPILED = "plain loop, compacted, compiled"
 
 
 def all_methods() -> list[Method]:

@@ -23,7 +23,7 @@ def g(x: Tensor, u: Tensor, s: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """When a sample has converged: ‖g(x) − x‖₂ ≤ atol·√N + rtol·‖g(x)‖₂; the adjoint without atol."""
+    """A sample has converged when ‖g(x) − x‖₂ ≤ atol·√N + rtol·‖g(x)‖₂; the adjoint has no atol."""
 
     rtol: float = 1e-4
     atol: float = 1e-6

@@ -309,7 +309,7 @@ def render(rows: Sequence[Row], table: Callable[[Table], str], heading: str) -> 
         parts.append(f"{heading}{kind}, B = {batch}, N = {size}, {mode}")
         parts.append(table(solve_table(group)))
     for name, make in (
-        (f"Anderson, time outside g", overhead_table),
+        ("Anderson, time outside g", overhead_table),
         ("step kernels", kernels_table),
         ("scale of the state and of the loss", scale_table),
     ):

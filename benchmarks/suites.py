@@ -28,7 +28,7 @@ from .measure import (
     relative_error,
     timed,
 )
-from .methods import HISTORY, Method
+from .methods import HISTORY
 from .problems import Instance, Problem, Rule
 
 Row = dict[str, Any]
@@ -95,7 +95,7 @@ def solve_cell(
     )
     for row in rows:
         if row["method"] in measured:
-            row |= measured[row["method"]].row()
+            row.update(measured[row["method"]].row())
     return rows
 
 

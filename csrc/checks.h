@@ -120,8 +120,8 @@ inline void check_damped_update(const Tensor& x, const Tensor& gx) {
 
 inline void check_dtype(const char* op, const char* name, const Tensor& x,
                         torch::headeronly::ScalarType dtype) {
-  FPI_CHECK(x.scalar_type() == dtype, op, ": ", name, " must be ", dtype, " (got ",
-            x.scalar_type(), ")");
+  FPI_CHECK(x.scalar_type() == dtype, op, ": ", name, " must be ", dtype, " (got ", x.scalar_type(),
+            ")");
 }
 
 inline std::string joined(std::initializer_list<int64_t> sizes) {
@@ -140,8 +140,8 @@ inline void check_sizes(const char* op, const char* name, const Tensor& x,
   for (int64_t size : sizes) {
     same = same && got[d++] == size;
   }
-  FPI_CHECK(same, op, ": ", name, " must have shape [", joined(sizes), "] (got ",
-            detail::shape(x), ")");
+  FPI_CHECK(same, op, ": ", name, " must have shape [", joined(sizes), "] (got ", detail::shape(x),
+            ")");
   check_contiguous(op, name, x);
 }
 
@@ -172,8 +172,8 @@ inline void check_step(const char* op, const Tensor& x, const Tensor& gx, const 
     check_sizes(op, "index", *index, {rows});
     check_dtype(op, "index", *index, ScalarType::Long);
   } else {
-    FPI_CHECK(rows == samples, op, ": index must be given where x has ", rows, " rows for ", samples,
-              " samples");
+    FPI_CHECK(rows == samples, op, ": index must be given where x has ", rows, " rows for ",
+              samples, " samples");
   }
   if (floor) {
     check_sizes(op, "floor", *floor, {samples});

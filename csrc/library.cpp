@@ -16,9 +16,9 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   //   index      [R]     int64; none: row r holds sample r
   //   floor      [B]     Acc; none: 0
   // k counts iterations from 1; offset is atol √N.
-#define FPI_STEP                                                                              \
-  "Tensor(a!) x, Tensor gx, Tensor(b!) out, Tensor(c!) counters, Tensor(d!) scalars, "        \
-  "Tensor(e!) tally, Tensor? index, Tensor? floor, int k, float rtol, float offset, "          \
+#define FPI_STEP                                                                       \
+  "Tensor(a!) x, Tensor gx, Tensor(b!) out, Tensor(c!) counters, Tensor(d!) scalars, " \
+  "Tensor(e!) tally, Tensor? index, Tensor? floor, int k, float rtol, float offset, "  \
   "float rounding, int patience, int max_iterations, float beta"
   m.def("_picard_step(" FPI_STEP ") -> ()");
   //   values, residuals  [B, m, N]  rings of g(x) and g(x) − x;  gram [B, m, m] Acc

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import inspect
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from .solution import (
     Solution,
     Status,
     Tolerance,
+    warn,
 )
 from .solvers import Anderson, Picard, Solver
 from .solvers.iterate import iterate
@@ -68,7 +68,7 @@ class ImplicitAdjoint:
     def __post_init__(self) -> None:
         if self.solver is not None and not isinstance(self.solver, (Picard, Anderson)):
             raise TypeError(
-                f"ImplicitAdjoint: solver must be Picard(...) or Anderson(...) (got {self.solver!r})"
+                f"ImplicitAdjoint: solver must be Picard or Anderson (got {self.solver!r})"
             )
         if self.tolerance is not None and not isinstance(self.tolerance, Tolerance):
             raise TypeError(
@@ -129,8 +129,9 @@ class UserStep(Step):
         self.g, self.n_inputs, self.n_params = g, n_inputs, n_params
         self.pack, self.unpack = pack, unpack
         self.binding = Binding(g) if bindable(g) else None  # type: ignore[arg-type]
+
     def bind(self, params: Sequence[Tensor]) -> Bound:
-        """G with the user's params appended and the module's own put in."""
+        """g with the user's params appended and the module's own put in."""
         shared = params[: self.n_params]
         g = self.binding.bind(params[self.n_params :]) if self.binding else self.g
         pack, unpack = self.pack, self.unpack
@@ -177,7 +178,7 @@ class MappedStep(Step):
         mapped = torch.vmap(self.inner, in_dims=(0, *self.dims))
 
         def bound(x: Tensor, *inputs: Tensor) -> Tensor:
-            return mapped(x, *inputs, *params)  # type: ignore[no-any-return]
+            return mapped(x, *inputs, *params)
 
         return bound
 
@@ -185,9 +186,7 @@ class MappedStep(Step):
 def _vjp(y: Tensor, x: Tensor, c: Tensor, graph: bool) -> Tensor:
     if not y.requires_grad:
         return torch.zeros_like(x)
-    (out,) = torch.autograd.grad(
-        y, x, c, retain_graph=True, create_graph=graph, allow_unused=True
-    )
+    (out,) = torch.autograd.grad(y, x, c, retain_graph=True, create_graph=graph, allow_unused=True)
     return torch.zeros_like(x) if out is None else out
 
 
@@ -209,29 +208,26 @@ class _PerSample:
         modules = g.modules() if isinstance(g, torch.nn.Module) else ()
         self._key = tuple(m.training for m in modules)
         if self.known is None:
-            try:
+            with contextlib.suppress(TypeError):  # g takes no weak reference: look each time
                 self.known = _PER_SAMPLE.get(g, {}).get(self._key)
-            except TypeError:  # g takes no weak reference: look each time
-                pass
 
     def learn(self, part: Callable[[], Tensor], whole: Tensor) -> bool:
         """Compare g on the compacted rows with those rows of g on the whole batch."""
         try:
             rows = part()
-        except Exception:  # noqa: BLE001 - whatever g raises, it can't take fewer rows
+        except Exception:
             self.known = False
         else:
             self.known = self._agree(rows, whole)
         with contextlib.suppress(TypeError):
             _PER_SAMPLE.setdefault(self._g, {})[self._key] = self.known
         if not self.known:
-            warnings.warn(
+            warn(
                 "fpi_cuda: g does not treat the samples of a batch independently (batch norm, "
                 "attention across it, or a captured tensor with the batch dimension?): finished "
                 "samples are frozen but stay in the batch given to g. Pass captured tensors as "
                 "inputs, or per_sample=False to say so and silence this.",
                 UserWarning,
-                stacklevel=2,
             )
         return self.known
 
@@ -248,7 +244,7 @@ class _PerSample:
 
 
 class _Forward:
-    """X ↦ g(x, *inputs) on the rows it holds."""
+    """x ↦ g(x, *inputs) on the rows it holds."""
 
     def __init__(
         self, problem: Problem, g: Bound, inputs: Sequence[Tensor], per_sample: _PerSample | None
@@ -295,7 +291,7 @@ class _Forward:
 
 
 class _Adjoint:
-    """C ↦ (∂g/∂x)ᵀ c + v, linearised once at x."""
+    """c ↦ (∂g/∂x)ᵀ c + v, linearised once at x."""
 
     def __init__(
         self,
@@ -331,15 +327,19 @@ class _Adjoint:
                 self.problem, self.g, rows(self.x), rows(self.v), inputs, self.per_sample
             )
 
-        if self.per_sample.known is None and not self.per_sample.learn(
-            lambda: smaller().y.detach(), rows(self.y)
-        ):
-            return None
-        return smaller()
+        if self.per_sample.known is not None:
+            return smaller()
+        made: list[_Adjoint] = []
+
+        def part() -> Tensor:
+            made.append(smaller())
+            return made[0].y.detach()
+
+        return made[0] if self.per_sample.learn(part, rows(self.y)) else None
 
 
 def check_output(gx: Any, x: Tensor) -> Tensor:
-    """G's value, or an error that says what it must be."""
+    """g's value, or an error that says what it must be."""
     if not isinstance(gx, Tensor):
         raise TypeError(f"fixed_point: g must return a tensor like x (got {type(gx).__name__})")
     if gx.shape != x.shape:
@@ -462,7 +462,7 @@ class Problem:
         return torch.autocast(self.device_type, enabled=False)
 
     def solve_adjoint(self, linear: _Adjoint, v: Tensor) -> tuple[Tensor, Tensor]:
-        """C and the samples to keep, for a linearisation made by the caller."""
+        """c and the samples to keep, for a linearisation made by the caller."""
         self.calls = linear.problem.calls
         return self._iterate(linear, v, v)
 
@@ -489,9 +489,7 @@ class Problem:
             skip = floor == 0
             if not bool(skip.any()):
                 skip = None
-        x, record = iterate(
-            evaluate, x0, b, self.solver, backend, limits, floor=floor, skip=skip
-        )
+        x, record = iterate(evaluate, x0, b, self.solver, backend, limits, floor=floor, skip=skip)
         record.evaluations, record.lipschitz = self.calls, self.lipschitz
         self.report(record)
         keep = torch.ones(record.batch, dtype=torch.bool, device=x.device)
@@ -513,14 +511,14 @@ class Problem:
         message = f"{self.name}: {record.failures()}"
         if self.on_failure == "raise":
             raise FixedPointError(message, Solution(self.unpack(x), record))
-        warnings.warn(message, FixedPointWarning, stacklevel=2)
+        warn(message, FixedPointWarning)
 
 
 class FixedPoint(Function):
     """x̂ of a problem as one node. Inputs: problem, x0, g(x̂) where g captures tensors, tensors."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         problem: Problem, x0: Tensor, captured: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         if problem.given is not None:
@@ -565,9 +563,10 @@ class FixedPoint(Function):
                 rows = torch.arange(len(keep), device=keep.device)
                 rows = torch.where(keep, rows, keep.to(torch.uint8).argmax())
                 x, *tensors[:n] = (t.index_select(0, rows) for t in (x, *tensors[:n]))
+        grads: Sequence[Tensor | None]
+        c: Tensor | None = None
         if higher:
             grads = _general(problem, x, v, tensors, need)
-            c = None
         else:
             c, grads = _first_order(problem, x, v, tensors, need)
         for i, g in zip(need, grads, strict=True):
@@ -582,7 +581,7 @@ class FixedPoint(Function):
         )
 
     @staticmethod
-    def vmap(  # type: ignore[override]
+    def vmap(
         info: Any, in_dims: Any, problem: Problem, x0: Tensor, captured: Any, *tensors: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         if captured is not None:

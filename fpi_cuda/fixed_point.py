@@ -220,8 +220,8 @@ def _check_part(name: str, part: Any) -> None:
         raise TypeError(f"fixed_point: {name} must be a tensor (got {type(part).__name__})")
     if part.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(
-            f"fixed_point: {name} must be float64, float32, float16 or bfloat16 (got {part.dtype}); "
-            "write x0.float()"
+            f"fixed_point: {name} must be float64, float32, float16 or bfloat16 (got "
+            f"{part.dtype}); write x0.float()"
         )
     if part.dim() == 0:
         raise ValueError(
@@ -233,6 +233,11 @@ def _check_part(name: str, part: Any) -> None:
 def _check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], b: int) -> None:
     if not callable(g):
         raise TypeError(f"fixed_point: g must be callable (got {type(g).__name__})")
+    if not isinstance(params, (tuple, list)):
+        raise TypeError(
+            "fixed_point: params must be a tuple or list of tensors (got "
+            f"{type(params).__name__}); write params=(w,)"
+        )
     for name, group in (("inputs", inputs), ("params", params)):
         for i, t in enumerate(group):
             if not isinstance(t, Tensor):
@@ -253,7 +258,7 @@ def _captures_transformed(step: UserStep, x: Tensor, tensors: Sequence[Tensor]) 
     plain = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (x, *tensors)]
     try:
         y = step(*plain)
-    except Exception:  # noqa: BLE001 - zeros may be outside g's domain; the solve will tell
+    except Exception:
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(y):
         if torch._C._functorch.is_batchedtensor(y) or y.requires_grad:

@@ -118,7 +118,7 @@ class FixedPointLayer(nn.Module):
         def zeros(s: Shape) -> Tensor:
             return torch.zeros(z.shape[0], *s, dtype=dtype, device=z.device)
 
-        if len(shape) and isinstance(shape[0], (tuple, list, torch.Size)):
+        if shape and isinstance(shape[0], (tuple, list, torch.Size)):
             return tuple(zeros(s) for s in shape)
         return zeros(shape)
 
@@ -128,4 +128,4 @@ class FixedPointLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the record of the last call."""
-        return {**super().__getstate__(), "last": None}  # type: ignore[misc]
+        return {**self.__dict__, "last": None}

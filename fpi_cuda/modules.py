@@ -104,7 +104,7 @@ def _freeze_parametrizations(module: nn.Module) -> None:
         values = {name: getattr(module, name) for name in names}
         module.__class__ = type(module).__bases__[0]  # the class before it was parametrised
         del module._modules["parametrizations"]
-        module._parameters.update(values)  # type: ignore[arg-type]
+        module._parameters.update(values)
     for key, hook in list(module._forward_pre_hooks.items()):
         if type(hook).__name__ in ("SpectralNorm", "WeightNorm"):  # torch.nn.utils' older forms
             hook(module, ())

@@ -17,9 +17,7 @@ __all__ = ["inner_product", "partial"]
 Scalar = Callable[..., Tensor]
 
 
-def partial(
-    r: Scalar, *s: Tensor, which: Sequence[int] | None = None
-) -> tuple[Tensor, ...]:
+def partial(r: Scalar, *s: Tensor, which: Sequence[int] | None = None) -> tuple[Tensor, ...]:
     """P(s; r): the partial derivatives ∂r(s)/∂s, each argument taken as independent.
 
     Computed on an independent graph, so it does not matter how the arguments depend on each other
@@ -161,9 +159,7 @@ class _Partial(Function):
     """∂r(s)/∂s[which] on an independent graph; its backward is made of itself."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             if tape.leaves is None:
                 tape.leaves = [_leaf(t) for t in s]
@@ -208,6 +204,7 @@ class _Partial(Function):
             outputs = torch.func.grad(r, argnums=which)(*q[n:])
             return _sum(torch.sum(d * g) for d, g in zip(q[:n], outputs, strict=True))
 
+        grads: Sequence[Tensor | None]
         if transforming() or tape.leaves is None:
             grads = partial_bound(eta, tuple(n + i for i in need), *delta, *s)
         elif not torch.is_grad_enabled():
@@ -236,10 +233,10 @@ class _Partial(Function):
         )
 
     @staticmethod
-    def vmap(  # type: ignore[override]
+    def vmap(
         info: Any, in_dims: Any, r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        # Every argument gets a slice of its own, so that a shared one's derivative is per slice too.
+        # Every argument gets a slice of its own: a shared one's derivative is per slice too.
         batched = [
             t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
             for t, d in zip(s, in_dims[3:], strict=True)
@@ -255,21 +252,19 @@ class _Partial(Function):
 _Partial.forward.__signature__ = inspect.signature(_Partial.forward)  # type: ignore[attr-defined]
 
 
-def _through(
-    tape: _Tape, delta: Sequence[Tensor], need: Sequence[int]
-) -> list[Tensor | None]:
+def _through(tape: _Tape, delta: Sequence[Tensor], need: Sequence[int]) -> list[Tensor | None]:
     """The vector-Jacobian product of P through its own graph: no call of r."""
     assert tape.leaves is not None
     pairs = [
-        (g, d) for g, d in zip(tape.outputs, delta, strict=True) if g is not None and g.requires_grad
+        (g, d)
+        for g, d in zip(tape.outputs, delta, strict=True)
+        if g is not None and g.requires_grad
     ]
     if not pairs or not need:
         return [None] * len(need)
     outputs, weights = zip(*pairs, strict=True)
     wanted = [tape.leaves[i] for i in need]
-    return list(
-        torch.autograd.grad(outputs, wanted, weights, allow_unused=True, retain_graph=True)
-    )
+    return list(torch.autograd.grad(outputs, wanted, weights, allow_unused=True, retain_graph=True))
 
 
 def _leaf(t: Tensor) -> Tensor:
@@ -289,7 +284,9 @@ def _check_scalar(tape: _Tape) -> None:
     y, leaves = tape.y, tape.leaves
     if not isinstance(y, Tensor) or y.numel() != 1:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"partial: r must return a scalar tensor (got {got}); sum it over the batch")
+        raise ValueError(
+            f"partial: r must return a scalar tensor (got {got}); sum it over the batch"
+        )
     assert leaves is not None
     if tape.keep and captures(y, leaves):
         raise ValueError(

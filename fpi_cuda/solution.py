@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import enum
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,8 +72,8 @@ class Tolerance:
         atol: absolute tolerance for each value; None likewise (1e-12, 1e-6, 1e-3, 1e-3), so that a
             fixed point at zero converges. The adjoint takes 0 by default: a gradient has no scale.
 
-    `Tolerance(0, 0)` asks for `max_iterations` iterations (fewer only for a sample whose residual is
-    exactly zero); such a solve never fails for want of convergence.
+    `Tolerance(0, 0)` asks for `max_iterations` iterations (fewer only where a residual is exactly
+    zero); such a solve never fails for want of convergence.
 
     Raises:
         ValueError: a tolerance is negative or not finite.
@@ -99,6 +102,17 @@ class FixedPointWarning(UserWarning):
     """Some samples did not converge."""
 
 
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line outside this package and torch that led here."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    warnings.warn(message, category, stacklevel=level)
+
+
+_OURS = tuple(str(Path(file).parent) for file in (__file__, str(torch.__file__)))
+
+
 class FixedPointError(RuntimeError):
     """Some samples did not converge and `on_failure="raise"`; `solution` holds the whole record."""
 
@@ -114,9 +128,9 @@ class Record:
     progress: Progress
     batch: torch.Size
     rate: Callable[[Tensor, Tensor], Tensor]  # the solver's contraction
-    evaluations: int  # calls of g with any number of rows, those of the per_sample probe included
     path: str  # which backend and driver ran
     failed: int  # samples that did not converge
+    evaluations: int = 0  # calls of g with any number of rows, those of the per_sample probe too
     lipschitz: float | None = None  # certified by the step, for error_bound
     adjoint: Record | None = None  # the backward solve's own record, filled by each backward
 

@@ -53,7 +53,7 @@ class GradientStep(nn.Module):
         self.step_size = step_size
 
     def forward(self, x: Any, *inputs: Tensor) -> Any:
-        """X − γ ∂f/∂x, shaped like x."""
+        """x − γ ∂f/∂x, shaped like x."""
         parts = x if isinstance(x, tuple) else (x,)
         n = len(parts)
         gradients = partial(_Total(self.energy, n), *parts, *inputs, which=tuple(range(n)))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from fpi_cuda.backends import native, reference
 from fpi_cuda.backends.progress import (
     ACTIVE,
@@ -241,9 +242,18 @@ def test_every_instruction_set_matches_the_oracle(capability):
         pytest.skip("runs in this process already")
     tests = f"{__file__}::test_anderson_step_matches_the_oracle"
 
-
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", "native and float32"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            tests,
+            "-k",
+            "native and float32",
+        ],
         env={**os.environ, "FPI_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,

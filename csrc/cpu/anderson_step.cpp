@@ -9,11 +9,10 @@ namespace fpi {
 namespace {
 
 void anderson_step_cpu(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalars,
-                       Tensor tally, std::optional<Tensor> index,
-                     std::optional<Tensor> floor, int64_t k, double rtol,
-                       double offset, double rounding, int64_t patience, int64_t max_iterations,
-                       double beta, double ridge, double restart, Tensor values, Tensor residuals,
-                       Tensor gram) {
+                       Tensor tally, std::optional<Tensor> index, std::optional<Tensor> floor,
+                       int64_t k, double rtol, double offset, double rounding, int64_t patience,
+                       int64_t max_iterations, double beta, double ridge, double restart,
+                       Tensor values, Tensor residuals, Tensor gram) {
   constexpr const char* op = "_anderson_step";
   check_step(op, x, gx, out, counters, scalars, tally, index, floor);
   check_window(op, x, out, scalars, values, residuals, gram, kMaxHistory);

@@ -5,9 +5,9 @@
 //   kernels/op.cpp  namespace fpi::FPI_CPU_NAMESPACE { ... its definition, in plain loops ... }
 //   op.cpp          checks, then FPI_CPU_DISPATCH(op_rows<T>)(x, n) under parallel_for
 //
-// Kernels take pointers, and use of torch and std only what the compiler inlines: an inline function
-// left standing is merged by the linker with the same one of other files, and a plain CPU could be
-// given the AVX-512 one. tests/test_packaging.py looks at the symbols.
+// Kernels take pointers, and use of torch and std only what the compiler inlines: an inline
+// function left standing is merged by the linker with the same one of other files, and a plain CPU
+// could be given the AVX-512 one. tests/test_packaging.py looks at the symbols.
 #pragma once
 
 #include <vector>

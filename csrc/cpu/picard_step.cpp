@@ -8,11 +8,10 @@
 namespace fpi {
 namespace {
 
-void picard_step_cpu(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalars,
-                     Tensor tally, std::optional<Tensor> index,
-                     std::optional<Tensor> floor, int64_t k, double rtol,
-                     double offset, double rounding, int64_t patience, int64_t max_iterations,
-                     double beta) {
+void picard_step_cpu(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalars, Tensor tally,
+                     std::optional<Tensor> index, std::optional<Tensor> floor, int64_t k,
+                     double rtol, double offset, double rounding, int64_t patience,
+                     int64_t max_iterations, double beta) {
   check_step("_picard_step", x, gx, out, counters, scalars, tally, index, floor);
   dispatch_floating("_picard_step", "x", x, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -16,8 +16,9 @@ constexpr int64_t kStepGrain = 8192;
 
 template <typename Acc>
 Record<Acc> record_of(const Tensor& counters, const Tensor& scalars,
-                      const std::optional<Tensor>& index, const std::optional<Tensor>& floor, int64_t k, double rtol, double offset, double rounding,
-                      int64_t patience, int64_t max_iterations) {
+                      const std::optional<Tensor>& index, const std::optional<Tensor>& floor,
+                      int64_t k, double rtol, double offset, double rounding, int64_t patience,
+                      int64_t max_iterations) {
   return {static_cast<int32_t*>(counters.mutable_data_ptr()),
           static_cast<Acc*>(scalars.mutable_data_ptr()),
           floor ? static_cast<const Acc*>(floor->const_data_ptr()) : nullptr,

@@ -6,8 +6,8 @@
 
 namespace fpi {
 
-// Solves (K + ridge tr(K) I) gamma = b in place, by Cholesky without square roots (L D Lᵀ): a holds K
-// on entry and is overwritten, b becomes gamma. a is row-major with n columns; only its lower
+// Solves (K + ridge tr(K) I) gamma = b in place, by Cholesky without square roots (L D Lᵀ): a holds
+// K on entry and is overwritten, b becomes gamma. a is row-major with n columns; only its lower
 // triangle is read. Returns whether the matrix was numerically positive definite, its trace above
 // `noise`, and gamma finite.
 template <typename Acc>

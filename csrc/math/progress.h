@@ -27,9 +27,9 @@ enum Counter { kStatus, kIterations, kReferenceIteration, kWindow, kHead, kCount
 // a ring of residual norms (Picard) or secant ratios (Anderson).
 enum Scalar { kResidual, kReference, kRing, kRingLength = 5, kScalars = kRing + kRingLength };
 
-constexpr double kGrowth = 1e4;         // DIVERGED: this many times the reference,
+constexpr double kGrowth = 1e4;           // DIVERGED: this many times the reference,
 constexpr int32_t kGrowthIterations = 5;  // which is this old
-constexpr double kFall = 0.9;           // a residual this much below the reference is progress
+constexpr double kFall = 0.9;             // a residual this much below the reference is progress
 
 constexpr int kNoise = 2;  // Anderson needs residual differences above this many roundings of g(x)
 

@@ -78,10 +78,15 @@ def anderson_step(
     window, alone.
 
     Args:
-        p, x, gx, k, beta: as in `picard_step`.
+        p: the per-sample record; updated, as in `picard_step`.
+        x: iterates, [R, N]; moved.
+        gx: g(x), [R, N].
+        k: the iteration's number.
+        beta: weight of the new value.
         ridge: λ, relative to the trace of the differences' Gram matrix.
         restart: growth of the residual that restarts the window.
-        values, residuals: g(x) and g(x) − x of the window, [B, m, N], rings indexed by HEAD.
+        values: g(x) of the window, [B, m, N], a ring by sample with its newest at HEAD.
+        residuals: g(x) − x likewise.
         gram: unused here (the oracle forms it anew); the native kernels refresh one row of it.
     """
     del gram
@@ -124,7 +129,9 @@ def anderson_step(
         factor, info = torch.linalg.cholesky_ex(system)
         gamma = torch.cholesky_solve(d @ rw[:, 0, :, None], factor)  # [n, m-1, 1]
         noise = NOISE * torch.finfo(x.dtype).eps / 2 * value[rows]
-        bad = (info != 0) | ((window > 1) & (trace <= noise**2)) | ~gamma.isfinite().all(1).squeeze(1)
+        bad = (
+            (info != 0) | ((window > 1) & (trace <= noise**2)) | ~gamma.isfinite().all(1).squeeze(1)
+        )
         gamma = gamma.where(~bad[:, None, None], 0)
         mixed = ga[rows] - (gamma * dg).sum(1) - (1 - beta) * (r[rows] - (gamma * d).sum(1))
         moved[rows] = mixed.to(x.dtype)
@@ -141,7 +148,8 @@ def _norm(r: Tensor) -> Tensor:
     # Scaled, so that no square under- or overflows; NaN and Inf stay what they are.
     largest = r.abs().amax(1, keepdim=True) if r.shape[1] else r.new_zeros(len(r), 1)
     scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
-    return torch.linalg.vector_norm(r / scale, dim=1) * scale.squeeze(1)
+    norm: Tensor = torch.linalg.vector_norm(r / scale, dim=1) * scale.squeeze(1)
+    return norm
 
 
 def _running(p: Progress) -> Tensor:
@@ -164,7 +172,9 @@ def _stop(p: Progress, residual: Tensor, value: Tensor, k: int, running: Tensor)
     fell = (residual <= FALL * reference) | (k == 1)
     reference = torch.where(fell, residual, reference)
     since = torch.where(fell, k, since)
-    threshold = lim.offset + lim.rtol * (value if p.floor is None else torch.maximum(value, p.floor[s]))
+    threshold = lim.offset + lim.rtol * (
+        value if p.floor is None else torch.maximum(value, p.floor[s])
+    )
 
     status = torch.full_like(since, ACTIVE)
     if k >= lim.max_iterations:
@@ -196,4 +206,8 @@ def _freeze(
     result = torch.where(finite[:, None], gx, x)
     finished = running & (status != ACTIVE)
     p.out[p.samples[finished]] = result[finished]
-    x.copy_(torch.where((running & ~finished)[:, None], moved, torch.where(finished[:, None], result, x)))
+    x.copy_(
+        torch.where(
+            (running & ~finished)[:, None], moved, torch.where(finished[:, None], result, x)
+        )
+    )

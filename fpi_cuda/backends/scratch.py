@@ -6,6 +6,8 @@ window is the largest thing a solve allocates. CUDA's caching allocator does thi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,7 @@ _kept: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
 class Scratch:
     """Uninitialised tensors that return to the pool with this object."""
 
-    _mine: list[Tensor] | tuple[()] = ()
-
-    def __init__(self) -> None:
-        self._mine = []
+    _mine: Sequence[Tensor] = ()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with undefined values: a kept one of just this kind, or a new one."""
@@ -32,7 +31,7 @@ class Scratch:
         except (KeyError, IndexError):
             with torch.inference_mode(False):  # the pool serves later solves of any mode
                 t = torch.empty(shape, dtype=dtype)
-        self._mine.append(t)
+        self._mine = [*self._mine, t]
         return t
 
     def __del__(self) -> None:

@@ -16,10 +16,10 @@ class Evaluation(Protocol):
 
     compact_below: float  # leave finished samples out when active/rows falls below this; 0: never
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, /) -> Tensor:
         """g(x), shaped like x."""
 
-    def select(self, positions: Tensor, x: Tensor) -> Evaluation | None:
+    def select(self, positions: Tensor, x: Tensor, /) -> Evaluation | None:
         """The same for these rows only; None where g does not treat samples independently.
 
         x is the next iterate of all rows, for checking that.
@@ -43,7 +43,8 @@ def iterate(
         evaluate: calls g.
         x0: [*batch, *sample]; not written to.
         batch_dims: number of leading batch dimensions.
-        solver, backend: hyper-parameters, and the module with the step operators.
+        solver: the hyper-parameters.
+        backend: the module with the step operators.
         limits: the stop rule.
         floor: [B], see `Progress`.
         skip: bool [B]: samples that are left at x0 as converged, without an iteration.
@@ -60,7 +61,7 @@ def iterate(
         progress.counters[:, STATUS].masked_fill_(skip, Status.CONVERGED + 1)
         progress.out.copy_(x)
         active -= int(skip.sum())
-    evaluations, k, compacted = 0, 0, False
+    k, compacted = 0, False
     step = None
     rows_shape = tuple(batch)
     state = layout.state(x, rows_shape)
@@ -78,7 +79,6 @@ def iterate(
                 state = layout.state(x, rows_shape)
         k += 1
         gx = evaluate(state)
-        evaluations += 1
         if step is None:
             if not (layout.plain and gx.is_contiguous()):
                 # The layout that g itself returns costs no copy in any later iteration.
@@ -93,7 +93,6 @@ def iterate(
         progress=progress,
         batch=batch,
         rate=solver.contraction,
-        evaluations=evaluations,
         path=f"{backend.NAME}, eager, {'compacted' if compacted else 'whole batch'}",
         failed=failed,
     )

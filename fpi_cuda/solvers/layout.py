@@ -29,7 +29,7 @@ class Layout:
         self.plain = order == sorted(order)
 
     def rows(self, t: Tensor) -> Tensor:
-        """T, [*batch, *sample], as a contiguous [R, N]: a view where t has this layout."""
+        """t, [*batch, *sample], as a contiguous [R, N]: a view where t has this layout."""
         r = t.numel() // self.n if self.n else t.shape[: t.dim() - len(self.sample)].numel()
         if self.plain:
             return t.contiguous().view(r, self.n)

@@ -90,9 +90,9 @@ FPI_HOST_DEVICE void mix(T* x, const T* const* values, const T* const* residuals
 }  // namespace
 
 template <typename T>
-Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ridge,
-                      double restart, const Window<T>& window,
-                      const Record<accumulate_t<T>>& record, int64_t begin, int64_t end) {
+Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ridge, double restart,
+                    const Window<T>& window, const Record<accumulate_t<T>>& record, int64_t begin,
+                    int64_t end) {
   using Acc = accumulate_t<T>;
   const int m = window.m;
   Tally tally;
@@ -142,14 +142,12 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
         gg += g * g;
       });
     }
-    const Acc residual = norm_from(sum<Acc>(rr), n, [&](int64_t i) {
-      return residual_at(x_row, g_row, i);
-    });
+    const Acc residual =
+        norm_from(sum<Acc>(rr), n, [&](int64_t i) { return residual_at(x_row, g_row, i); });
     const Acc value =
         norm_from(sum<Acc>(gg), n, [&](int64_t i) { return static_cast<Acc>(g_row[i]); });
 
-    const bool grown =
-        record.k > 1 && residual > static_cast<Acc>(restart) * scalars[kReference];
+    const bool grown = record.k > 1 && residual > static_cast<Acc>(restart) * scalars[kReference];
     const int32_t status = stop(residual, value, sample, record);
     if (status != kActive) {
       freeze_row(x_row, g_row, out + sample * n, status, n);
@@ -205,10 +203,10 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
   return tally;
 }
 
-#define FPI_INSTANTIATE(T)                                                                    \
-  template Tally anderson_step(T*, const T*, T*, int64_t, double, double, double,           \
-                                 const Window<T>&, const Record<accumulate_t<T>>&, int64_t, \
-                                 int64_t);
+#define FPI_INSTANTIATE(T)                                                                \
+  template Tally anderson_step(T*, const T*, T*, int64_t, double, double, double,         \
+                               const Window<T>&, const Record<accumulate_t<T>>&, int64_t, \
+                               int64_t);
 FPI_INSTANTIATE(torch::headeronly::Half)
 FPI_INSTANTIATE(torch::headeronly::BFloat16)
 FPI_INSTANTIATE(float)

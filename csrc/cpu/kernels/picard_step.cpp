@@ -9,7 +9,7 @@ namespace fpi::FPI_CPU_NAMESPACE {
 
 template <typename T>
 Tally picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
-                    const Record<accumulate_t<T>>& record, int64_t begin, int64_t end) {
+                  const Record<accumulate_t<T>>& record, int64_t begin, int64_t end) {
   using Acc = accumulate_t<T>;
   Tally tally;
   for (int64_t row = begin; row < end; ++row) {
@@ -28,9 +28,8 @@ Tally picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
       rr += r * r;
       gg += g * g;
     });
-    const Acc residual = norm_from(sum<Acc>(rr), n, [&](int64_t i) {
-      return residual_at(x_row, g_row, i);
-    });
+    const Acc residual =
+        norm_from(sum<Acc>(rr), n, [&](int64_t i) { return residual_at(x_row, g_row, i); });
     const Acc value =
         norm_from(sum<Acc>(gg), n, [&](int64_t i) { return static_cast<Acc>(g_row[i]); });
 
@@ -47,9 +46,9 @@ Tally picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
   return tally;
 }
 
-#define FPI_INSTANTIATE(T)                                                                  \
+#define FPI_INSTANTIATE(T)                                                                      \
   template Tally picard_step(T*, const T*, T*, int64_t, double, const Record<accumulate_t<T>>&, \
-                               int64_t, int64_t);
+                             int64_t, int64_t);
 FPI_INSTANTIATE(torch::headeronly::Half)
 FPI_INSTANTIATE(torch::headeronly::BFloat16)
 FPI_INSTANTIATE(float)

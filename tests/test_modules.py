@@ -1,0 +1,739 @@
+"""The layer among other modules: shared, normalised, copied, saved, compiled, threaded, cast."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import warnings
+import weakref
+
+import pytest
+import torch
+from helpers import TIGHT, TIGHT_ADJOINT, Counter, Energy, Net, assert_solved, contraction, unroll
+from torch import nn
+from torch.autograd import grad
+
+from fpi_cuda import (
+    Anderson,
+    FixedPointLayer,
+    GradientStep,
+    ImplicitAdjoint,
+    NeuralStep,
+    Picard,
+    Solution,
+    Tolerance,
+    fixed_point,
+)
+
+EXACT = {"tolerance": TIGHT, "adjoint": TIGHT_ADJOINT, "max_iterations": 500}
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def layer_of(net, **options):
+    return FixedPointLayer(NeuralStep(net), state_shape=(3,), **{**EXACT, **options})
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def unrolled(net, z, steps=150):
+    return unroll(net, torch.zeros(len(z), 3, dtype=z.dtype), z, steps=steps)
+
+
+# --- use in a graph --------------------------------------------------------------------------
+
+
+def test_two_forwards_then_two_backwards(backend, solver):
+    net = Net()
+    layer = layer_of(net, backend=backend, solver=solver)
+    a, b = double(2, 2).requires_grad_(), double(3, 2).requires_grad_()
+    tensors = tuple(net.parameters())
+    x, y = layer(a), layer(b)
+    mine_b = grad(y.sin().sum(), (b, *tensors))
+    mine_a = grad(x.sin().sum(), (a, *tensors))
+    for mine, z in ((mine_a, a), (mine_b, b)):
+        for one, true in zip(mine, grad(unrolled(net, z).sin().sum(), (z, *tensors)), strict=True):
+            close(one, true)
+
+
+def test_backward_uses_the_parameters_of_its_own_forward_or_raises(backend):
+    """An optimizer step between forward and backward must not mix two parameter values."""
+    net = Net()
+    layer = layer_of(net, backend=backend)
+    x = layer(double(2, 2))
+    with torch.no_grad():
+        net.a.weight.mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
+def test_second_backward_over_one_graph_gives_the_same_gradient(backend):
+    net = Net()
+    z = double(2, 2).requires_grad_()
+    x = layer_of(net, backend=backend)(z)
+    one = grad(x.sin().sum(), (z, *net.parameters()), retain_graph=True)
+    two = grad(x.sin().sum(), (z, *net.parameters()))
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_layer_shared_twice_in_a_net_sums_its_gradients(backend, solver):
+    net = Net(n=3, d=3)
+    layer = layer_of(net, backend=backend, solver=solver)
+    z = double(2, 3).requires_grad_()
+    tensors = (z, *net.parameters())
+    mine = grad(layer(torch.sin(layer(z))).sum(), tensors)
+    true = grad(unrolled(net, torch.sin(unrolled(net, z))).sum(), tensors)
+    for a, b in zip(mine, true, strict=True):
+        close(a, b)
+
+
+def test_second_derivatives_through_a_layer_shared_twice(backend):
+    net = Net(n=3, d=3)
+    layer = layer_of(net, backend=backend)
+    z = double(2, 3).requires_grad_()
+    tensors = (z, *net.parameters())
+
+    def second(x):
+        first = grad(x.sin().sum(), tensors, create_graph=True)
+        return grad(sum(t.square().sum() for t in first), tensors)
+
+    for a, b in zip(
+        second(layer(torch.sin(layer(z)))),
+        second(unrolled(net, torch.sin(unrolled(net, z)))),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_layer_inside_the_step_of_another(backend):
+    inner = layer_of(Net(n=3, d=3), backend=backend)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x, z):
+            return 0.3 * self.inner(x) + z
+
+    def plain(x, z):
+        return 0.3 * unrolled(inner.g.net, x, steps=60) + z
+
+    z = double(2, 3).requires_grad_()
+    tensors = (z, *inner.parameters())
+    x = FixedPointLayer(Outer(), backend=backend, **EXACT)(z)
+    true = unroll(plain, torch.zeros(2, 3, dtype=z.dtype), z, steps=60)
+    for a, b in zip(grad(x.sin().sum(), tensors), grad(true.sin().sum(), tensors), strict=True):
+        close(a, b)
+
+
+def test_training_fits_a_fixed_point():
+    """Adam on a teacher's fixed points: the loss falls tenfold."""
+    teacher = layer_of(Net(seed=5))
+    student = FixedPointLayer(NeuralStep(Net(seed=6)), state_shape=(3,))
+    z = double(16, 2)
+    target = teacher(z).detach()
+    optimizer = torch.optim.Adam(student.parameters(), 5e-2)
+    losses = []
+    for _ in range(25):
+        loss = (student(z) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_frozen_tied_and_unused_parameters(backend):
+    net = Net()
+    net.a.bias.requires_grad_(False)
+    net.unused = nn.Parameter(double(2))
+    net.d = net.b  # the same module under two names
+    layer = layer_of(net, backend=backend)
+    layer(double(2, 2)).sum().backward()
+    assert net.a.bias.grad is None
+    assert net.unused.grad is None or not net.unused.grad.any()
+    assert net.a.weight.grad.abs().max() > 0
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.v = nn.Parameter(contraction(3, 0.6))
+            self.w = self.v
+
+        def forward(self, x, z):
+            return 0.8 * torch.tanh(torch.tanh(x @ self.v.mT) @ self.w + z)
+
+    tied, z = Tied(), double(2, 3)
+    (mine,) = grad(FixedPointLayer(tied, backend=backend, **EXACT)(z).sin().sum(), tied.v)
+    (true,) = grad(unrolled(tied, z).sin().sum(), tied.v)
+    close(mine, true)
+
+
+def test_parameter_hooks_fire_once_a_backward(backend):
+    net, fired = Net(), []
+    net.a.weight.register_hook(lambda g: fired.append("tensor"))
+    net.a.weight.register_post_accumulate_grad_hook(lambda p: fired.append("accumulated"))
+    layer_of(net, backend=backend)(double(2, 2)).sum().backward()
+    assert fired == ["tensor", "accumulated"]
+
+
+def test_bound_method_captures_its_modules_parameters(backend):
+    net = Net()
+    z = double(2, 2).requires_grad_()
+
+    def solve():
+        return fixed_point(
+            net.forward, torch.zeros(2, 3, dtype=z.dtype), z, backend=backend, per_sample=False,
+            **EXACT,
+        ).x
+
+    mine = grad(solve().sin().sum(), (z, *net.parameters()))
+    for a, b in zip(mine, grad(unrolled(net, z).sin().sum(), (z, *net.parameters())), strict=True):
+        close(a, b)
+    with pytest.raises(RuntimeError, match="captures"):
+        grad(solve().sum(), z, create_graph=True)
+
+
+# --- steps with state ------------------------------------------------------------------------
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, dtype=torch.float64)
+        self.linear = nn.Linear(3, 3, dtype=torch.float64)
+        with torch.no_grad():
+            self.linear.weight.mul_(0.2)
+
+    def forward(self, x, z):
+        return torch.tanh(self.linear(x) + self.norm(z + 0.1 * x))
+
+
+def test_batch_norm_moves_its_buffers_once_a_call_and_never_in_backward(backend, solver):
+    g = Normalised()
+    once, z = copy.deepcopy(g), double(8, 3).requires_grad_()
+    layer = FixedPointLayer(g, backend=backend, solver=solver, per_sample=False, **EXACT)
+    x = layer(z)
+    assert layer.last.iterations.max() > 3
+    once(x.detach(), z.detach())
+    for mine, true in zip(g.buffers(), once.buffers(), strict=True):
+        close(mine, true)
+    x.sin().sum().backward()
+    assert g.norm.num_batches_tracked == 1
+    layer(z)
+    assert g.norm.num_batches_tracked == 2
+
+
+def test_batch_norm_in_train_mode_has_the_gradient_of_its_batch_statistics(backend, solver):
+    g = Normalised()
+    z = double(8, 3).requires_grad_()
+    tensors = (z, *g.parameters())
+    true = grad(unrolled(copy_of := copy.deepcopy(g), z).sin().sum(), (z, *copy_of.parameters()))
+    layer = FixedPointLayer(g, backend=backend, solver=solver, per_sample=False, **EXACT)
+    for a, b in zip(grad(layer(z).sin().sum(), tensors), true, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_batch_norm_in_eval_mode_moves_nothing(backend):
+    g = Normalised().eval()
+    before = [b.clone() for b in g.buffers()]
+    z = double(8, 3).requires_grad_()
+    FixedPointLayer(g, backend=backend, **EXACT)(z).sum().backward()
+    for a, b in zip(g.buffers(), before, strict=True):
+        assert torch.equal(a, b)
+
+
+class Spectral(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        torch.manual_seed(3)
+        self.linear = wrap(nn.Linear(3, 3, dtype=torch.float64))
+
+    def forward(self, x, z):
+        return 0.8 * torch.tanh(self.linear(x) + z)
+
+
+def old_spectral_norm(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.spectral_norm(module)
+
+
+WRAPS = {
+    "parametrization": nn.utils.parametrizations.spectral_norm,
+    "hook": old_spectral_norm,
+}
+
+
+@pytest.mark.parametrize("wrap", list(WRAPS))
+def test_spectral_norm_iterates_once_a_call_and_has_the_right_gradient(wrap, backend):
+    g = Spectral(WRAPS[wrap])
+    z = double(4, 3).requires_grad_()
+    once, oracle = copy.deepcopy(g), copy.deepcopy(g)
+    layer = FixedPointLayer(g, backend=backend, **EXACT)
+    x = layer(z)
+    once(x.detach(), z.detach())
+    for mine, true in zip(g.buffers(), once.buffers(), strict=True):
+        close(mine, true)
+
+    # The oracle: one power iteration, then the weight is a fixed function of the raw weight.
+    if wrap == "hook":
+        oracle.linear(z.detach())  # computes `weight` with its graph
+    weight = oracle.linear.weight
+
+    def plain(x, z):
+        return 0.8 * torch.tanh(nn.functional.linear(x, weight, oracle.linear.bias) + z)
+
+    true_x = unroll(plain, torch.zeros(4, 3, dtype=z.dtype), z, steps=150)
+    close(x, true_x)
+    mine = grad(x.sin().sum(), (z, *g.parameters()))
+    true = grad(true_x.sin().sum(), (z, *oracle.parameters()))
+    names = [n for n, _ in g.named_parameters()]
+    assert names == [n for n, _ in oracle.named_parameters()]
+    for a, b in zip(mine, true, strict=True):
+        close(a, b)
+    after = [b.clone() for b in g.buffers()]
+    layer(z).sum().backward()
+    assert any(not torch.equal(a, b) for a, b in zip(g.buffers(), after, strict=True))
+
+
+@pytest.mark.parametrize("wrap", list(WRAPS))
+def test_spectral_norm_has_right_second_derivatives(wrap, backend):
+    g = Spectral(WRAPS[wrap]).eval()
+    with torch.no_grad():
+        g.train()(double(1, 3), double(1, 3))
+    g.eval()
+    z = double(2, 3).requires_grad_()
+    tensors = (z, *g.parameters())
+
+    def second(x):
+        first = grad(x.sin().sum(), tensors, create_graph=True)
+        return grad(sum(t.square().sum() for t in first), tensors)
+
+    mine = second(FixedPointLayer(g, backend=backend, **EXACT)(z))
+    for a, b in zip(mine, second(unrolled(g, z)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_weight_norm_and_orthogonal_have_the_gradient_of_the_unrolled_loop(backend):
+    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal):
+        g = Spectral(wrap)
+        z = double(2, 3).requires_grad_()
+        tensors = (z, *g.parameters())
+        x = FixedPointLayer(g, backend=backend, **EXACT)(z)
+        true = grad(unrolled(g, z).sin().sum(), tensors)
+        for a, b in zip(grad(x.sin().sum(), tensors), true, strict=True):
+            close(a, b)
+
+
+def test_gru_cell_is_a_step_like_any_other(backend):
+    cell = nn.GRUCell(2, 3, dtype=torch.float64)
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = cell
+
+        def forward(self, x, z):
+            return 0.5 * self.cell(z, x)
+
+    z = double(2, 2).requires_grad_()
+    tensors = (z, *cell.parameters())
+    x = FixedPointLayer(Step(), state_shape=(3,), backend=backend, **EXACT)(z)
+    true = grad(unroll(Step(), torch.zeros(2, 3).double(), z, steps=100).sin().sum(), tensors)
+    for a, b in zip(grad(x.sin().sum(), tensors), true, strict=True):
+        close(a, b)
+
+
+def test_the_module_is_left_as_it_was(backend):
+    g = Spectral(nn.utils.parametrizations.spectral_norm)
+    before = {name: id(p) for name, p in g.named_parameters()}
+    kind, keys = type(g.linear), list(g.state_dict())
+    x = FixedPointLayer(g, backend=backend, **EXACT)(double(2, 3))
+    x.sum().backward()
+    assert {name: id(p) for name, p in g.named_parameters()} == before
+    assert type(g.linear) is kind
+    assert list(g.state_dict()) == keys
+    assert nn.utils.parametrize.is_parametrized(g.linear)
+
+
+# --- the layer itself ------------------------------------------------------------------------
+
+
+def test_layer_adds_no_parameter_buffer_or_state_key():
+    net = Net()
+    layer = FixedPointLayer(net)
+    assert set(layer.state_dict()) == {f"g.{key}" for key in net.state_dict()}
+    assert [id(p) for p in layer.parameters()] == [id(p) for p in net.parameters()]
+    assert list(layer.buffers()) == []
+    other = FixedPointLayer(Net(seed=1), solver=Picard(), max_iterations=7)
+    assert str(other.load_state_dict(layer.state_dict())) == "<All keys matched successfully>"
+    assert torch.equal(other.g.a.weight, net.a.weight)
+
+
+def test_last_is_the_record_of_the_last_call_without_a_graph(backend):
+    layer = layer_of(Net(), backend=backend)
+    assert layer.last is None
+    x = layer(double(2, 2))
+    first = layer.last
+    assert isinstance(first, Solution)
+    assert torch.equal(first.x, x)
+    assert not first.x.requires_grad
+    assert first.adjoint is None
+    x.sum().backward()
+    assert layer.last.adjoint.converged.all()
+    layer(double(5, 2))
+    assert layer.last.status.shape == (5,)
+
+
+def test_warm_start_by_x0_of_the_layer(backend):
+    layer = FixedPointLayer(NeuralStep(Net()), state_shape=(3,), backend=backend)
+    z = double(2, 2)
+    layer(z)
+    cold = layer.last.iterations
+    x = layer(z, x0=layer.last.x)
+    assert layer.last.iterations.max() <= 2 < cold.min()
+    assert_solved(x, unrolled(layer.g.net, z))
+
+
+def test_state_shape_may_be_fixed_a_tuple_or_computed(backend):
+    z = torch.randn(4, 3)
+
+    class Own(nn.Module):
+        state_shape = (2,)
+
+        def forward(self, x, z):
+            return 0.5 * x + z[:, :2]
+
+    assert FixedPointLayer(Own(), backend=backend)(z).shape == (4, 2)
+    same = FixedPointLayer(lambda x, z: 0.5 * x + z, backend=backend)
+    assert same(z).shape == (4, 3)
+    computed = FixedPointLayer(
+        lambda x, z: 0.5 * x + z[:, :1, None], backend=backend,
+        state_shape=lambda z: (z.shape[1], 7),
+    )
+    assert computed(z).shape == (4, 3, 7)
+    pair = FixedPointLayer(
+        lambda x, z: (0.5 * x[0] + z, 0.5 * x[1] + x[0].sum(1)[:, None]), backend=backend,
+        state_shape=((3,), (1,)),
+    )
+    u, v = pair(z)
+    assert (u.shape, v.shape) == ((4, 3), (4, 1))
+    assert_solved(u, 2 * z.double())
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_layer_deepcopies_and_pickles(used, backend):
+    layer = FixedPointLayer(
+        GradientStep(Energy(), 0.4), state_shape=(3,), solver=Anderson(history=3, beta=0.9),
+        adjoint=ImplicitAdjoint(solver=Picard(0.9), failed="use"), tolerance=Tolerance(1e-8),
+        max_iterations=99, on_failure="return", per_sample=True, backend=backend,
+    )
+    z = double(2, 2)
+    if used:
+        layer(z).sin().sum().backward()
+    for twin in (copy.deepcopy(layer), copy.copy(layer), pickle.loads(pickle.dumps(layer))):
+        for name in ("solver", "adjoint", "tolerance", "max_iterations", "backend", "on_failure",
+                     "per_sample", "state_shape"):
+            assert getattr(twin, name) == getattr(layer, name)
+        assert torch.equal(twin(z), layer(z))
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        next(twin.parameters()).add_(1)
+    assert not torch.equal(twin(z), layer(z))
+
+
+def test_layer_saves_and_loads_by_torch():
+    layer, file = layer_of(Net()), io.BytesIO()
+    z = double(2, 2)
+    x = layer(z)
+    torch.save(layer, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(z), x)
+
+
+@pytest.mark.parametrize(
+    "record", [Picard(0.5), Anderson(7, 0.9, 1e-8, 5.0), Tolerance(1e-3), ImplicitAdjoint()]
+)
+def test_options_are_frozen_equal_and_picklable(record):
+    assert pickle.loads(pickle.dumps(record)) == record
+    assert copy.deepcopy(record) == record
+    assert hash(record) == hash(copy.copy(record))
+    with pytest.raises(AttributeError):
+        record.beta = 1.0
+
+
+def test_layer_moves_to_another_dtype(backend):
+    layer = FixedPointLayer(NeuralStep(Net()), state_shape=(3,), backend=backend)
+    z = double(2, 2)
+    x = layer(z)
+    assert_solved(layer.float()(z.float()), x)
+    assert layer(z.float()).dtype == torch.float32
+
+
+def test_solution_prints_and_deepcopies_after_detach(backend):
+    solution = fixed_point(lambda x, z: 0.5 * x + z, torch.zeros(2, 1), torch.ones(2, 1)).detach()
+    assert "Solution" in repr(solution)
+    twin = copy.deepcopy(solution)
+    assert torch.equal(twin.x, solution.x)
+    assert torch.equal(twin.status, solution.status)
+
+
+# --- autocast --------------------------------------------------------------------------------
+
+
+def test_autocast_keeps_the_state_wide_and_gradients_close(backend, solver):
+    layer = FixedPointLayer(
+        NeuralStep(Net(dtype=torch.float32)), state_shape=(3,), backend=backend, solver=solver,
+        tolerance=Tolerance(1e-2, 1e-3), adjoint=ImplicitAdjoint(tolerance=Tolerance(1e-2)),
+        on_failure="return",
+    )
+    z = torch.randn(4, 2, requires_grad=True)
+    tensors = (z, *layer.parameters())
+    x = layer(z)
+    true = grad(x.sin().sum(), tensors)
+    seen = set()
+    handle = layer.g.net.a.register_forward_hook(lambda m, i, o: seen.add((i[0].dtype, o.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(z)
+    handle.remove()
+    assert (torch.float32, torch.bfloat16) in seen
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, x, rtol=0.05, atol=0.05)
+    # Outside of autocast, as a training loop calls it: g's own derivative is still the cast one's.
+    for mine, expected in zip(grad(y.sin().sum(), tensors), true, strict=True):
+        assert mine.dtype == torch.float32
+        scale = expected.abs().max()
+        torch.testing.assert_close(mine / scale, expected / scale, rtol=0.1, atol=0.1)
+
+
+def test_autocast_of_a_bfloat16_input_gives_a_float32_state(backend):
+    layer = FixedPointLayer(
+        NeuralStep(Net(dtype=torch.float32)), state_shape=(3,), backend=backend, on_failure="return"
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(4, 2, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+# --- torch.compile ---------------------------------------------------------------------------
+
+
+@pytest.mark.no_poison
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at every one
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled_model_with_the_layer_gives_the_same_value_and_gradient(compiler, backend):
+    torch._dynamo.reset()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 2, dtype=torch.float64)
+            self.layer = layer_of(Net(), backend=backend)
+            self.last = nn.Linear(3, 1, dtype=torch.float64)
+
+        def forward(self, t):
+            return self.last(self.layer(torch.relu(self.first(t))))
+
+    model, t = Model(), double(5, 4)
+    true = model(t)
+    expected = grad(true.square().sum(), list(model.parameters()))
+    compiled = torch.compile(model, backend=compiler)
+    for _ in range(2):
+        x = compiled(t)
+        close(x, true)
+        mine = grad(x.square().sum(), list(model.parameters()))
+        for a, b in zip(mine, expected, strict=True):
+            close(a, b)
+
+
+@pytest.mark.no_poison
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at every one
+def test_compiled_step_works_as_g(backend):
+    torch._dynamo.reset()
+    net = Net()
+    z = double(4, 2).requires_grad_()
+    step = torch.compile(net, backend="aot_eager")
+    x = fixed_point(
+        step, torch.zeros(4, 3, dtype=z.dtype), z, backend=backend, per_sample=False, **EXACT
+    ).x
+    true = unrolled(net, z)
+    close(x, true)
+    mine = grad(x.sin().sum(), (z, *net.parameters()))
+    for a, b in zip(mine, grad(true.sin().sum(), (z, *net.parameters())), strict=True):
+        close(a, b)
+
+
+# --- threads ---------------------------------------------------------------------------------
+
+
+def run_threads(n, work):
+    """Call work(i) in n threads that start together; raise what any of them raised."""
+    barrier, errors, results = threading.Barrier(n), [], [None] * n
+
+    def body(i):
+        try:
+            barrier.wait()
+            results[i] = work(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=body, args=(i,)) for i in range(n)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def test_eight_threads_with_different_parameters_do_not_mix(backend):
+    """One g, eight θ: each thread's values and gradients are those of its own θ."""
+    z = double(4, 3)
+    thetas = [contraction(3, 0.1 * (i + 1), seed=i).requires_grad_() for i in range(8)]
+
+    def g(x, z, w):
+        return torch.tanh(x @ w.mT + z)
+
+    def solve(w):
+        x = fixed_point(g, torch.zeros_like(z), z, params=(w,), backend=backend, **EXACT).x
+        return x.detach(), grad(x.sin().sum(), w)[0]
+
+    alone = [solve(w) for w in thetas]
+
+    def work(i):
+        return [solve(thetas[i]) for _ in range(5)]
+
+    for results, (x, gradient) in zip(run_threads(8, work), alone, strict=True):
+        for mine in results:
+            assert torch.equal(mine[0], x)
+            assert torch.equal(mine[1], gradient)
+
+
+def test_eight_threads_over_one_module_do_not_disturb_it_or_one_another(backend):
+    """Differentiation puts tensors into private clones: a direct call never sees them."""
+    net = Net()
+    layers = [layer_of(net, backend=backend) for _ in range(4)]
+    zs = [double(3, 2).requires_grad_() for _ in range(8)]
+    x0 = double(3, 3)
+
+    def solve(i):
+        x = layers[i](zs[i])
+        first = grad(x.sin().sum(), zs[i], create_graph=True)[0]
+        return x.detach(), grad(first.sum(), zs[i])[0]
+
+    alone = [solve(i) for i in range(4)]
+    direct = [net(x0, z).detach() for z in zs]
+    before = {name: id(p) for name, p in net.named_parameters()}
+
+    def work(i):
+        if i < 4:
+            return [solve(i) for _ in range(5)]
+        for _ in range(300):
+            assert torch.equal(net(x0, zs[i]), direct[i])
+            assert {name: id(p) for name, p in net.named_parameters()} == before
+        return None
+
+    for results, (x, second) in zip(run_threads(8, work)[:4], alone, strict=True):
+        for mine in results:
+            assert torch.equal(mine[0], x)
+            assert torch.equal(mine[1], second)
+
+
+def test_eight_threads_transform_one_module_with_their_own_parameters(backend):
+    """torch.func in every thread, each with its own θ, over one step and private layers."""
+
+    def g(x, z, w, b):
+        return torch.tanh(x @ w.mT + z + b)
+
+    z = double(3, 3)
+    thetas = [(contraction(3, 0.7, seed=i), double(3)) for i in range(8)]
+
+    def loss(w, b):
+        return fixed_point(
+            g, torch.zeros_like(z), z, params=(w, b), backend=backend, **EXACT
+        ).x.sin().sum()
+
+    derivative = torch.func.grad(loss, argnums=(0, 1))
+    alone = [derivative(*theta) for theta in thetas]
+    for results, expected in zip(
+        run_threads(8, lambda i: [derivative(*thetas[i]) for _ in range(3)]), alone, strict=True
+    ):
+        for mine in results:
+            for a, b in zip(mine, expected, strict=True):
+                assert torch.equal(a, b)
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_graph_dies_with_its_outputs_without_the_garbage_collector(order, backend):
+    net = Net()
+    layer = layer_of(net, backend=backend)
+    for _ in range(2):  # the first call may fill caches
+        z = double(2, 2).requires_grad_()
+        g = Counter(net)
+        x = layer(z)
+        y = fixed_point(
+            g, torch.zeros(2, 3, dtype=z.dtype), z, backend=backend, per_sample=False, **EXACT
+        ).x if order < 2 else x
+        refs = [weakref.ref(t) for t in (z, x, y, g)]
+        gc.collect()
+        gc.disable()
+        try:
+            if order == 1:
+                (x.sum() + y.sum()).backward()
+            elif order == 2:
+                (first,) = grad(x.sin().sum(), z, create_graph=True)
+                (second,) = grad(first.sum(), z, create_graph=True)
+                second.sum().backward()
+                refs += [weakref.ref(first), weakref.ref(second)]
+                del first, second
+            net.zero_grad()
+            del z, x, y, g
+            layer.last = None
+            dead = [r() is None for r in refs]
+        finally:
+            gc.enable()
+    assert all(dead), dead
+
+
+def test_layer_keeps_no_graph_between_calls(backend):
+    layer = layer_of(Net(), backend=backend)
+    z = double(2, 2).requires_grad_()
+    ref = weakref.ref(z)
+    x = layer(z)
+    gc.collect()
+    gc.disable()
+    try:
+        del z, x
+        assert ref() is None  # layer.last holds values only
+    finally:
+        gc.enable()
+
+
+def test_training_steps_keep_no_tensors(backend):
+    layer = layer_of(Net(), backend=backend)
+    z = double(4, 2)
+
+    def live():
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    counts = []
+    for _ in range(4):
+        x = layer(z)
+        first = grad(x.sin().sum(), list(layer.parameters()), create_graph=True)
+        sum(t.square().sum() for t in first).backward()
+        layer.zero_grad()
+        del x, first
+        counts.append(live())
+    assert counts[-1] == counts[1]
