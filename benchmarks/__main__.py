@@ -62,8 +62,8 @@ def show_list() -> None:
         print(f"{method.family:10}{method.name}", f"({method.missing})" if method.missing else "")
 
 
-def main() -> int:
-    given = parse()
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(arguments)
     if given.list:
         show_list()
         return 0

@@ -31,7 +31,6 @@ from .solution import (
     FixedPointWarning,
     Record,
     Solution,
-    Status,
     Tolerance,
     warn,
 )
@@ -268,8 +267,7 @@ class _Forward:
         """The first call also finds what g captures, and whether it writes to its argument."""
         version = None if x.is_inference() else x._version
         with torch.set_grad_enabled(self.problem.grad_enabled), self.problem.autocast():
-            gx = self.g(x, *self.inputs)
-        gx = check_output(gx, x)
+            gx = check_output(self.g(x, *self.inputs), x)
         if version is not None and x._version != version:
             raise RuntimeError(
                 "fixed_point: g must not change its argument x in place; write x * 2, not x.mul_(2)"
@@ -478,7 +476,8 @@ class Problem:
             rtol=rtol,
             offset=atol * math.sqrt(size),
             rounding=16 * unit * math.sqrt(size),
-            patience=self.solver.patience,
+            # A fixed count runs to its end, at the rounding level too.
+            patience=self.max_iterations if rtol == atol == 0 else self.solver.patience,
             max_iterations=self.max_iterations,
         )
         backend = backends.choose(self.backend, x0)
@@ -506,7 +505,7 @@ class Problem:
     def _fail(self, x: Tensor, record: Record, *, fixed_count: bool) -> None:
         if self.on_failure == "return":
             return
-        if fixed_count and not any(record.count(s) for s in (*MASKED, Status.STALLED)):
+        if fixed_count and not any(record.count(s) for s in MASKED):
             return
         message = f"{self.name}: {record.failures()}"
         if self.on_failure == "raise":

@@ -280,7 +280,9 @@ def _attach_captured(
         at, *inputs = (t.index_select(0, rows) for t in (x, *inputs))
     with problem.autocast():
         y = check_output(problem.step.bind(plain[n:])(at, *inputs), x)
-    problem.given = (x, keep)
+    # Another tensor than the one g saw: its graph saves that one, and the node's output would then
+    # hold itself.
+    problem.given = (x.detach(), keep)
     attached, _ = FixedPoint.apply(problem, x0, y, *tensors)  # type: ignore[no-untyped-call]
     problem.given = None
     return attached  # type: ignore[no-any-return]

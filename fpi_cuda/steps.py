@@ -47,8 +47,9 @@ class GradientStep(nn.Module):
 
     def __init__(self, energy: Callable[..., Tensor], step_size: float | nn.Parameter) -> None:
         super().__init__()
-        if not float(step_size) > 0:
-            raise ValueError(f"GradientStep: step_size must be > 0 (got {float(step_size)!r})")
+        value = float(torch.as_tensor(step_size).detach())
+        if not value > 0:
+            raise ValueError(f"GradientStep: step_size must be > 0 (got {value!r})")
         self.energy = energy
         self.step_size = step_size
 

@@ -1,0 +1,201 @@
+"""The harness: its problems are what they say, its gate refuses what is wrong, its page agrees."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import __main__ as command  # noqa: E402
+from benchmarks import measure, methods, problems, report, suites  # noqa: E402
+
+RULE = problems.Rule()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    problem = problems.make("hard", 16, 8, instances=2)
+    return problem, tuple(measure.exact(instance) for instance in problem.instances)
+
+
+@pytest.mark.parametrize("batch,size", problems.SIZES)
+def test_iterations_of_the_problems(batch, size):
+    run = methods.plain(methods.picard_compacted, (0.999, 0.5))(RULE)
+    for kind, slowest, mean in (("easy", (9, 12), (8, 12)), ("hard", (80, 200), (12.5, 18))):
+        problem = problems.make(kind, batch, size)
+        assert torch.linalg.matrix_norm(problem.instances[0].weight, 2) < 1
+        for instance in problem.instances:
+            g = measure.Counting(problems.g)
+            with torch.no_grad():
+                run(g, *instance.arguments)
+            assert slowest[0] <= g.calls <= slowest[1]
+            assert mean[0] <= g.rows / batch <= mean[1]
+            problems.check_spread(problem, g.calls, g.rows / batch)
+
+
+def test_a_hard_problem_without_spread_is_refused(tiny):
+    with pytest.raises(RuntimeError, match="at least 4 times the mean"):
+        problems.check_spread(tiny[0], 30, 10.0)
+
+
+def test_the_truth_is_the_dense_solution(tiny):
+    problem, truth = tiny
+    for instance, true in zip(problem.instances, truth, strict=True):
+        i = instance.to(torch.float64)
+        x = true.x
+        assert (problems.g(x, i.u, i.s, i.weight) - x).abs().max() < 1e-12
+        slope = 1 - x**2
+        jacobian = slope[:, :, None] * i.s[:, :, None] * i.weight
+        c = torch.linalg.solve(torch.eye(problem.size) - jacobian.mT, i.loss)
+        torch.testing.assert_close(true.du, c * slope, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(true.dweight, (i.s * c * slope).T @ x, rtol=1e-9, atol=1e-12)
+
+
+METHODS = [m for m in methods.all_methods() if not m.slow]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_every_method_passes_the_gate(method, tiny):
+    if method.missing:
+        pytest.skip(method.missing)
+    problem, truth = tiny
+    correct = measure.judge(method.build(RULE), problems.g, problem, truth, backward=True)
+    assert correct.refusal() is None
+    assert correct.in_tolerances <= 1
+    assert correct.gradient_error < 5e-3
+
+
+def early(g, x0, *rest):
+    """Stops after 3 iterations."""
+    for _ in range(3):
+        x0 = g(x0, *rest)
+    return x0
+
+
+def nan_in_one_sample(g, x0, *rest):
+    x = methods.plain(methods.picard)(RULE)(g, x0, *rest).clone()
+    x[3] = torch.nan
+    return x
+
+
+def one_step_gradient(g, x0, *rest):
+    with torch.no_grad():
+        x = methods.plain(methods.picard)(RULE)(g, x0, *rest)
+    return g(x, *rest)
+
+
+@pytest.mark.parametrize(
+    "wrong,reason",
+    [(early, "residual"), (nan_in_one_sample, "residual"), (one_step_gradient, "gradient of W")],
+)
+def test_the_gate_refuses_a_wrong_method(wrong, reason, tiny, monkeypatch, capsys, tmp_path):
+    problem, truth = tiny
+    correct = measure.judge(wrong, problems.g, problem, truth, backward=True)
+    assert reason in correct.refusal()
+
+    # The same through the command: no time, no ratio, and the exit code says so where it is ours.
+    entries = [methods.Method("Picard", "ours", lambda rule: wrong), METHODS[2]]
+    monkeypatch.setattr(methods, "all_methods", lambda: entries)
+    file = tmp_path / "out.json"
+    arguments = ["solve", "--sizes", "16x8", "--kinds", "easy", "--budget", "0.001"]
+    assert command.main([*arguments, "--json", str(file)]) == 1
+    _, rows = report.load(file)
+    mine = [row for row in rows if row["family"] == "ours"][1]
+    assert reason in mine["refused"]
+    assert "median_s" not in mine
+    assert "WRONG: easy (16, 8) forward+backward Picard" in capsys.readouterr().err
+
+
+def row(name, family="plain", seconds=1.0, residual=1e-4, error=1e-4, **more):
+    base = {"suite": "solve", "problem": "hard", "batch": 256, "size": 128, "mode": "forward"}
+    return base | {
+        "method": name,
+        "family": family,
+        "median_s": seconds,
+        "worst_residual": residual,
+        "gradient_error": error,
+        "refused": None,
+        **more,
+    }
+
+
+def test_no_ratio_against_a_more_exact_rival():
+    mine = row("Anderson", "ours", 1.0, error=3e-4)
+    exact, equal = row("exact", seconds=2.0), row("equal", seconds=4.0, error=2e-4)
+    ratio = report.against_plain(mine, [mine, exact, equal])
+    assert (ratio.value, ratio.against) == (0.25, "equal")
+    assert "gradient error 3.0 times" in ratio.note
+    assert report.against_plain(mine, [mine, exact]).value is None
+    # A rival that is less exact gains by being compared.
+    assert report.against(mine, [row("loose", error=1e-2, seconds=2.0)], "loose").value == 0.5
+    loose = row("loose", residual=1e-5)
+    assert "residual 10.0 times" in report.against(mine, [loose], "loose").note
+
+
+def test_targets():
+    rows = [
+        row("Picard", "ours", 1.05),
+        row("Anderson", "ours", 1.2),
+        row("plain loop", seconds=1.0),
+        row("torchdeq Anderson", "torchdeq", 12.0),
+    ]
+    found = {v.what: v for v in report.verdicts(rows)}
+    assert found["Picard / best plain loop"].met is True
+    assert found["Anderson / best plain loop"].met is False
+    assert found["torchdeq Anderson / Anderson"].measured == "10.0"
+    rows[3] = {**rows[3], "skipped": "not installed"}
+    del rows[3]["median_s"]
+    assert {v.what: v for v in report.verdicts(rows)}["torchdeq Anderson / Anderson"].met is None
+
+
+def test_variants_take_turns():
+    order = []
+    calls = {name: lambda i, name=name: order.append((name, i)) for name in "abc"}
+    times = measure.interleave(calls, rounds=(4, 4))
+    timed = [name for name, _ in order[6:]]
+    assert timed == list("abc" + "bca" + "cab" + "abc")
+    assert all(len(t.samples) == 4 for t in times.values())
+    assert measure.Times((3.0, 1.0, 2.0)).quartiles == (1.5, 2.5)
+
+
+def test_the_command_on_a_tiny_size(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    arguments = ["solve", "overhead", "scale", "--sizes", "64x32", "--families", "ours", "plain"]
+    threads = torch.get_num_threads()
+    code = command.main([*arguments, "--budget", "0.001", "--kinds", "easy", "--json", str(file)])
+    facts, rows = report.load(file)
+    assert code == 0
+    assert facts["threads"] == threads
+    assert facts["slug"].startswith("cpu-") and " " not in facts["slug"]
+    assert {"commit", "versions", "command", "timestamp", "cpu"} <= facts.keys()
+    done = [r for r in rows if r["suite"] == "solve" and "skipped" not in r]
+    assert {r["mode"] for r in done} == {"forward", "forward+backward"}
+    assert all(r["q1_s"] <= r["median_s"] <= r["q3_s"] for r in done)
+    assert all(r["residual_in_tolerances"] <= 1 for r in done)
+    assert all(r["difference"] <= 1 for r in rows if r["suite"] == "scale")
+    printed = capsys.readouterr().out
+    assert "Picard: iterations, state scaled" in printed
+    assert "plain loop, compacted" in printed
+
+
+def test_list_names_every_method(capsys):
+    assert command.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(m.name in printed for m in methods.all_methods())
+    assert all(name in printed for name in (*suites.SUITES, *suites.PRESETS))
+
+
+def test_page_and_json_agree():
+    page = report.PAGE.read_text()
+    between = page.split(report.BEGIN)[1].split(report.END)[0]
+    assert between.strip() == report.results(), "run python -m benchmarks report"
+    assert str(Path.home()) not in page
+    for path in report.committed():
+        content = json.loads(path.read_text())
+        assert content["facts"]["slug"] == path.parent.name
+        assert os.sep + "tmp" not in content["facts"]["command"]
