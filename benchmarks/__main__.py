@@ -48,6 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, default=3.0, metavar="SECONDS", help="timed calls of one variant"
     )
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args(arguments)
     if not options.suite and not options.list:
         parser.error(f"name a suite: {', '.join(ABOUT)}")
@@ -75,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         kinds=tuple(given.kinds),
         families=tuple(given.families),
         budget=given.budget,
+        slow=not given.no_compile,
     )
     known = facts(given.device)
     rows: list[suites.Row] = []

@@ -335,6 +335,7 @@ def absent(package: str) -> str | None:
 # --- all of them -----------------------------------------------------------------------------
 
 
+COMPACTED = "plain loop, compacted"
 COMPILED = "plain loop, compacted, compiled"
 
 
@@ -352,7 +353,7 @@ def all_methods() -> list[Method]:
         Method("Picard", "ours", ours(fpi_cuda.Picard())),
         Method("Anderson", "ours", ours(fpi_cuda.Anderson(history=HISTORY))),
         Method("plain loop", "plain", plain(picard)),
-        Method("plain loop, compacted", "plain", plain(picard_compacted, COMPACT)),
+        Method(COMPACTED, "plain", plain(picard_compacted, COMPACT)),
         Method("plain loop, compacted, test every 3rd", "plain", plain(seldom, COMPACT)),
         Method(
             "plain loop, compacted, compiled", "plain", plain(picard_compiled, COMPACT), slow=True

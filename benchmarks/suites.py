@@ -43,6 +43,7 @@ class Options:
     families: tuple[str, ...] = ()  # none: all
     budget: float = 3.0  # seconds of timed calls a variant
     rounds: tuple[int, int] = (5, 31)
+    instances: int = problems.INSTANCES
     slow: bool = True  # torch.compile too
 
 
@@ -53,16 +54,23 @@ def solve(options: Options) -> list[Row]:
     rows = []
     cells = [(kind, size) for kind in options.kinds for size in options.sizes]
     for kind, (batch, size) in tqdm(cells, desc="solve"):
-        problem = problems.make(kind, batch, size, options.device)
+        problem = problems.make(kind, batch, size, options.device, options.instances)
         truth = tuple(exact(instance) for instance in problem.instances)
+        counts: dict[str, Row] = {}
         for backward in (False, True):
-            rows += solve_cell(problem, truth, options, backward=backward)
+            rows += solve_cell(problem, truth, options, counts, backward=backward)
     return rows
 
 
 def solve_cell(
-    problem: Problem, truth: tuple[Exact, ...], options: Options, *, backward: bool
+    problem: Problem,
+    truth: tuple[Exact, ...],
+    options: Options,
+    counts: dict[str, Row],
+    *,
+    backward: bool,
 ) -> list[Row]:
+    """The rows of one table. counts: of the forward, by method; filled where they are missing."""
     rows, calls = [], {}
     for method in methods.all_methods():
         if options.families and method.family not in options.families:
@@ -79,16 +87,26 @@ def solve_cell(
         rows.append(row)
         reason = method.missing
         if method.slow and not options.slow:
-            reason = "compiles at its first calls: not in the quick suite"
+            reason = "torch.compile was left out"
         if reason:
             row["skipped"] = reason
             continue
         run = method.build(problem.rule)
-        row |= gate(run, problem, truth, backward=backward, device=options.device)
+        if method.name not in counts:
+            counts[method.name] = count(run, problem, options.device)
+        row |= counts[method.name]
+        correct = judge(run, problems.g, problem, truth, backward=backward)
+        row |= {
+            "worst_residual": correct.residual,
+            "residual_in_tolerances": correct.in_tolerances,
+            "gradient_error": correct.gradient_error,
+            "input_gradient_error": correct.input_gradient_error,
+            "refused": correct.refusal(),
+        }
         if row["refused"] is None:
             calls[method.name] = timed_call(run, problem, backward=backward)
-        if method.name == "plain loop, compacted" and not backward:
-            problems.check_spread(problem, row["iterations_max"], row["iterations_mean"])
+        if method.name == methods.COMPACTED:
+            problems.check_spread(problem, row["evaluations"], row["iterations_mean"])
     label = f"{problem.name} {rows[0]['mode']}"
     measured = interleave(
         calls, device=options.device, budget=options.budget, rounds=options.rounds, label=label
@@ -99,33 +117,14 @@ def solve_cell(
     return rows
 
 
-def gate(
-    run: methods.Solve,
-    problem: Problem,
-    truth: tuple[Exact, ...],
-    *,
-    backward: bool,
-    device: str,
-) -> Row:
-    """Judge a method before it is timed; count the calls of g in its forward on the way."""
-    first = problem.instances[0]
+def count(run: methods.Solve, problem: Problem, device: str) -> Row:
+    """Calls of g in a forward, and the rows in them over B: most and mean iterations."""
     g = Counting(problems.g, device)
     with torch.no_grad():
-        run(g, *first.arguments)
-        g.reset()  # the first call of all may look at g more often
-        run(g, *first.arguments)
-    forward, rows = g.calls, g.rows
-    correct = judge(run, problems.g, problem, truth, backward=backward)
-    return {
-        "evaluations": forward,
-        "iterations_max": forward,
-        "iterations_mean": rows / problem.batch,
-        "worst_residual": correct.residual,
-        "residual_in_tolerances": correct.in_tolerances,
-        "gradient_error": correct.gradient_error,
-        "input_gradient_error": correct.input_gradient_error,
-        "refused": correct.refusal(),
-    }
+        for _ in range(2):  # the first call of all may look at g more often
+            g.reset()
+            run(g, *problem.instances[0].arguments)
+    return {"evaluations": g.calls, "iterations_mean": g.rows / problem.batch}
 
 
 def timed_call(run: methods.Solve, problem: Problem, *, backward: bool) -> Callable[[int], Any]:
@@ -387,7 +386,7 @@ QUICK_PEERS = ((256, 128), (4096, 64))  # the sizes at which the quick suite run
 
 def quick(options: Options) -> list[Row]:
     """Every suite, short: peers at two sizes, few repeats, nothing compiled."""
-    short = replace(options, budget=options.budget / 8, rounds=(3, 11), slow=False)
+    short = replace(options, budget=options.budget / 10, rounds=(3, 11), instances=2, slow=False)
     rows = []
     for size in options.sizes:
         families = short.families or (() if size in QUICK_PEERS else ("ours", "plain"))

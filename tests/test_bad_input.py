@@ -40,11 +40,19 @@ def raises(error, message):
 @pytest.mark.parametrize(
     ("g", "error", "message"),
     [
-        (lambda x: x[:, :2], ValueError, r"g must return the shape of x, \(2, 3\) \(got \(2, 2\)\)"),
+        (
+            lambda x: x[:, :2],
+            ValueError,
+            r"g must return the shape of x, \(2, 3\) \(got \(2, 2\)\)",
+        ),
         (lambda x: x[:1], ValueError, r"g must return the shape of x, \(2, 3\) \(got \(1, 3\)\)"),
         (lambda x: x.sum(), ValueError, r"g must return the shape of x, \(2, 3\) \(got \(\)\)"),
         (lambda x: x.double(), TypeError, r"g must return x's dtype, torch.float32 \(got torch.fl"),
-        (lambda x: x.long(), TypeError, r"g must return x's dtype, torch.float32 \(got torch.int64"),
+        (
+            lambda x: x.long(),
+            TypeError,
+            r"g must return x's dtype, torch.float32 \(got torch.int64",
+        ),
         (lambda x: x.to("meta"), ValueError, r"on x's device, cpu \(got meta\)"),
         (lambda x: None, TypeError, r"g must return a tensor like x \(got NoneType\)"),
         (lambda x: (x,), TypeError, r"g must return a tensor like x \(got tuple\)"),
@@ -104,7 +112,11 @@ def test_an_error_inside_g_passes_unchanged(backend):
 @pytest.mark.parametrize(
     ("x0", "error", "message"),
     [
-        (torch.zeros(2, 3, dtype=torch.int64), TypeError, r"\(got torch.int64\); write x0.float\(\)"),
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            TypeError,
+            r"\(got torch.int64\); write x0.float\(\)",
+        ),
         (torch.zeros(2, 3, dtype=torch.bool), TypeError, r"must be float64, .*\(got torch.bool\)"),
         (torch.zeros(2, 3, dtype=torch.complex64), TypeError, r"\(got torch.complex64\)"),
         (torch.tensor(1.0), ValueError, "must have a batch dimension first"),
@@ -112,7 +124,11 @@ def test_an_error_inside_g_passes_unchanged(backend):
         (None, TypeError, r"x0 must be a tensor \(got NoneType\)"),
         ([[1.0, 2.0]], TypeError, r"x0\[0\] must be a tensor \(got list\)"),
         ((torch.zeros(2, 1), 3.0), TypeError, r"x0\[1\] must be a tensor \(got float\)"),
-        ((torch.zeros(2, 1), torch.zeros(3, 1)), ValueError, r"x0\[1\] .* batch size of x0\[0\], 2"),
+        (
+            (torch.zeros(2, 1), torch.zeros(3, 1)),
+            ValueError,
+            r"x0\[1\] .* batch size of x0\[0\], 2",
+        ),
         (
             (torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.float64)),
             ValueError,
@@ -135,7 +151,9 @@ def test_x0_must_be_floating_tensors_with_one_batch(x0, error, message):
 
 
 def test_input_without_the_batch_dimension_is_sent_to_params():
-    with raises(ValueError, r"inputs\[0\] must have the batch size 2 as first dimension .* params="):
+    with raises(
+        ValueError, r"inputs\[0\] must have the batch size 2 as first dimension .* params="
+    ):
         fixed_point(lambda x, w: x @ w, X0, torch.zeros(3, 3))
     with raises(ValueError, r"inputs\[1\] must have the batch size 2"):
         fixed_point(lambda x, z, s: x * s + z, X0, X0, torch.tensor(0.5))
@@ -371,8 +389,12 @@ def test_params_gradient_leaves_a_nonfinite_sample_out(backend, solver):
 
     def solve(z):
         return fixed_point(
-            lambda x, z, w: torch.tanh(w * x) + z, torch.zeros_like(z), z, params=(w,),
-            solver=solver, backend=backend,
+            lambda x, z, w: torch.tanh(w * x) + z,
+            torch.zeros_like(z),
+            z,
+            params=(w,),
+            solver=solver,
+            backend=backend,
         ).x
 
     with pytest.warns(FixedPointWarning):
@@ -438,8 +460,12 @@ def test_rotation_ends_at_max_iterations_with_a_warning(backend):
     turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
     with pytest.warns(FixedPointWarning, match=r"2 of 2 samples MAX_ITERATIONS .*beta < 1"):
         solution = fixed_point(
-            lambda x, t: x @ t, torch.ones(2, 2), params=(turn,), solver=Picard(),
-            max_iterations=30, backend=backend,
+            lambda x, t: x @ t,
+            torch.ones(2, 2),
+            params=(turn,),
+            solver=Picard(),
+            max_iterations=30,
+            backend=backend,
         )
     assert solution.status.tolist() == [Status.MAX_ITERATIONS] * 2
     assert solution.iterations.tolist() == [30, 30]
@@ -470,8 +496,12 @@ def test_on_failure_raise_carries_the_solution(backend, solver):
 def test_on_failure_raise_raises_from_backward_naming_samples(backend, solver):
     z = torch.ones(3, 1, requires_grad=True)
     solution = fixed_point(
-        lambda x, z: 0.9 * torch.tanh(x) + 0.1 * z, torch.zeros(3, 1), z, solver=solver,
-        backend=backend, on_failure="raise",
+        lambda x, z: 0.9 * torch.tanh(x) + 0.1 * z,
+        torch.zeros(3, 1),
+        z,
+        solver=solver,
+        backend=backend,
+        on_failure="raise",
         adjoint=ImplicitAdjoint(solver=Picard(), max_iterations=2, tolerance=Tolerance(1e-6)),
     )
     with raises(FixedPointError, r"adjoint: .*MAX_ITERATIONS \(samples 1\)") as caught:
@@ -483,8 +513,10 @@ def test_on_failure_raise_raises_from_backward_naming_samples(backend, solver):
 def test_on_failure_raise_of_a_tuple_state_carries_a_tuple():
     with raises(FixedPointError, "DIVERGED") as caught:
         fixed_point(
-            lambda x: (4 * x[0] + 1, 4 * x[1] + 1), (torch.zeros(2, 3), torch.zeros(2, 1, 2)),
-            solver=Picard(), on_failure="raise",
+            lambda x: (4 * x[0] + 1, 4 * x[1] + 1),
+            (torch.zeros(2, 3), torch.zeros(2, 1, 2)),
+            solver=Picard(),
+            on_failure="raise",
         )
     assert [t.shape for t in caught.value.solution.x] == [(2, 3), (2, 1, 2)]
 
@@ -493,7 +525,10 @@ def test_on_failure_return_is_silent_but_the_status_is_there(backend):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solution = fixed_point(
-            lambda x: 4 * x + 1, torch.zeros(2, 1), solver=Picard(), backend=backend,
+            lambda x: 4 * x + 1,
+            torch.zeros(2, 1),
+            solver=Picard(),
+            backend=backend,
             on_failure="return",
         )
     assert solution.status.tolist() == [Status.DIVERGED] * 2
@@ -502,7 +537,10 @@ def test_on_failure_return_is_silent_but_the_status_is_there(backend):
 def test_adjoint_that_does_not_converge_warns_with_counts(backend):
     z = torch.ones(3, 1, requires_grad=True)
     solution = fixed_point(
-        lambda x, z: 0.9 * torch.tanh(x) + 0.1 * z, torch.zeros(3, 1), z, backend=backend,
+        lambda x, z: 0.9 * torch.tanh(x) + 0.1 * z,
+        torch.zeros(3, 1),
+        z,
+        backend=backend,
         adjoint=ImplicitAdjoint(solver=Picard(), max_iterations=2, tolerance=Tolerance(1e-6)),
     )
     with pytest.warns(FixedPointWarning, match="adjoint: 3 of 3 samples MAX_ITERATIONS"):
@@ -518,7 +556,12 @@ def test_diverged_samples_gradient_is_masked_or_used_as_asked(backend):
         zz = z.clone().requires_grad_()
         solution = fixed_point(
             lambda x, z, s: torch.where(s > 1, s * x + z, torch.tanh(s * x) + z),
-            torch.zeros(2, 1), zz, slope, solver=Picard(), backend=backend, on_failure="return",
+            torch.zeros(2, 1),
+            zz,
+            slope,
+            solver=Picard(),
+            backend=backend,
+            on_failure="return",
             adjoint=ImplicitAdjoint(failed=failed, max_iterations=4, tolerance=Tolerance(0, 0)),
         )
         assert solution.status.tolist() == [0, Status.DIVERGED]

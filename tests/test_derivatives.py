@@ -91,7 +91,11 @@ def test_linear_map_has_the_closed_forms_value_and_first_and_second_derivatives(
 
 
 def test_gradient_is_the_dense_adjoint_solve(options):
-    w, z, v = contraction(4, 0.8).requires_grad_(), double(2, 4).requires_grad_(), double(2, 4, seed=1)
+    w, z, v = (
+        contraction(4, 0.8).requires_grad_(),
+        double(2, 4).requires_grad_(),
+        double(2, 4, seed=1),
+    )
 
     def g(x, z, w):
         return torch.tanh(x @ w.mT + z)
@@ -126,7 +130,9 @@ def test_scalar_map_has_three_right_derivatives_by_autograd(options):
 
 def test_scalar_map_has_three_right_derivatives_by_nested_func_grad(options):
     def f(a):
-        return fixed_point(scalar_g, torch.zeros(1, 1, dtype=a.dtype), a[None, None], **options).x.sum()
+        return fixed_point(
+            scalar_g, torch.zeros(1, 1, dtype=a.dtype), a[None, None], **options
+        ).x.sum()
 
     a = torch.tensor(0.7, dtype=torch.float64)
     found = torch.stack([fgrad(f)(a), fgrad(fgrad(f))(a), fgrad(fgrad(fgrad(f)))(a)])
@@ -136,7 +142,9 @@ def test_scalar_map_has_three_right_derivatives_by_nested_func_grad(options):
 
 def test_scalar_map_has_two_right_derivatives_by_jacrev_and_vjp(options):
     def f(a):
-        return fixed_point(scalar_g, torch.zeros(1, 1, dtype=a.dtype), a[None, None], **options).x.sum()
+        return fixed_point(
+            scalar_g, torch.zeros(1, 1, dtype=a.dtype), a[None, None], **options
+        ).x.sum()
 
     a = torch.tensor(0.7, dtype=torch.float64)
     _, pull = vjp(f, a)
@@ -240,7 +248,9 @@ def problem(options):
 
     def f(z, w):
         x0 = torch.zeros(z.shape[0], 3, dtype=z.dtype)
-        return fixed_point(lambda x, z, w: torch.tanh(x @ w.mT + z), x0, z, params=(w,), **options).x
+        return fixed_point(
+            lambda x, z, w: torch.tanh(x @ w.mT + z), x0, z, params=(w,), **options
+        ).x
 
     return f, double(2, 3), contraction(3, 0.6)
 
@@ -303,7 +313,9 @@ def test_vmap_keeps_samples_of_every_slice_to_their_own_end(backend):
     z, seen = double(2, 3), []
 
     def f(w):
-        sol = fixed_point(linear, torch.zeros_like(z), z, params=(w,), solver=Picard(), backend=backend)
+        sol = fixed_point(
+            linear, torch.zeros_like(z), z, params=(w,), solver=Picard(), backend=backend
+        )
         seen.append(sol.iterations)
         return sol.x
 
@@ -361,9 +373,7 @@ def test_functional_call_puts_other_parameters_in(options):
         return functional_call(layer, params, (z,)).sin().sum()
 
     mine = fgrad(loss)(params)
-    true = dict(
-        zip(params, grad(other(z).sin().sum(), list(other.parameters())), strict=True)
-    )
+    true = dict(zip(params, grad(other(z).sin().sum(), list(other.parameters())), strict=True))
     for name, value in mine.items():
         close(value, true[name])
 
@@ -445,7 +455,9 @@ def test_captured_tensor_under_func_grad_raises_the_advice(options):
     z = double(2, 3)
 
     def f(w):
-        return fixed_point(lambda x, z: torch.tanh(x @ w.mT + z), torch.zeros_like(z), z, **options).x
+        return fixed_point(
+            lambda x, z: torch.tanh(x @ w.mT + z), torch.zeros_like(z), z, **options
+        ).x
 
     with pytest.raises(RuntimeError, match="captures"):
         fgrad(lambda w: f(w).sum())(contraction(3, 0.6))
@@ -473,8 +485,12 @@ def test_loss_scaled_by_1e_minus_5_gives_the_same_gradient_to_rounding(backend, 
 
     def gradients(scale):
         solution = fixed_point(
-            lambda x, z, w: torch.tanh(x @ w.mT + z), torch.zeros_like(z), z, params=(w,),
-            solver=solver, backend=backend,
+            lambda x, z, w: torch.tanh(x @ w.mT + z),
+            torch.zeros_like(z),
+            z,
+            params=(w,),
+            solver=solver,
+            backend=backend,
         )
         found = grad(solution.x.sin().sum() * scale, (z, w))
         return found, solution.adjoint.iterations
@@ -529,7 +545,9 @@ def test_only_needed_gradients_are_given(options):
 
 def test_params_that_g_ignores_get_a_zero_or_no_gradient(options):
     z, unused = double(2, 3).requires_grad_(), double(4).requires_grad_()
-    x = fixed_point(lambda x, z, _: scalar_g(x, z), torch.zeros_like(z), z, params=(unused,), **options)
+    x = fixed_point(
+        lambda x, z, _: scalar_g(x, z), torch.zeros_like(z), z, params=(unused,), **options
+    )
     (d,) = grad(x.x.sum(), unused, allow_unused=True, retain_graph=True)
     assert d is None or not d.any()
     first = grad(x.x.sum(), (z, unused), create_graph=True, allow_unused=True)
@@ -559,8 +577,13 @@ def test_adjoint_uses_its_own_solver_tolerance_and_limit():
 
     def solve(adjoint):
         solution = fixed_point(
-            lambda x, z: 0.9 * torch.tanh(x) + 0.1 * z, torch.zeros_like(z), z,
-            solver=Anderson(), adjoint=adjoint, tolerance=TIGHT, on_failure="return",
+            lambda x, z: 0.9 * torch.tanh(x) + 0.1 * z,
+            torch.zeros_like(z),
+            z,
+            solver=Anderson(),
+            adjoint=adjoint,
+            tolerance=TIGHT,
+            on_failure="return",
         )
         solution.x.sum().backward()
         return solution.adjoint

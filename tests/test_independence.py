@@ -1,4 +1,4 @@
-"""A sample's answer does not depend on its batch-mates, and leaving finished ones out costs nothing."""
+"""A sample's answer does not depend on its batch-mates, nor on leaving finished ones out."""
 
 import warnings
 
@@ -94,7 +94,11 @@ def test_row_sums_in_a_fixed_order_give_the_same_bits_alone(name, b):
     with torch.no_grad():
         whole, alone = (
             fixed_point(
-                row_tanh, torch.zeros_like(t), t, params=(w,), solver=SOLVERS[name],
+                row_tanh,
+                torch.zeros_like(t),
+                t,
+                params=(w,),
+                solver=SOLVERS[name],
                 backend="native",
             )
             for t in (z, z[b // 2 : b // 2 + 1].clone())
@@ -120,8 +124,14 @@ def test_library_gemms_and_convolutions_agree_to_tolerance_in_any_batch(kind, ba
 
     def run(z):
         return fixed_point(
-            g, torch.zeros_like(z), z, params=(w,), solver=solver, backend=backend,
-            on_failure="return", max_iterations=60,
+            g,
+            torch.zeros_like(z),
+            z,
+            params=(w,),
+            solver=solver,
+            backend=backend,
+            on_failure="return",
+            max_iterations=60,
         )
 
     whole = run(z)
@@ -197,14 +207,23 @@ def test_auto_takes_gemms_and_convolutions_for_independent(dtype, backend):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gemm = fixed_point(
-            lambda x, z, s, w: torch.tanh(s * (x @ w.mT) + z), torch.zeros(b, 48, dtype=dtype),
-            torch.randn(b, 48).to(dtype), s[:, None], params=(w,), backend=backend, solver=Picard(),
+            lambda x, z, s, w: torch.tanh(s * (x @ w.mT) + z),
+            torch.zeros(b, 48, dtype=dtype),
+            torch.randn(b, 48).to(dtype),
+            s[:, None],
+            params=(w,),
+            backend=backend,
+            solver=Picard(),
             on_failure="return",
         )
         convolution = fixed_point(
             lambda x, z, s, k: torch.tanh(s * nn.functional.conv2d(x, k, padding=1) + z),
-            torch.zeros(b, 4, 5, 5, dtype=dtype), torch.randn(b, 4, 5, 5).to(dtype),
-            s[:, None, None, None], params=(kernel,), backend=backend, solver=Picard(),
+            torch.zeros(b, 4, 5, 5, dtype=dtype),
+            torch.randn(b, 4, 5, 5).to(dtype),
+            s[:, None, None, None],
+            params=(kernel,),
+            backend=backend,
+            solver=Picard(),
             on_failure="return",
         )
     assert "compacted" in gemm.path
@@ -286,8 +305,9 @@ def test_masked_gradients_of_a_mixing_g_are_those_of_the_frozen_values(backend):
         return torch.tanh(0.4 * x + 0.2 * x.mean(0, keepdim=True) + z)
 
     tight = Tolerance(1e-13, 1e-14)
-    x = fixed_point(g, torch.zeros(4, 2).double(), z, backend=backend, tolerance=tight,
-                    per_sample=False).x
+    x = fixed_point(
+        g, torch.zeros(4, 2).double(), z, backend=backend, tolerance=tight, per_sample=False
+    ).x
     (mine,) = torch.autograd.grad(x.sin().sum(), z)
     y = torch.zeros(4, 2, dtype=torch.float64)
     for _ in range(100):

@@ -190,7 +190,11 @@ def test_bound_method_captures_its_modules_parameters(backend):
 
     def solve():
         return fixed_point(
-            net.forward, torch.zeros(2, 3, dtype=z.dtype), z, backend=backend, per_sample=False,
+            net.forward,
+            torch.zeros(2, 3, dtype=z.dtype),
+            z,
+            backend=backend,
+            per_sample=False,
             **EXACT,
         ).x
 
@@ -416,12 +420,14 @@ def test_state_shape_may_be_fixed_a_tuple_or_computed(backend):
     same = FixedPointLayer(lambda x, z: 0.5 * x + z, backend=backend)
     assert same(z).shape == (4, 3)
     computed = FixedPointLayer(
-        lambda x, z: 0.5 * x + z[:, :1, None], backend=backend,
+        lambda x, z: 0.5 * x + z[:, :1, None],
+        backend=backend,
         state_shape=lambda z: (z.shape[1], 7),
     )
     assert computed(z).shape == (4, 3, 7)
     pair = FixedPointLayer(
-        lambda x, z: (0.5 * x[0] + z, 0.5 * x[1] + x[0].sum(1)[:, None]), backend=backend,
+        lambda x, z: (0.5 * x[0] + z, 0.5 * x[1] + x[0].sum(1)[:, None]),
+        backend=backend,
         state_shape=((3,), (1,)),
     )
     u, v = pair(z)
@@ -432,16 +438,30 @@ def test_state_shape_may_be_fixed_a_tuple_or_computed(backend):
 @pytest.mark.parametrize("used", [False, True])
 def test_layer_deepcopies_and_pickles(used, backend):
     layer = FixedPointLayer(
-        GradientStep(Energy(), 0.4), state_shape=(3,), solver=Anderson(history=3, beta=0.9),
-        adjoint=ImplicitAdjoint(solver=Picard(0.9), failed="use"), tolerance=Tolerance(1e-8),
-        max_iterations=99, on_failure="return", per_sample=True, backend=backend,
+        GradientStep(Energy(), 0.4),
+        state_shape=(3,),
+        solver=Anderson(history=3, beta=0.9),
+        adjoint=ImplicitAdjoint(solver=Picard(0.9), failed="use"),
+        tolerance=Tolerance(1e-8),
+        max_iterations=99,
+        on_failure="return",
+        per_sample=True,
+        backend=backend,
     )
     z = double(2, 2)
     if used:
         layer(z).sin().sum().backward()
     for twin in (copy.deepcopy(layer), copy.copy(layer), pickle.loads(pickle.dumps(layer))):
-        for name in ("solver", "adjoint", "tolerance", "max_iterations", "backend", "on_failure",
-                     "per_sample", "state_shape"):
+        for name in (
+            "solver",
+            "adjoint",
+            "tolerance",
+            "max_iterations",
+            "backend",
+            "on_failure",
+            "per_sample",
+            "state_shape",
+        ):
             assert getattr(twin, name) == getattr(layer, name)
         assert torch.equal(twin(z), layer(z))
     twin = copy.deepcopy(layer)
@@ -491,8 +511,12 @@ def test_solution_prints_and_deepcopies_after_detach(backend):
 
 def test_autocast_keeps_the_state_wide_and_gradients_close(backend, solver):
     layer = FixedPointLayer(
-        NeuralStep(Net(dtype=torch.float32)), state_shape=(3,), backend=backend, solver=solver,
-        tolerance=Tolerance(1e-2, 1e-3), adjoint=ImplicitAdjoint(tolerance=Tolerance(1e-2)),
+        NeuralStep(Net(dtype=torch.float32)),
+        state_shape=(3,),
+        backend=backend,
+        solver=solver,
+        tolerance=Tolerance(1e-2, 1e-3),
+        adjoint=ImplicitAdjoint(tolerance=Tolerance(1e-2)),
         on_failure="return",
     )
     z = torch.randn(4, 2, requires_grad=True)
@@ -657,9 +681,11 @@ def test_eight_threads_transform_one_module_with_their_own_parameters(backend):
     thetas = [(contraction(3, 0.7, seed=i), double(3)) for i in range(8)]
 
     def loss(w, b):
-        return fixed_point(
-            g, torch.zeros_like(z), z, params=(w, b), backend=backend, **EXACT
-        ).x.sin().sum()
+        return (
+            fixed_point(g, torch.zeros_like(z), z, params=(w, b), backend=backend, **EXACT)
+            .x.sin()
+            .sum()
+        )
 
     derivative = torch.func.grad(loss, argnums=(0, 1))
     alone = [derivative(*theta) for theta in thetas]
@@ -682,9 +708,13 @@ def test_graph_dies_with_its_outputs_without_the_garbage_collector(order, backen
         z = double(2, 2).requires_grad_()
         g = Counter(net)
         x = layer(z)
-        y = fixed_point(
-            g, torch.zeros(2, 3, dtype=z.dtype), z, backend=backend, per_sample=False, **EXACT
-        ).x if order < 2 else x
+        y = (
+            fixed_point(
+                g, torch.zeros(2, 3, dtype=z.dtype), z, backend=backend, per_sample=False, **EXACT
+            ).x
+            if order < 2
+            else x
+        )
         refs = [weakref.ref(t) for t in (z, x, y, g)]
         gc.collect()
         gc.disable()

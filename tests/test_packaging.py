@@ -132,6 +132,17 @@ def test_cuda_demanded_without_nvcc_fails(tmp_path):
     assert "nvcc was not found" in said
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc in PATH")
+def test_nvcc_of_another_cuda_than_torchs_fails(tmp_path):
+    other = tmp_path / "other" / "torch"  # all that the configuration reads of a torch
+    other.mkdir(parents=True)
+    (other / "__init__.py").touch()
+    (other / "version.py").write_text("__version__ = '2.10.0+cu110'\ncuda = '11.0'\n")
+    said, good = configure(tmp_path, PYTHONPATH=str(other.parent))
+    assert not good
+    assert "can't build for torch 2.10.0+cu110, whose CUDA is 11.0" in said
+
+
 def test_unknown_choice_fails(tmp_path):
     said, good = configure(tmp_path, FPI_CUDA_BUILD="gpu")
     assert not good

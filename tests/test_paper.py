@@ -32,7 +32,13 @@ def test_theorem_1_twenty_starts_reach_one_fixed_point(backend, solver):
     w, z = contraction(6, 0.9), torch.randn(1, 6, dtype=torch.float64)
     x0 = torch.cat([10 ** (i / 4 - 2) * torch.randn(1, 6).double() for i in range(20)])
     solution = fixed_point(
-        step, x0, z.expand(20, 6), params=(w,), solver=solver, backend=backend, tolerance=TIGHT,
+        step,
+        x0,
+        z.expand(20, 6),
+        params=(w,),
+        solver=solver,
+        backend=backend,
+        tolerance=TIGHT,
         max_iterations=1000,
     )
     assert solution.converged.all()
@@ -49,7 +55,13 @@ def test_theorem_1_error_falls_by_the_lipschitz_constant_each_iteration(backend)
     limit = fixed_point(step, x0, z, params=(w,), tolerance=TIGHT, max_iterations=1000).x
     for n in (1, 3, 10, 30):
         x = fixed_point(
-            step, x0, z, params=(w,), solver=Picard(), tolerance=Tolerance(0, 0), backend=backend,
+            step,
+            x0,
+            z,
+            params=(w,),
+            solver=Picard(),
+            tolerance=Tolerance(0, 0),
+            backend=backend,
             max_iterations=n,
         ).x
         error = torch.linalg.vector_norm(x - limit, dim=1)
@@ -62,8 +74,14 @@ def test_proposition_1_the_adjoint_contracts_at_least_as_fast(k, seed, backend):
     w = contraction(8, k, seed)
     z = torch.randn(5, 8, dtype=torch.float64).mul_(0.3).requires_grad_()
     solution = fixed_point(
-        step, torch.zeros_like(z), z, params=(w,), solver=Picard(), backend=backend,
-        tolerance=Tolerance(1e-10), max_iterations=3000,
+        step,
+        torch.zeros_like(z),
+        z,
+        params=(w,),
+        solver=Picard(),
+        backend=backend,
+        tolerance=Tolerance(1e-10),
+        max_iterations=3000,
         adjoint=ImplicitAdjoint(tolerance=Tolerance(1e-8)),
     )
     norms = torch.linalg.matrix_norm(jacobians(solution.x.detach(), z.detach(), w), 2)
@@ -84,7 +102,13 @@ def test_equation_9_the_gradient_in_z_of_an_additive_map_is_c(backend, solver):
         return torch.tanh(x @ w.mT) + z
 
     x = fixed_point(
-        g, torch.zeros_like(z), z, params=(w,), solver=solver, backend=backend, tolerance=TIGHT,
+        g,
+        torch.zeros_like(z),
+        z,
+        params=(w,),
+        solver=solver,
+        backend=backend,
+        tolerance=TIGHT,
         adjoint=TIGHT_ADJOINT,
     ).x
     (c,) = torch.autograd.grad(x, z, v)
@@ -102,8 +126,14 @@ def test_equation_6_the_derivative_in_a_parameter_is_the_dense_solve(backend, so
 
     def f(t):
         return fixed_point(
-            g, torch.zeros_like(z), z, params=(w, t), solver=solver, backend=backend,
-            tolerance=TIGHT, adjoint=TIGHT_ADJOINT,
+            g,
+            torch.zeros_like(z),
+            z,
+            params=(w, t),
+            solver=solver,
+            backend=backend,
+            tolerance=TIGHT,
+            adjoint=TIGHT_ADJOINT,
         ).x
 
     x = f(t)
@@ -112,7 +142,9 @@ def test_equation_6_the_derivative_in_a_parameter_is_the_dense_solve(backend, so
     inner = x @ w.mT
     for i in range(2):
         jacobian = slope[i, :, None] * t * w
-        dense = torch.linalg.solve(torch.eye(4, dtype=torch.float64) - jacobian, slope[i] * inner[i])
+        dense = torch.linalg.solve(
+            torch.eye(4, dtype=torch.float64) - jacobian, slope[i] * inner[i]
+        )
         torch.testing.assert_close(mine[i], dense, rtol=1e-10, atol=1e-11)
 
 
@@ -129,7 +161,10 @@ def test_fpi_nn_is_a_fixed_point_of_its_net(backend, solver):
 def test_fpi_gd_finds_the_minimiser_of_its_energy(backend, solver):
     energy = Energy()
     layer = FixedPointLayer(
-        GradientStep(energy, 0.4), state_shape=(3,), solver=solver, backend=backend,
+        GradientStep(energy, 0.4),
+        state_shape=(3,),
+        solver=solver,
+        backend=backend,
         tolerance=TIGHT,
     )
     a = torch.randn(4, 2, dtype=torch.float64)
@@ -159,8 +194,12 @@ def test_fpi_gd_of_a_quadratic_energy_is_its_closed_form(backend, solver):
             return energy(x, a, self.q)
 
     layer = FixedPointLayer(
-        GradientStep(Quadratic(), float(1 / largest)), solver=solver, backend=backend,
-        tolerance=TIGHT, adjoint=TIGHT_ADJOINT, max_iterations=5000,
+        GradientStep(Quadratic(), float(1 / largest)),
+        solver=solver,
+        backend=backend,
+        tolerance=TIGHT,
+        adjoint=TIGHT_ADJOINT,
+        max_iterations=5000,
     )
     x = layer(a)
     torch.testing.assert_close(x, torch.linalg.solve(q, a.mT).mT, rtol=1e-9, atol=1e-10)
@@ -177,7 +216,10 @@ def test_fpi_gd_step_size_moves_no_fixed_point_and_has_no_gradient(learned, back
     for gamma in (0.2, 0.5):
         size = torch.nn.Parameter(torch.tensor(gamma, dtype=torch.float64)) if learned else gamma
         layer = FixedPointLayer(
-            GradientStep(energy, size), state_shape=(3,), backend=backend, tolerance=TIGHT,
+            GradientStep(energy, size),
+            state_shape=(3,),
+            backend=backend,
+            tolerance=TIGHT,
             adjoint=TIGHT_ADJOINT,
         )
         values.append(layer(a))
@@ -207,8 +249,13 @@ def test_memory_of_the_graph_does_not_grow_with_the_iterations(backend):
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             fixed_point(
-                step, torch.zeros_like(z), z, params=(w,), tolerance=Tolerance(0, 0),
-                max_iterations=n, backend=backend,
+                step,
+                torch.zeros_like(z),
+                z,
+                params=(w,),
+                tolerance=Tolerance(0, 0),
+                max_iterations=n,
+                backend=backend,
             )
         sizes.append(sum(saved))
     assert sizes[0] == sizes[1]

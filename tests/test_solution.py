@@ -47,7 +47,13 @@ def test_each_sample_stops_at_the_first_iterate_whose_residual_passes(backend, s
         return gx
 
     solution = fixed_point(
-        g, torch.zeros(5, 7), z, params=(w,), solver=solver, backend=backend, tolerance=tolerance,
+        g,
+        torch.zeros(5, 7),
+        z,
+        params=(w,),
+        solver=solver,
+        backend=backend,
+        tolerance=tolerance,
         per_sample=False,
     )
     rtol, atol = tolerance.resolve(torch.float32)
@@ -81,7 +87,9 @@ def test_defaults_by_dtype_are_as_documented():
 def test_counts_are_of_g_and_of_each_samples_part_in_it(backend, solver):
     g = Counter(lambda x, s: s * torch.tanh(x) + 1)
     s = torch.tensor([[0.0], [0.3], [0.9]])
-    solution = fixed_point(g, torch.zeros(3, 1), s, solver=solver, backend=backend, per_sample=False)
+    solution = fixed_point(
+        g, torch.zeros(3, 1), s, solver=solver, backend=backend, per_sample=False
+    )
     assert solution.evaluations == g.calls == solution.iterations.max()
     assert solution.iterations[0] == 2
     assert solution.iterations[1:].min() > 2
@@ -95,8 +103,15 @@ def test_fixed_count_is_silent_exact_and_equals_the_plain_loop(backend):
     g = Counter(lambda x, z, w: torch.tanh(x @ w.mT + z))
     x0 = torch.zeros_like(z)
     solution = fixed_point(
-        g, x0, z, params=(w,), solver=Picard(), tolerance=Tolerance(0, 0),
-        max_iterations=17, backend=backend, on_failure="raise",
+        g,
+        x0,
+        z,
+        params=(w,),
+        solver=Picard(),
+        tolerance=Tolerance(0, 0),
+        max_iterations=17,
+        backend=backend,
+        on_failure="raise",
     )
     assert g.calls == 17
     assert torch.equal(solution.x, unroll(g.f, x0, z, w, steps=17))
@@ -107,8 +122,15 @@ def test_fixed_count_of_a_rotation_neither_fails_nor_masks_its_gradient(backend,
     z = torch.ones(2, 2, requires_grad=True)
     turn = torch.tensor([[0.0, -0.5], [0.5, 0.0]])
     solution = fixed_point(
-        lambda x, z, t: x @ t + z, torch.zeros(2, 2), z, params=(turn,), solver=solver,
-        tolerance=Tolerance(0, 0), max_iterations=4, backend=backend, on_failure="raise",
+        lambda x, z, t: x @ t + z,
+        torch.zeros(2, 2),
+        z,
+        params=(turn,),
+        solver=solver,
+        tolerance=Tolerance(0, 0),
+        max_iterations=4,
+        backend=backend,
+        on_failure="raise",
         adjoint=ImplicitAdjoint(solver=Picard(), tolerance=Tolerance(0, 0), max_iterations=4),
     )
     (gradient,) = torch.autograd.grad(solution.x.sum(), z)
@@ -128,7 +150,10 @@ def test_a_residual_that_stays_at_rounding_is_stalled(backend, solver):
     eps = torch.finfo(torch.float32).eps
     with pytest.warns(FixedPointWarning, match="2 of 2 samples STALLED.*loosen rtol"):
         solution = fixed_point(
-            cycle_of(eps), torch.zeros(2, 3), tolerance=Tolerance(1e-9, 0), backend=backend,
+            cycle_of(eps),
+            torch.zeros(2, 3),
+            tolerance=Tolerance(1e-9, 0),
+            backend=backend,
             solver=solver,
         )
     assert solution.status.tolist() == [Status.STALLED] * 2
@@ -139,13 +164,21 @@ def test_a_residual_that_stays_at_rounding_is_stalled(backend, solver):
 def test_a_real_map_with_a_tolerance_below_rounding_ends_stalled_or_converged(backend, solver):
     z, w = torch.randn(16, 32), contraction(32, 0.7, dtype=torch.float32)
     solution = fixed_point(
-        lambda x, z, w: torch.tanh(x @ w.mT + z), torch.zeros(16, 32), z, params=(w,),
-        solver=solver, backend=backend, tolerance=Tolerance(1e-9, 0), on_failure="return",
+        lambda x, z, w: torch.tanh(x @ w.mT + z),
+        torch.zeros(16, 32),
+        z,
+        params=(w,),
+        solver=solver,
+        backend=backend,
+        tolerance=Tolerance(1e-9, 0),
+        on_failure="return",
     )
     assert set(solution.status.tolist()) <= {Status.STALLED, Status.CONVERGED}
     assert (solution.status == Status.STALLED).any()
     assert solution.iterations.max() < 120
-    true = unroll(lambda x: torch.tanh(x @ w.double().mT + z), torch.zeros(16, 32).double(), steps=120)
+    true = unroll(
+        lambda x: torch.tanh(x @ w.double().mT + z), torch.zeros(16, 32).double(), steps=120
+    )
     assert_close(solution.x, true)
 
 
@@ -161,8 +194,13 @@ def test_stalled_samples_keep_their_gradient(backend):
     eps = torch.finfo(torch.float32).eps
     z = torch.zeros(2, 1, requires_grad=True)
     solution = fixed_point(
-        lambda x, z: cycle_of(eps)(x).detach() + 0.5 * (x - x.detach()) + z, torch.zeros(2, 1), z,
-        solver=Picard(), backend=backend, tolerance=Tolerance(1e-9, 0), on_failure="return",
+        lambda x, z: cycle_of(eps)(x).detach() + 0.5 * (x - x.detach()) + z,
+        torch.zeros(2, 1),
+        z,
+        solver=Picard(),
+        backend=backend,
+        tolerance=Tolerance(1e-9, 0),
+        on_failure="return",
     )
     assert (solution.status == Status.STALLED).all()
     (gradient,) = torch.autograd.grad(solution.x.sum(), z)
@@ -199,7 +237,12 @@ def scaled(scale, solver, backend):
         return scale * torch.tanh((x / scale) @ w.mT + z)
 
     return fixed_point(
-        g, torch.zeros(8, n), z, params=(w,), solver=solver, backend=backend,
+        g,
+        torch.zeros(8, n),
+        z,
+        params=(w,),
+        solver=solver,
+        backend=backend,
         tolerance=Tolerance(1e-5, 0),
     )
 
@@ -230,8 +273,14 @@ def test_picards_contraction_is_the_rate_of_a_linear_map(backend, beta):
     a, z = symmetric(6, 0.9), torch.randn(3, 6, dtype=torch.float64)
     a = a @ a / 0.9  # positive: the slowest mode of the damped map is that of the map
     solution = fixed_point(
-        linear, torch.zeros_like(z), z, params=(a,), solver=Picard(beta), backend=backend,
-        tolerance=Tolerance(1e-10), max_iterations=2000,
+        linear,
+        torch.zeros_like(z),
+        z,
+        params=(a,),
+        solver=Picard(beta),
+        backend=backend,
+        tolerance=Tolerance(1e-10),
+        max_iterations=2000,
     )
     torch.testing.assert_close(
         solution.contraction, torch.full((3,), 0.9, dtype=torch.float64), rtol=1e-3, atol=0
@@ -246,7 +295,12 @@ def test_andersons_contraction_is_the_secant_ratio(backend):
     q, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
     z = torch.randn(3, 6, dtype=torch.float64)
     solution = fixed_point(
-        linear, torch.zeros_like(z), z, params=(0.6 * q,), solver=Anderson(), backend=backend,
+        linear,
+        torch.zeros_like(z),
+        z,
+        params=(0.6 * q,),
+        solver=Anderson(),
+        backend=backend,
         tolerance=Tolerance(1e-8),
     )
     torch.testing.assert_close(
@@ -261,7 +315,12 @@ def test_error_estimate_covers_the_true_error_of_contractions(backend, solver):
         return torch.tanh(x @ w.mT + 0.3 * z)
 
     solution = fixed_point(
-        g, torch.zeros_like(z), z, params=(w,), solver=solver, backend=backend,
+        g,
+        torch.zeros_like(z),
+        z,
+        params=(w,),
+        solver=solver,
+        backend=backend,
         tolerance=Tolerance(1e-5),
     )
     true = fixed_point(g, torch.zeros_like(z), z, params=(w,), tolerance=TIGHT, max_iterations=2000)
@@ -274,17 +333,19 @@ def test_error_estimate_covers_the_true_error_of_contractions(backend, solver):
 
 def test_contraction_of_one_iteration_is_unknown(backend, solver):
     z = torch.randn(2, 3)
-    solution = fixed_point(
-        lambda x, z: z, z.clone(), z, solver=solver, backend=backend
-    )
+    solution = fixed_point(lambda x, z: z, z.clone(), z, solver=solver, backend=backend)
     assert solution.iterations.tolist() == [1, 1]
     assert solution.contraction.isnan().all()
 
 
 def test_error_estimate_is_infinite_where_nothing_contracts(backend):
     solution = fixed_point(
-        lambda x: 1.5 * x + 1, torch.zeros(2, 1), solver=Picard(), backend=backend,
-        max_iterations=5, on_failure="return",
+        lambda x: 1.5 * x + 1,
+        torch.zeros(2, 1),
+        solver=Picard(),
+        backend=backend,
+        max_iterations=5,
+        on_failure="return",
     )
     assert solution.contraction.min() > 1
     assert solution.error_estimate.isinf().all()
@@ -305,7 +366,7 @@ def test_error_bound_exists_only_with_a_certificate(backend, solver):
     error = torch.linalg.vector_norm(solution.x - true.x, dim=1)
     assert (error <= solution.error_bound * (1 + 1e-9)).all()
     torch.testing.assert_close(solution.error_bound, solution.residual_norm)  # k/(1-k) = 1
-    assert fixed_point(lambda x, z: halving(x, z), torch.zeros_like(z), z).error_bound is None
+    assert fixed_point(halving, torch.zeros_like(z), z).error_bound is None
 
 
 # --- the backward's own record ---------------------------------------------------------------
@@ -396,7 +457,9 @@ def test_x0_of_any_layout_is_read_and_never_written(layout, backend, solver):
     x0 = SHAPES[layout]()
     before = x0.clone()
     z = torch.randn(x0.shape)
-    solution = fixed_point(lambda x, z: torch.tanh(0.5 * x + z), x0, z, solver=solver, backend=backend)
+    solution = fixed_point(
+        lambda x, z: torch.tanh(0.5 * x + z), x0, z, solver=solver, backend=backend
+    )
     assert torch.equal(x0, before)
     true = unroll(lambda x, z: torch.tanh(0.5 * x + z), x0.double(), z.double(), steps=60)
     assert_solved(solution.x, true)
@@ -474,7 +537,11 @@ def test_warm_start_at_the_solution_takes_one_evaluation(backend, solver):
 
     def solve(x0):
         return fixed_point(
-            lambda x, z, w: torch.tanh(x @ w.mT + z), x0, z, params=(w,), solver=solver,
+            lambda x, z, w: torch.tanh(x @ w.mT + z),
+            x0,
+            z,
+            params=(w,),
+            solver=solver,
             backend=backend,
         )
 
@@ -517,8 +584,12 @@ def test_same_call_twice_gives_the_same_bits(backend, solver):
     def run():
         zz = z.clone().requires_grad_()
         solution = fixed_point(
-            lambda x, z, w: torch.tanh(x @ w.mT + z), torch.zeros(5, 33), zz, params=(w,),
-            solver=solver, backend=backend,
+            lambda x, z, w: torch.tanh(x @ w.mT + z),
+            torch.zeros(5, 33),
+            zz,
+            params=(w,),
+            solver=solver,
+            backend=backend,
         )
         return solution.x, torch.autograd.grad(solution.x.sum(), zz)[0], solution.residual_norm
 
@@ -537,8 +608,12 @@ def test_backends_count_the_same_iterations(solver):
     w, z = symmetric(16, 0.95).float(), torch.randn(32, 16) * 0.1
     one, other = (
         fixed_point(
-            lambda x, z, w: torch.tanh(x @ w.mT + z), torch.zeros(32, 16), z, params=(w,),
-            solver=solver, backend=name,
+            lambda x, z, w: torch.tanh(x @ w.mT + z),
+            torch.zeros(32, 16),
+            z,
+            params=(w,),
+            solver=solver,
+            backend=name,
         )
         for name in ("reference", "native")
     )
@@ -551,8 +626,12 @@ def test_anderson_with_history_1_is_picard(backend):
     for beta in (1.0, 0.6):
         picard, anderson = (
             fixed_point(
-                lambda x, z, w: torch.tanh(x @ w.mT + z), torch.zeros(4, 6), z, params=(w,),
-                solver=s, backend=backend,
+                lambda x, z, w: torch.tanh(x @ w.mT + z),
+                torch.zeros(4, 6),
+                z,
+                params=(w,),
+                solver=s,
+                backend=backend,
             )
             for s in (Picard(beta), Anderson(history=1, beta=beta))
         )
@@ -566,8 +645,13 @@ def test_anderson_solves_a_linear_map_of_dimension_below_its_history_in_few_step
     n = history - 1
     a, z = symmetric(n, 0.95), torch.randn(3, n, dtype=torch.float64)
     solution = fixed_point(
-        linear, torch.zeros_like(z), z, params=(a,), solver=Anderson(history=history, ridge=0.0),
-        backend=backend, tolerance=Tolerance(1e-8),
+        linear,
+        torch.zeros_like(z),
+        z,
+        params=(a,),
+        solver=Anderson(history=history, ridge=0.0),
+        backend=backend,
+        tolerance=Tolerance(1e-8),
     )
     assert solution.converged.all()
     assert solution.iterations.max() <= n + 2
@@ -579,8 +663,13 @@ def test_anderson_needs_fewer_iterations_than_picard_on_a_hard_map(backend):
 
     def count(solver):
         solution = fixed_point(
-            lambda x, z, w: torch.tanh(x @ w.mT + z), torch.zeros(8, 16), z, params=(w,),
-            solver=solver, backend=backend, max_iterations=1000,
+            lambda x, z, w: torch.tanh(x @ w.mT + z),
+            torch.zeros(8, 16),
+            z,
+            params=(w,),
+            solver=solver,
+            backend=backend,
+            max_iterations=1000,
         )
         assert solution.converged.all()
         return solution.iterations.double().mean()
@@ -595,8 +684,13 @@ def test_damped_picard_takes_the_documented_step(backend):
         return torch.tanh(x @ w.mT + z)
 
     solution = fixed_point(
-        g, torch.zeros_like(z), solver=Picard(0.3), tolerance=Tolerance(0, 0), max_iterations=9,
-        backend=backend, per_sample=False,
+        g,
+        torch.zeros_like(z),
+        solver=Picard(0.3),
+        tolerance=Tolerance(0, 0),
+        max_iterations=9,
+        backend=backend,
+        per_sample=False,
     )
     x = unroll(lambda x: x + 0.3 * (g(x) - x), torch.zeros_like(z), steps=8)
     torch.testing.assert_close(solution.x, g(x), rtol=1e-13, atol=1e-13)
@@ -608,7 +702,11 @@ def test_solve_makes_no_warning_when_all_is_well(backend, solver):
         z = torch.randn(8, 6, requires_grad=True)
         s = torch.linspace(0, 0.9, 8)[:, None]
         x = fixed_point(
-            lambda x, z, s: torch.tanh(s * x + z), torch.zeros(8, 6), z, s, solver=solver,
+            lambda x, z, s: torch.tanh(s * x + z),
+            torch.zeros(8, 6),
+            z,
+            s,
+            solver=solver,
             backend=backend,
         ).x
         x.sum().backward()
