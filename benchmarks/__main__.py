@@ -39,6 +39,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write rows and facts")
     parser.add_argument("--sizes", nargs="+", type=size, default=problems.SIZES, metavar="BxN")
+    parser.add_argument(
+        "--peers-at",
+        nargs="*",
+        type=size,
+        default=((256, 128),),
+        metavar="BxN",
+        help="sizes at which `quick` runs torchdeq",
+    )
     parser.add_argument("--kinds", nargs="+", choices=problems.KINDS, default=problems.KINDS)
     parser.add_argument(
         "--families", nargs="+", default=(), metavar="FAMILY", help="ours plain torchdeq"
@@ -46,9 +54,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, help="torch's threads; default: torch's own")
     parser.add_argument(
-        "--budget", type=float, default=3.0, metavar="SECONDS", help="timed calls of one variant"
+        "--budget", type=float, default=3.5, metavar="SECONDS", help="timed calls of one variant"
     )
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-slow", action="store_true", help="leave the slow methods out")
     options = parser.parse_args(arguments)
     if not options.suite and not options.list:
         parser.error(f"name a suite: {', '.join(ABOUT)}")
@@ -76,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         kinds=tuple(given.kinds),
         families=tuple(given.families),
         budget=given.budget,
-        slow=not given.no_compile,
+        slow=not given.no_slow,
     )
     known = facts(given.device)
     rows: list[suites.Row] = []

@@ -84,7 +84,7 @@ def interleave(
         calls: call(i) runs the variant on the i-th input; warmed up by two calls each.
         device: synchronised around each call where it is a CUDA device.
         budget: seconds that each variant may take about, on the timed calls.
-        rounds: least and most repeats; the slow variants sit some rounds out, evenly.
+        rounds: least (3 for the very slow) and most repeats; slow variants sit rounds out, evenly.
         label: of the progress bar.
         clock: seconds of one call.
     """
@@ -92,7 +92,8 @@ def interleave(
     repeats = {}
     for name in names:
         once = min(timed(lambda call=calls[name], i=i: call(i), device) for i in range(2))
-        repeats[name] = max(rounds[0], min(rounds[1], int(budget / max(once, 1e-9))))
+        least = rounds[0] if rounds[0] * once < 10 * budget else min(rounds[0], 3)
+        repeats[name] = max(least, min(rounds[1], int(budget / max(once, 1e-9))))
     total = max(repeats.values())
     samples: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()

@@ -44,7 +44,7 @@ class Options:
     budget: float = 3.0  # seconds of timed calls a variant
     rounds: tuple[int, int] = (5, 31)
     instances: int = problems.INSTANCES
-    slow: bool = True  # torch.compile too
+    slow: bool = True  # the slow methods too
 
 
 # --- solve: whole solves, forward and with the backward ---------------------------------------
@@ -87,7 +87,7 @@ def solve_cell(
         rows.append(row)
         reason = method.missing
         if method.slow and not options.slow:
-            reason = "torch.compile was left out"
+            reason = f"left out: {method.slow}"
         if reason:
             row["skipped"] = reason
             continue
@@ -304,7 +304,8 @@ def kernels(options: Options, batch: int = 4096, size: int = 1024) -> list[Row]:
 
     def picard(_: int) -> None:
         count["Picard"] += 1
-        native.picard_step(progress, x, gx[0], count["Picard"], 1.0)
+        k = count["Picard"]
+        native.picard_step(progress, x, gx[k % len(gx)], k, 1.0)
 
     def copy_of(nbytes: int) -> Callable[[int], Any]:
         source = torch.randn(nbytes // 8, device=device)
@@ -381,20 +382,17 @@ SUITES: dict[str, Callable[[Options], list[Row]]] = {
     "import": importing,
 }
 
-QUICK_PEERS = ((256, 128), (4096, 64))  # the sizes at which the quick suite runs the peers too
-
 
 def quick(options: Options) -> list[Row]:
-    """Every suite, short: peers at two sizes, few repeats, nothing compiled."""
-    short = replace(options, budget=options.budget / 10, rounds=(3, 11), instances=2, slow=False)
-    rows = []
+    """Every suite, short: few repeats, nothing compiled, the peers at a size or two."""
+    short = replace(options, budget=options.budget / 10, rounds=(3, 15), instances=2, slow=False)
+    rows = kernels(short) + scale(short)
     for size in options.sizes:
-        families = short.families or (() if size in QUICK_PEERS else ("ours", "plain"))
-        rows += solve(replace(short, sizes=(size,), families=families))
-    two = tuple(size for size in options.sizes if size in QUICK_PEERS) or options.sizes[:1]
-    rows += overhead(replace(short, sizes=two))
-    for suite in (scale, kernels, importing):
-        rows += suite(short)
+        rows += solve(replace(short, sizes=(size,), families=("ours", "plain")))
+    rows += overhead(replace(short, sizes=(options.sizes[0], options.sizes[-1])))
+    rows += importing(replace(short, rounds=(5, 5)))
+    for size in options.peers_at:
+        rows += solve(replace(short, sizes=(size,), families=("ours", "torchdeq")))
     return rows
 
 

@@ -62,6 +62,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """Small tensors gain nothing from threads, and on busy cores wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def _poison(t):
     if t.is_floating_point():
         t.fill_(float("nan"))

@@ -23,6 +23,8 @@ from fpi_cuda import (
     operators,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 X0 = torch.zeros(2, 3)
 
 

@@ -16,6 +16,8 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 from fpi_cuda import FixedPointWarning, compat
 from fpi_cuda.compat import FixedPointIteration, default_term_cond, fixed_point_iteration, partial
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TIGHT = bind(default_term_cond, threshold=1e-28, epsilon=1e-20, maxIter=500)
 
 

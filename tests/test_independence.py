@@ -11,6 +11,8 @@ from torch import nn
 
 from fpi_cuda import Anderson, Picard, Tolerance, fixed_point
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BACKENDS = ("reference", "native")
 
 
@@ -145,6 +147,17 @@ def test_library_gemms_and_convolutions_agree_to_tolerance_in_any_batch(kind, ba
         threshold = atol * flat.shape[1] ** 0.5 + rtol * flat.norm(dim=1)
         near = (some.residual_norm / threshold - 1).abs() < 0.01
         assert ((some.status == whole.status[part]) | near).all()
+
+
+def test_one_thread_and_many_give_the_same_bits(backend, solver):
+    z, s = spread(b=700, n=33)
+    with torch.no_grad():
+        one = fixed_point(elementwise, torch.zeros_like(z), z, s, solver=solver, backend=backend)
+        torch.set_num_threads(4)  # one_thread sets it back
+        many = fixed_point(elementwise, torch.zeros_like(z), z, s, solver=solver, backend=backend)
+    assert torch.equal(one.x, many.x)
+    assert torch.equal(one.iterations, many.iterations)
+    assert torch.equal(one.residual_norm, many.residual_norm)
 
 
 # --- compaction ------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from torch.func import jacrev, jvp, vmap
 
 from fpi_cuda.operators import inner_product, partial
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def double(*shape, **kwargs):
     return torch.randn(*shape, dtype=torch.float64, **kwargs)

@@ -18,6 +18,8 @@ from fpi_cuda import (
 )
 from fpi_cuda.operators import inner_product, partial
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def step(x, z, w):
     return torch.tanh(x @ w.mT + z)

@@ -27,6 +27,10 @@ from fpi_cuda import (
     Tolerance,
     fixed_point,
 )
+from fpi_cuda.backends.progress import Limits, Progress
+from fpi_cuda.backends.scratch import Scratch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def halving(x, z):
@@ -710,3 +714,11 @@ def test_solve_makes_no_warning_when_all_is_well(backend, solver):
             backend=backend,
         ).x
         x.sum().backward()
+
+
+def test_memory_that_the_library_takes_holds_nan_in_these_tests():
+    """What conftest's poison promises; without it a read before a write would go unseen."""
+    out = Progress(torch.zeros(2, 3), Limits(0.0, 0.0, 0.0, 1, 1)).out
+    kept = Scratch().empty((2, 3), torch.float32, torch.device("cpu"))
+    assert out.isnan().all()
+    assert kept.isnan().all()
