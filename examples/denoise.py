@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -115,7 +116,8 @@ def photographs(folder: Path | None = None) -> dict[str, Tensor]:
         files = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds)
         if not files:
             raise SystemExit(f"--data: no file in {folder} ends in one of {', '.join(kinds)}")
-        sources = {p.stem: lambda p=p: io.imread(p) for p in files}
+        # From memory: the reader leaves a file that it can't decode open.
+        sources = {p.stem: lambda p=p: io.imread(BytesIO(p.read_bytes())) for p in files}
     out = {}
     for name, read in sources.items():
         try:
@@ -137,7 +139,7 @@ def columns(width: int) -> tuple[slice, slice, slice]:
     end, gap, validation, test = int(0.55 * width), 8, 48, 96
     parts = slice(0, end), slice(end + gap, end + gap + validation), slice(width - test, width)
     if parts[VALIDATION].stop + gap > parts[TEST].start:
-        raise SystemExit(f"a photograph must be at least 356 pixels wide (got {width})")
+        raise SystemExit(f"a photograph must be at least 354 pixels wide (got {width})")
     return parts
 
 
