@@ -43,10 +43,21 @@ def cell(row: Row) -> tuple[Any, ...]:
 
 
 def cells(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows that were timed in turns: by kind, B, N, mode and the number of the run.
+
+    A suite may time a cell again beside other rivals; ours is then in both runs, first of all. A
+    time is divided only by one of its own run.
+    """
     found: dict[tuple[Any, ...], list[Row]] = {}
+    runs: dict[tuple[Any, ...], int] = {}
     for row in rows:
-        if row["suite"] == "solve":
-            found.setdefault(cell(row), []).append(row)
+        if row["suite"] != "solve":
+            continue
+        key = cell(row)
+        run = runs.setdefault(key, 0)
+        if any(r["method"] == row["method"] for r in found.get((*key, run), ())):
+            runs[key] = run = run + 1
+        found.setdefault((*key, run), []).append(row)
     return found
 
 
@@ -69,15 +80,29 @@ class Ratio:
     note: str = ""  # why there is no ratio, or which faster rivals were left out
 
 
+def compare(row: Row, rival: Row) -> Ratio:
+    """The row's time over the rival's.
+
+    A rival that is more exact did more: the ratio is then shown only where it is against us.
+    """
+    if row["refused"] or rival["refused"]:
+        return Ratio(None, rival["method"], incomparable(row, rival) or "")
+    why = incomparable(row, rival)
+    value = row["median_s"] / rival["median_s"]
+    if why is None:
+        return Ratio(value, rival["method"])
+    return Ratio(value if value > 1 else None, rival["method"], f"{rival['method']}: {why}")
+
+
 def against_plain(row: Row, rows: Sequence[Row]) -> Ratio:
     """The row's time over that of the fastest plain loop that it may be compared with."""
     left_out = []
     for rival in timed_rows(rows, family="plain"):
-        why = incomparable(row, rival)
-        if why is None:
-            note = f"not against {'; '.join(left_out)}" if left_out else ""
-            return Ratio(row["median_s"] / rival["median_s"], rival["method"], note)
-        left_out.append(f"{rival['method']}: {why}")
+        ratio = compare(row, rival)
+        if ratio.value is not None:
+            notes = [ratio.note] if ratio.note else []
+            return Ratio(ratio.value, ratio.against, "; ".join(notes + left_out))
+        left_out.append(f"not against {ratio.note}")
     return Ratio(None, "no plain loop", "; ".join(left_out) or "no plain loop was timed")
 
 
@@ -86,10 +111,7 @@ def against(row: Row, rows: Sequence[Row], method: str) -> Ratio:
     rival = next((r for r in rows if r["method"] == method), None)
     if rival is None or "skipped" in rival:
         return Ratio(None, method, rival["skipped"] if rival else "not run")
-    why = incomparable(row, rival)
-    if why is not None:
-        return Ratio(None, method, why)
-    return Ratio(row["median_s"] / rival["median_s"], method)
+    return compare(row, rival)
 
 
 # --- targets ---------------------------------------------------------------------------------
@@ -101,7 +123,7 @@ class Verdict:
     where: str
     target: str
     measured: str
-    met: bool | None  # None: not measured
+    met: bool | None  # None: no ratio may be shown
     note: str = ""
 
 
@@ -109,15 +131,16 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """The targets that concern an opaque g, one line a cell."""
     found: list[Verdict] = []
     for key, group in cells(rows).items():
-        kind, batch, size, mode = key
+        kind, batch, size, mode, _ = key
         where = f"{kind} ({batch}, {size}) {mode}"
         ours = {row["method"]: row for row in group if row["family"] == "ours"}
         picard, anderson = ours.get("Picard"), ours.get("Anderson")
-        if picard and "median_s" in picard and batch * size >= 32_000:
+        plain = any(row["family"] == "plain" for row in group)
+        if plain and picard and "median_s" in picard and batch * size >= 32_000:
             ratio = against_plain(picard, group)
             found.append(at_most("Picard / best plain loop", where, ratio, 1.1))
         if anderson and "median_s" in anderson and size <= 256:
-            if kind == "hard":
+            if plain and kind == "hard":
                 ratio = against_plain(anderson, group)
                 found.append(at_most("Anderson / best plain loop", where, ratio, 1.0))
             if any(row["family"] == "torchdeq" for row in group):
@@ -280,7 +303,7 @@ def scale_table(rows: Sequence[Row]) -> Table:
 def verdict_table(found: Sequence[Verdict]) -> Table:
     table = [["what", "where", "target", "measured", "met?", "note"]]
     for v in found:
-        met = "not measured" if v.met is None else "yes" if v.met else "NO"
+        met = "no ratio" if v.met is None else "yes" if v.met else "NO"
         table.append([v.what, v.where, v.target, v.measured, met, v.note])
     return table
 
@@ -303,10 +326,11 @@ def render(rows: Sequence[Row], table: Callable[[Table], str], heading: str) -> 
     order = {size: i for i, size in enumerate(SIZES)}
     groups = sorted(
         cells(rows).items(),
-        key=lambda item: (item[0][0], order.get(item[0][1:3], len(order)), item[0][3]),
+        key=lambda item: (item[0][0], order.get(item[0][1:3], len(order)), item[0][3:]),
     )
-    for (kind, batch, size, mode), group in groups:
-        parts.append(f"{heading}{kind}, B = {batch}, N = {size}, {mode}")
+    for (kind, batch, size, mode, run), group in groups:
+        again = ", again beside other rivals" if run else ""
+        parts.append(f"{heading}{kind}, B = {batch}, N = {size}, {mode}{again}")
         parts.append(table(solve_table(group)))
     for name, make in (
         ("Anderson, time outside g", overhead_table),
@@ -333,7 +357,8 @@ def section(path: Path) -> str:
         f"## {facts['device_name']}\n\n"
         f"`{facts['command']}` at commit `{facts['commit']}`, {facts['timestamp']}, "
         f"{threads} thread{'s' if threads != 1 else ''}, "
-        f"{facts['build']['cpu_capability']} kernels; {versions}. "
+        f"{facts['build']['cpu_capability']} kernels; {versions}; load average at the start "
+        f"{facts['load_average'][0]:.1f}. "
         f"From `{path.relative_to(ROOT).as_posix()}`."
     )
     return head + "\n\n" + render(rows, markdown_table, "### ")

@@ -1,6 +1,6 @@
 """Differentiable fixed-point-iteration layers: x̂ = g(x̂, z; θ), with derivatives of every order."""
 
-from . import backends, operators
+from . import backends, compat, contraction, operators
 from ._build import build_info
 from ._version import __version__
 from .adjoint import ImplicitAdjoint
@@ -31,6 +31,8 @@ __all__ = [
     "__version__",
     "backends",
     "build_info",
+    "compat",
+    "contraction",
     "fixed_point",
     "operators",
 ]

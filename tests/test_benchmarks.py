@@ -134,8 +134,26 @@ def test_no_ratio_against_a_more_exact_rival():
     assert report.against_plain(mine, [mine, exact]).value is None
     # A rival that is less exact gains by being compared.
     assert report.against(mine, [row("loose", error=1e-2, seconds=2.0)], "loose").value == 0.5
-    loose = row("loose", residual=1e-5)
-    assert "residual 10.0 times" in report.against(mine, [loose], "loose").note
+    tight = row("tight", seconds=2.0, residual=1e-5)
+    assert report.against(mine, [tight], "tight").value is None
+    assert "residual 10.0 times" in report.against(mine, [tight], "tight").note
+    # More exact and faster: that ratio is against us, and stays.
+    ratio = report.against_plain(mine, [mine, row("both", seconds=0.5, residual=1e-5), equal])
+    assert (ratio.value, ratio.against) == (2.0, "both")
+
+
+def test_times_are_divided_only_within_one_run():
+    rows = [
+        row("Picard", "ours", 3.0),
+        row("plain loop", seconds=2.0),
+        row("Picard", "ours", 1.0),
+        row("Anderson", "ours", 1.0),
+        row("torchdeq Anderson", "torchdeq", 9.0),
+    ]
+    found = {v.what: v for v in report.verdicts(rows)}
+    assert found["Picard / best plain loop"].measured == "1.50 (plain loop)"
+    assert found["torchdeq Anderson / Anderson"].measured == "9.0"
+    assert len(found) == 2
 
 
 def test_targets():
