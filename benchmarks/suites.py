@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -288,24 +289,17 @@ def kernels(options: Options, batch: int = 4096, size: int = 1024) -> list[Row]:
         return [{"suite": "kernels", "skipped": f"no native step kernels for {device}"}]
     m = HISTORY
     x = torch.randn(batch, size, device=device)
-    gx = [torch.randn(batch, size, device=device) for _ in range(m + 1)]
+    values_of_g = cycle([torch.randn(batch, size, device=device) for _ in range(m + 1)])
     progress = Progress(x, Limits(1e-9, 0.0, 0.0, 10**6, 10**6))
-    values, residuals = (torch.empty(batch, m, size, device=device) for _ in range(2))
-    gram = torch.empty(batch, m, m, device=device)
+    window = [torch.empty(batch, m, size, device=device) for _ in range(2)]
+    window.append(torch.empty(batch, m, m, device=device))
     vector = x.nbytes
-    count = {"Anderson": 0, "Picard": 0}
 
     def anderson(_: int) -> None:
-        count["Anderson"] += 1
-        k = count["Anderson"]
-        native.anderson_step(
-            progress, x, gx[k % len(gx)], k, 1.0, 1e-6, 1e30, values, residuals, gram
-        )
+        native.anderson_step(progress, x, next(values_of_g), 1.0, 1e-6, 1e30, *window)
 
     def picard(_: int) -> None:
-        count["Picard"] += 1
-        k = count["Picard"]
-        native.picard_step(progress, x, gx[k % len(gx)], k, 1.0)
+        native.picard_step(progress, x, next(values_of_g), 1.0)
 
     def copy_of(nbytes: int) -> Callable[[int], Any]:
         source = torch.randn(nbytes // 8, device=device)
@@ -325,7 +319,7 @@ def kernels(options: Options, batch: int = 4096, size: int = 1024) -> list[Row]:
             rounds=(11, 101),
             label=f"{name} step",
         )
-        if int(progress.tally[1]) or int(progress.tally[0]) != batch:
+        if progress.tally[:2].tolist() != [batch, 0]:
             raise RuntimeError(f"kernels: samples finished during the {name} step's timing")
         bandwidth = moved[name] / measured["step"].median
         copy = touched[name] / measured["copy"].median

@@ -162,7 +162,7 @@ inline void check_step(const char* op, const Tensor& x, const Tensor& gx, const 
   check_sizes(op, "out", out, {samples, n});
   check_sizes(op, "counters", counters, {samples, kCounters});
   check_sizes(op, "scalars", scalars, {samples, kScalars});
-  check_sizes(op, "tally", tally, {2});
+  check_sizes(op, "tally", tally, {kTallies});
   check_same_dtype(op, "gx", gx, "x", x);
   check_same_dtype(op, "out", out, "x", x);
   check_dtype(op, "counters", counters, ScalarType::Int);

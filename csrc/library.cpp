@@ -12,13 +12,15 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   //   x, gx      [R, N]  iterates, moved in place; g at them
   //   out        [B, N]  results of finished samples
   //   counters   [B, 5]  int32, scalars [B, 7] Acc: csrc/math/progress.h
-  //   tally      [2]     int32: set to the rows still active; grows by those that failed
+  //   tally      [3]     int32: set to the rows still active; grows by those that failed; grows by
+  //   1:
+  //                      the iterations made, so that a device needs no host to count them
   //   index      [R]     int64; none: row r holds sample r
   //   floor      [B]     Acc; none: 0
-  // k counts iterations from 1; offset is atol √N.
+  // offset is atol √N.
 #define FPI_STEP                                                                       \
   "Tensor(a!) x, Tensor gx, Tensor(b!) out, Tensor(c!) counters, Tensor(d!) scalars, " \
-  "Tensor(e!) tally, Tensor? index, Tensor? floor, int k, float rtol, float offset, "  \
+  "Tensor(e!) tally, Tensor? index, Tensor? floor, float rtol, float offset, "         \
   "float rounding, int patience, int max_iterations, float beta"
   m.def("_picard_step(" FPI_STEP ") -> ()");
   //   values, residuals  [B, m, N]  rings of g(x) and g(x) − x;  gram [B, m, m] Acc

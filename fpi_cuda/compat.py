@@ -45,7 +45,7 @@ from torch.utils import _pytree as pytree
 
 from . import backends, operators
 from .adjoint import FixedPoint, ImplicitAdjoint, Problem, Report, UserStep
-from .backends.progress import Limits, Progress
+from .backends.progress import ACTIVE_ROWS, Limits, Progress
 from .fixed_point import _attach_captured, _captures_transformed
 from .modules import has_stateful_buffers
 from .operators import transforming
@@ -369,7 +369,7 @@ class _Conditioned(Problem):
             if advance is None:
                 x = gx
             else:
-                x, active = advance(x, gx, k)
+                x, active = advance(x, gx)
                 if not active:
                     warn(
                         f"{self.name}: the residual kept growing; given up after {k} evaluations "
@@ -390,10 +390,10 @@ class _Conditioned(Problem):
         progress = Progress(rows, limits)
         step = self.solver.start(backends.choose(self.backend, x), progress, rows)
 
-        def advance(x: Tensor, gx: Tensor, k: int) -> tuple[Tensor, bool]:
+        def advance(x: Tensor, gx: Tensor) -> tuple[Tensor, bool]:
             moved = x.reshape(rows.shape).clone()
-            step(moved, gx.reshape(rows.shape).contiguous(), k)
-            return moved.view(x.shape), int(progress.tally[0]) > 0
+            step(moved, gx.reshape(rows.shape).contiguous())
+            return moved.view(x.shape), int(progress.tally[ACTIVE_ROWS]) > 0
 
         return advance
 

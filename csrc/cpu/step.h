@@ -15,9 +15,9 @@ namespace fpi {
 constexpr int64_t kStepGrain = 8192;
 
 template <typename Acc>
-Record<Acc> record_of(const Tensor& counters, const Tensor& scalars,
+Record<Acc> record_of(const Tensor& counters, const Tensor& scalars, const Tensor& tally,
                       const std::optional<Tensor>& index, const std::optional<Tensor>& floor,
-                      int64_t k, double rtol, double offset, double rounding, int64_t patience,
+                      double rtol, double offset, double rounding, int64_t patience,
                       int64_t max_iterations) {
   return {static_cast<int32_t*>(counters.mutable_data_ptr()),
           static_cast<Acc*>(scalars.mutable_data_ptr()),
@@ -25,11 +25,11 @@ Record<Acc> record_of(const Tensor& counters, const Tensor& scalars,
           index ? static_cast<const int64_t*>(index->const_data_ptr()) : nullptr,
           {static_cast<Acc>(rtol), static_cast<Acc>(offset), static_cast<Acc>(rounding),
            static_cast<int32_t>(patience), static_cast<int32_t>(max_iterations)},
-          static_cast<int32_t>(k)};
+          static_cast<const int32_t*>(tally.const_data_ptr())[kIteration] + 1};
 }
 
-// Runs rows(begin, end), which returns their Tally, over all rows of x. tally becomes the number of
-// rows still active, and grows by those that failed. `work` is the values a row touches.
+// Runs rows(begin, end), which returns their Tally, over all rows of x. tally is brought up
+// to date. `work` is the values a row touches.
 template <typename Rows>
 void for_rows(const Tensor& x, int64_t work, const Tensor& tally, const Rows& rows) {
   std::atomic<int64_t> active{0}, failed{0};
@@ -40,8 +40,9 @@ void for_rows(const Tensor& x, int64_t work, const Tensor& tally, const Rows& ro
     failed.fetch_add(part.failed, std::memory_order_relaxed);
   });
   int32_t* counts = static_cast<int32_t*>(tally.mutable_data_ptr());
-  counts[0] = static_cast<int32_t>(active.load());
-  counts[1] += static_cast<int32_t>(failed.load());
+  counts[kActiveRows] = static_cast<int32_t>(active.load());
+  counts[kFailed] += static_cast<int32_t>(failed.load());
+  ++counts[kIteration];
 }
 
 }  // namespace fpi

@@ -27,6 +27,10 @@ enum Counter { kStatus, kIterations, kReferenceIteration, kWindow, kHead, kCount
 // a ring of residual norms (Picard) or secant ratios (Anderson).
 enum Scalar { kResidual, kReference, kRing, kRingLength = 5, kScalars = kRing + kRingLength };
 
+// Entries of tally, int32 [kTallies]: rows still active; samples that ended otherwise than
+// converged, so far; iterations made.
+enum TallyEntry { kActiveRows, kFailed, kIteration, kTallies };
+
 constexpr double kGrowth = 1e4;           // DIVERGED: this many times the reference,
 constexpr int32_t kGrowthIterations = 5;  // which is this old
 constexpr double kFall = 0.9;             // a residual this much below the reference is progress

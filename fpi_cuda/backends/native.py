@@ -29,7 +29,7 @@ def damped_update(x: Tensor, gx: Tensor, beta: float) -> None:
     _ops._damped_update(x, gx, beta)
 
 
-def picard_step(p: Progress, x: Tensor, gx: Tensor, k: int, beta: float) -> None:
+def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
     """See `reference.picard_step`."""
     lim = p.limits
     _picard_step(
@@ -41,7 +41,6 @@ def picard_step(p: Progress, x: Tensor, gx: Tensor, k: int, beta: float) -> None
         p.tally,
         p.index,
         p.floor,
-        k,
         lim.rtol,
         lim.offset,
         lim.rounding,
@@ -55,7 +54,6 @@ def anderson_step(
     p: Progress,
     x: Tensor,
     gx: Tensor,
-    k: int,
     beta: float,
     ridge: float,
     restart: float,
@@ -74,7 +72,6 @@ def anderson_step(
         p.tally,
         p.index,
         p.floor,
-        k,
         lim.rtol,
         lim.offset,
         lim.rounding,

@@ -12,6 +12,9 @@ ACTIVE = 0
 
 # Columns of `counters`, int32 [B, 5]; csrc/math/progress.h has the same.
 STATUS, ITERATIONS, REFERENCE_ITERATION, WINDOW, HEAD = range(5)
+# Entries of `tally`, int32 [3]: rows still active; samples that ended otherwise than converged, so
+# far; iterations made. The last so that a device needs no host to count them.
+ACTIVE_ROWS, FAILED, ITERATION = range(3)
 # Columns of `scalars`, [B, 2 + RING] in the accumulate dtype; csrc/math/progress.h has the same.
 RESIDUAL, REFERENCE, RING_START = 0, 1, 2
 RING = 5  # residuals (Picard) or secant ratios (Anderson) behind the contraction estimate
@@ -57,8 +60,7 @@ class Progress:
         self.floor = floor
         self.out = torch.empty_like(x)  # [B, N]: written when a sample finishes
         self.index: Tensor | None = None  # [R]: the sample that each row holds; None: its own
-        # Rows still active after a step; samples that ended otherwise than converged, so far.
-        self.tally = torch.zeros(2, dtype=torch.int32, device=device)
+        self.tally = torch.zeros(3, dtype=torch.int32, device=device)
 
     @property
     def samples(self) -> Tensor:

@@ -12,10 +12,13 @@ from torch import Tensor
 from ..solution import Status
 from .progress import (
     ACTIVE,
+    ACTIVE_ROWS,
+    FAILED,
     FALL,
     GROWTH,
     GROWTH_ITERATIONS,
     HEAD,
+    ITERATION,
     ITERATIONS,
     NOISE,
     REFERENCE,
@@ -37,7 +40,7 @@ def damped_update(x: Tensor, gx: Tensor, beta: float) -> None:
     x.copy_(_damped(x.to(acc), gx.to(acc), beta))
 
 
-def picard_step(p: Progress, x: Tensor, gx: Tensor, k: int, beta: float) -> None:
+def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
     """One damped Picard step of every active row; freezes those that finish.
 
     Args:
@@ -45,9 +48,9 @@ def picard_step(p: Progress, x: Tensor, gx: Tensor, k: int, beta: float) -> None
         x: iterates, [R, N], contiguous; active rows become x + β (g(x) − x), finished rows their
             result, rows that had finished before stay untouched.
         gx: g(x), [R, N], contiguous; only read.
-        k: the iteration's number, from 1.
         beta: weight of the new value.
     """
+    k = _next(p)
     xa, ga = x.to(p.dtype), gx.to(p.dtype)
     residual, value = _norm(ga - xa), _norm(ga)
     running = _running(p)
@@ -62,7 +65,6 @@ def anderson_step(
     p: Progress,
     x: Tensor,
     gx: Tensor,
-    k: int,
     beta: float,
     ridge: float,
     restart: float,
@@ -81,7 +83,6 @@ def anderson_step(
         p: the per-sample record; updated, as in `picard_step`.
         x: iterates, [R, N]; moved.
         gx: g(x), [R, N].
-        k: the iteration's number.
         beta: weight of the new value.
         ridge: λ, relative to the trace of the differences' Gram matrix.
         restart: growth of the residual that restarts the window.
@@ -91,6 +92,7 @@ def anderson_step(
     """
     del gram
     m = values.shape[1]
+    k = _next(p)
     xa, ga = x.to(p.dtype), gx.to(p.dtype)
     r = ga - xa
     residual, value = _norm(r), _norm(ga)
@@ -152,6 +154,11 @@ def _norm(r: Tensor) -> Tensor:
     return norm
 
 
+def _next(p: Progress) -> int:
+    p.tally[ITERATION] += 1
+    return int(p.tally[ITERATION])
+
+
 def _running(p: Progress) -> Tensor:
     return p.counters[p.samples, STATUS] == ACTIVE
 
@@ -193,8 +200,8 @@ def _stop(p: Progress, residual: Tensor, value: Tensor, k: int, running: Tensor)
     p.scalars[t, RESIDUAL] = residual[running]
     p.scalars[t, REFERENCE] = reference[running]
     ended = status[running]
-    p.tally[0] = (ended == ACTIVE).sum()
-    p.tally[1] += ((ended != ACTIVE) & (ended != _code(Status.CONVERGED))).sum()
+    p.tally[ACTIVE_ROWS] = (ended == ACTIVE).sum()
+    p.tally[FAILED] += ((ended != ACTIVE) & (ended != _code(Status.CONVERGED))).sum()
     return status
 
 

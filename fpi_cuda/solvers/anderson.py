@@ -61,7 +61,7 @@ class Anderson:
         return max(10, 2 * self.history)
 
     def start(self, backend: Any, progress: Progress, x: Tensor) -> Step:
-        """The step `(x, gx, k) -> None` that moves x [R, N] in place; owns the window."""
+        """The step `(x, gx) -> None` that moves x [R, N] in place; owns the window."""
         if self.history == 1:
             return Picard(self.beta).start(backend, progress, x)
         b, n = x.shape
@@ -73,9 +73,9 @@ class Anderson:
         residuals = scratch.empty((b, m, n), x.dtype, x.device)
         gram = scratch.empty((b, m, m), progress.dtype, x.device)
 
-        def step(x: Tensor, gx: Tensor, k: int) -> None:
+        def step(x: Tensor, gx: Tensor) -> None:
             backend.anderson_step(
-                progress, x, gx, k, self.beta, ridge, self.restart, values, residuals, gram
+                progress, x, gx, self.beta, ridge, self.restart, values, residuals, gram
             )
 
         step.scratch = scratch  # type: ignore[attr-defined]  # back to the pool with the step

@@ -61,7 +61,7 @@ def iterate(
         progress.counters[:, STATUS].masked_fill_(skip, Status.CONVERGED + 1)
         progress.out.copy_(x)
         active -= int(skip.sum())
-    k, compacted = 0, False
+    compacted = False
     step = None
     rows_shape = tuple(batch)
     state = layout.state(x, rows_shape)
@@ -77,7 +77,6 @@ def iterate(
                 x = x.index_select(0, keep)
                 rows_shape = (len(x),)
                 state = layout.state(x, rows_shape)
-        k += 1
         gx = evaluate(state)
         if step is None:
             if not (layout.plain and gx.is_contiguous()):
@@ -87,8 +86,8 @@ def iterate(
                 progress.out = wanted.rows(layout.state(progress.out, batch))
                 layout, state = wanted, wanted.state(x, rows_shape)
             step = solver.start(backend, progress, progress.out)
-        step(x, layout.rows(gx), k)
-        active, failed = progress.tally.tolist()
+        step(x, layout.rows(gx))
+        active, failed, _ = progress.tally.tolist()
     record = Record(
         progress=progress,
         batch=batch,

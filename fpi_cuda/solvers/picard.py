@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends.progress import RING, Progress
 from ._check import check_beta
 
-Step = Callable[[Tensor, Tensor, int], None]
+Step = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Picard:
         return 10
 
     def start(self, backend: Any, progress: Progress, x: Tensor) -> Step:
-        """The step `(x, gx, k) -> None` that moves x [R, N] in place."""
+        """The step `(x, gx) -> None` that moves x [R, N] in place."""
         del x
 
-        def step(x: Tensor, gx: Tensor, k: int) -> None:
-            backend.picard_step(progress, x, gx, k, self.beta)
+        def step(x: Tensor, gx: Tensor) -> None:
+            backend.picard_step(progress, x, gx, self.beta)
 
         return step
 
