@@ -283,7 +283,8 @@ def _attach_captured(
     n = problem.step.n_inputs
     plain = [t.detach() for t in tensors]
     at, inputs = x, plain[:n]
-    if keep is not None and not bool(keep.all()):  # as in the node's backward: a good row stands in for a failed one
+    # As in the node's backward: a good row stands in for a failed one.
+    if keep is not None and not bool(keep.all()):
         rows = torch.arange(len(keep), device=keep.device)
         rows = torch.where(keep, rows, keep.to(torch.uint8).argmax())
         at, *inputs = (t.index_select(0, rows) for t in (x, *inputs))
