@@ -30,6 +30,10 @@ FPI_DEVICE unsigned char* shared_memory() {
 // Every thread of the block arrives; what they wrote before is seen by all after.
 FPI_DEVICE void block_barrier() { __syncthreads(); }
 
+// Every thread of the warp arrives; what they wrote before is seen by all of the warp after.
+// A shuffle orders no memory.
+FPI_DEVICE void warp_barrier() { __syncwarp(); }
+
 // value of the lane whose number differs in the bits of mask. All 32 lanes of the warp take part.
 template <typename T>
 FPI_DEVICE T shuffle_xor(T value, int mask) {
