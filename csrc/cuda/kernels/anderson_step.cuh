@@ -55,52 +55,39 @@ FPI_DEVICE void mix(const Team& team, const Row<T>& row, const Ring<T>& ring, co
                     accumulate_t<T> beta, bool aligned) {
   using Acc = accumulate_t<T>;
   for_packs<T>(team, row.begin, row.end, aligned, [&](int64_t i, auto access) {
-    // total −= scale (v_0 − Σ γ_j (v_j − v_{j+1})) without its v_0, whose values come in `younger`
-    const auto subtract = [&](Acc(&total)[kWidth<T>], Acc(&younger)[kWidth<T>], const T* second,
-                              const T* vectors) {
+    constexpr int kValues = access.kValues;
+    // v_0 − Σ γ_j (v_j − v_{j+1})
+    const auto combined = [&](const T* v_0, const T* v_1, const T* vectors) {
+      Pack<Acc, kValues> younger = widened<Acc>(access.load(v_0 + i)), sum = younger;
       for (int first = 0; first < count; first += kGroup) {
-        Pack<T> older[kGroup];
+        Pack<T, kValues> older[kGroup];
 #pragma unroll
         for (int c = 0; c < kGroup; ++c) {  // beyond the last: the last again
           const int age = first + c < count ? first + c + 1 : count;
-          older[c] = access.load((age == 1 ? second : vectors + ring.slot(age) * ring.n) + i);
+          older[c] = access.load((age == 1 ? v_1 : vectors + ring.slot(age) * ring.n) + i);
         }
 #pragma unroll
         for (int c = 0; c < kGroup; ++c) {
           const Acc weight = first + c < count ? gamma[first + c] : Acc(0);
 #pragma unroll
-          for (int l = 0; l < kWidth<T>; ++l) {
+          for (int l = 0; l < kValues; ++l) {
             const Acc old = static_cast<Acc>(older[c].values[l]);
-            total[l] -= weight * (younger[l] - old);
-            younger[l] = old;
+            sum.values[l] -= weight * (younger.values[l] - old);
+            younger.values[l] = old;
           }
         }
       }
+      return sum;
     };
-    const auto widen = [](const Pack<T>& pack, Acc(&a)[kWidth<T>], Acc(&b)[kWidth<T>]) {
-#pragma unroll
-      for (int l = 0; l < kWidth<T>; ++l) {
-        a[l] = b[l] = static_cast<Acc>(pack.values[l]);
-      }
-    };
-    Acc mixed[kWidth<T>], younger[kWidth<T>];
-    widen(access.load(newest + i), mixed, younger);
-    subtract(mixed, younger, previous, ring.values);
+    Pack<Acc, kValues> mixed = combined(newest, previous, ring.values);
     if (beta != Acc(1)) {
-      Acc least[kWidth<T>];
-      widen(access.load(ring.residual(0) + i), least, younger);
-      subtract(least, younger, ring.residual(1), ring.residuals);
+      const auto least = combined(ring.residual(0), ring.residual(1), ring.residuals);
 #pragma unroll
-      for (int l = 0; l < kWidth<T>; ++l) {
-        mixed[l] -= (Acc(1) - beta) * least[l];
+      for (int l = 0; l < kValues; ++l) {
+        mixed.values[l] -= (Acc(1) - beta) * least.values[l];
       }
     }
-    Pack<T> next;
-#pragma unroll
-    for (int l = 0; l < kWidth<T>; ++l) {
-      next.values[l] = static_cast<T>(mixed[l]);
-    }
-    access.store(row.x + i, next);
+    access.store(row.x + i, widened<T>(mixed));
   });
 }
 
@@ -109,7 +96,6 @@ template <typename T, int kGroups>
 struct AndersonStep {
   static constexpr int kThreads = kStepThreads;
   using Acc = accumulate_t<T>;
-  using Values = Acc[kWidth<T>];
 
   // Of a pass: ‖r‖², ‖g‖², ‖g − g₁‖², ‖x − x₁‖², 1 being the iterate before; and of every group
   // d_0 · d_j, then r_0 · d_j.
@@ -196,14 +182,15 @@ struct AndersonStep {
 
     Sums sums = {};
     for_packs<T>(team, row.begin, row.end, step.aligned, [&](int64_t i, auto access) {
-      const Pack<T> xs = access.load(row.x + i);
-      const Pack<T> gs = access.load(row.gx + i);
-      const Pack<T> before = access.load(previous_value + i);
-      Pack<T> older[kGroup], rs;
+      constexpr int kValues = access.kValues;
+      const auto xs = access.load(row.x + i);
+      const auto gs = access.load(row.gx + i);
+      const auto before = access.load(previous_value + i);
+      Pack<T, kValues> older[kGroup], rs;
       load_group(older, 0, residual_of, i, access);
-      Values newest, difference, younger;
+      Differences<kValues> d;
 #pragma unroll
-      for (int l = 0; l < kWidth<T>; ++l) {
+      for (int l = 0; l < kValues; ++l) {
         const Acc g = static_cast<Acc>(gs.values[l]);
         const Acc r = g - static_cast<Acc>(xs.values[l]);
         const Acc dg = g - static_cast<Acc>(before.values[l]);
@@ -213,11 +200,11 @@ struct AndersonStep {
         sums.norms[2] += dg * dg;
         sums.norms[3] += dx * dx;
         rs.values[l] = static_cast<T>(r);
-        newest[l] = younger[l] = static_cast<Acc>(rs.values[l]);
-        difference[l] = newest[l] - static_cast<Acc>(older[0].values[l]);
+        d.newest.values[l] = d.younger.values[l] = static_cast<Acc>(rs.values[l]);
+        d.first.values[l] = d.newest.values[l] - static_cast<Acc>(older[0].values[l]);
       }
-      dot_group(sums.dots[0], older, newest, difference, younger);
-      more_groups(sums, 0, count, residual_of, i, access, newest, difference, younger);
+      dot_group(sums.dots[0], older, d);
+      more_groups(sums, 0, count, residual_of, i, access, d);
       access.store(new_value + i, gs);
       access.store(new_residual + i, rs);
       if (one_launch) {
@@ -232,28 +219,33 @@ struct AndersonStep {
     for (int first = kGroups * kGroup; first < count; first += kGroups * kGroup) {
       sums = {};
       for_packs<T>(team, row.begin, row.end, step.aligned, [&](int64_t i, auto access) {
-        const Pack<T> rs = access.load(new_residual + i);
-        const Pack<T> before = access.load(residual_of(1) + i);
-        const Pack<T> last = access.load(residual_of(first) + i);
-        Pack<T> older[kGroup];
-        load_group(older, first, residual_of, i, access);
-        Values newest, difference, younger;
+        constexpr int kValues = access.kValues;
+        Differences<kValues> d;
+        d.newest = widened<Acc>(access.load(new_residual + i));
+        d.first = widened<Acc>(access.load(residual_of(1) + i));
+        d.younger = widened<Acc>(access.load(residual_of(first) + i));
 #pragma unroll
-        for (int l = 0; l < kWidth<T>; ++l) {
-          newest[l] = static_cast<Acc>(rs.values[l]);
-          difference[l] = newest[l] - static_cast<Acc>(before.values[l]);
-          younger[l] = static_cast<Acc>(last.values[l]);
+        for (int l = 0; l < kValues; ++l) {
+          d.first.values[l] = d.newest.values[l] - d.first.values[l];
         }
-        dot_group(sums.dots[0], older, newest, difference, younger);
-        more_groups(sums, first, count, residual_of, i, access, newest, difference, younger);
+        Pack<T, kValues> older[kGroup];
+        load_group(older, first, residual_of, i, access);
+        dot_group(sums.dots[0], older, d);
+        more_groups(sums, first, count, residual_of, i, access, d);
       });
       reduce_dots(team, sums, first, count);
     }
   }
 
+  // Of the values that a thread has at hand: r_0, d_0, and the last residual read.
+  template <int kValues>
+  struct Differences {
+    Pack<Acc, kValues> newest, first, younger;
+  };
+
   // The residuals of ages first + 1 to first + 4; beyond the last, the last again.
-  template <typename ResidualOf, typename Access>
-  FPI_DEVICE static void load_group(Pack<T> (&older)[kGroup], int first,
+  template <typename ResidualOf, typename Access, int kValues>
+  FPI_DEVICE static void load_group(Pack<T, kValues> (&older)[kGroup], int first,
                                     const ResidualOf& residual_of, int64_t i, Access access) {
 #pragma unroll
     for (int c = 0; c < kGroup; ++c) {
@@ -261,34 +253,33 @@ struct AndersonStep {
     }
   }
 
-  FPI_DEVICE static void dot_group(Acc (&dots)[2 * kGroup], const Pack<T> (&older)[kGroup],
-                                   const Values& newest, const Values& difference,
-                                   Values& younger) {
+  template <int kValues>
+  FPI_DEVICE static void dot_group(Acc (&dots)[2 * kGroup], const Pack<T, kValues> (&older)[kGroup],
+                                   Differences<kValues>& d) {
 #pragma unroll
     for (int c = 0; c < kGroup; ++c) {
 #pragma unroll
-      for (int l = 0; l < kWidth<T>; ++l) {
+      for (int l = 0; l < kValues; ++l) {
         const Acc old = static_cast<Acc>(older[c].values[l]);
-        const Acc d = younger[l] - old;
-        dots[c] += difference[l] * d;
-        dots[kGroup + c] += newest[l] * d;
-        younger[l] = old;
+        const Acc difference = d.younger.values[l] - old;
+        dots[c] += d.first.values[l] * difference;
+        dots[kGroup + c] += d.newest.values[l] * difference;
+        d.younger.values[l] = old;
       }
     }
   }
 
   // The groups of a pass after its first.
-  template <typename ResidualOf, typename Access>
+  template <typename ResidualOf, typename Access, int kValues>
   FPI_DEVICE static void more_groups(Sums& sums, int first, int count,
                                      const ResidualOf& residual_of, int64_t i, Access access,
-                                     const Values& newest, const Values& difference,
-                                     Values& younger) {
+                                     Differences<kValues>& d) {
 #pragma unroll
     for (int group = 1; group < kGroups; ++group) {
       if (first + group * kGroup < count) {
-        Pack<T> older[kGroup];
+        Pack<T, kValues> older[kGroup];
         load_group(older, first + group * kGroup, residual_of, i, access);
-        dot_group(sums.dots[group], older, newest, difference, younger);
+        dot_group(sums.dots[group], older, d);
       }
     }
   }

@@ -10,53 +10,49 @@ namespace fpi::cuda {
 template <typename T>
 constexpr int kWidth = kPackBytes / static_cast<int>(sizeof(T));
 
-template <typename T>
-struct alignas(kPackBytes) Pack {
-  T values[kWidth<T>];
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T)) Pack {
+  T values[kCount];
 };
 
-// A pack in one access; the address is a multiple of 16.
-template <typename T>
-struct Whole {
-  FPI_DEVICE Pack<T> load(const T* p) const { return *reinterpret_cast<const Pack<T>*>(p); }
-  FPI_DEVICE void store(T* p, const Pack<T>& pack) const { *reinterpret_cast<Pack<T>*>(p) = pack; }
-};
-
-// The first count values of a pack, zeros behind them; any address.
-template <typename T>
-struct ByValue {
-  int count;
-
-  FPI_DEVICE Pack<T> load(const T* p) const {
-    Pack<T> pack;
+template <typename Acc, typename T, int kCount>
+FPI_DEVICE Pack<Acc, kCount> widened(const Pack<T, kCount>& pack) {
+  Pack<Acc, kCount> wide;
 #pragma unroll
-    for (int l = 0; l < kWidth<T>; ++l) {
-      pack.values[l] = l < count ? p[l] : static_cast<T>(0.0f);
-    }
-    return pack;
+  for (int l = 0; l < kCount; ++l) {
+    wide.values[l] = static_cast<Acc>(pack.values[l]);
   }
+  return wide;
+}
 
-  FPI_DEVICE void store(T* p, const Pack<T>& pack) const {
-#pragma unroll
-    for (int l = 0; l < kWidth<T>; ++l) {
-      if (l < count) {
-        p[l] = pack.values[l];
-      }
-    }
+// kCount values in one access, at a multiple of their bytes.
+template <typename T, int kCount>
+struct Access {
+  static constexpr int kValues = kCount;
+  using Values = Pack<T, kCount>;
+
+  FPI_DEVICE Values load(const T* p) const { return *reinterpret_cast<const Values*>(p); }
+  FPI_DEVICE void store(T* p, const Values& values) const {
+    *reinterpret_cast<Values*>(p) = values;
   }
 };
 
-// Runs body(i, access) for every pack of [begin, end); access loads and stores the pack at i. A
-// thread's packs are the same whether aligned or not, and so is the order of its sums.
+// Runs body(i, access) over [begin, end), a pack at a time where aligned, else value by value. A
+// thread's values and their order are the same either way, and so are its sums. The first value of
+// an unaligned pack brings the others into the cache.
 template <typename T, typename Body>
 FPI_DEVICE void for_packs(const Team& team, int64_t begin, int64_t end, bool aligned,
                           const Body& body) {
-  const int64_t stride = static_cast<int64_t>(team.size) * kWidth<T>;
-  for (int64_t i = begin + static_cast<int64_t>(team.rank) * kWidth<T>; i < end; i += stride) {
+  constexpr int kValues = kWidth<T>;
+  const int64_t stride = static_cast<int64_t>(team.size) * kValues;
+  for (int64_t i = begin + static_cast<int64_t>(team.rank) * kValues; i < end; i += stride) {
     if (aligned) {  // then rows end with a whole pack
-      body(i, Whole<T>{});
+      body(i, Access<T, kValues>{});
     } else {
-      body(i, ByValue<T>{end - i < kWidth<T> ? static_cast<int>(end - i) : kWidth<T>});
+#pragma unroll 1
+      for (int64_t j = i; j < end && j < i + kValues; ++j) {
+        body(j, Access<T, 1>{});
+      }
     }
   }
 }

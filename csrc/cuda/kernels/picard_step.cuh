@@ -37,10 +37,10 @@ struct PicardStep {
 
     Acc squares[kPicardSums] = {};  // ‖g(x) − x‖², ‖g(x)‖²
     for_packs<T>(team, row.begin, row.end, step.aligned, [&](int64_t i, auto access) {
-      const Pack<T> xs = access.load(row.x + i);
-      const Pack<T> gs = access.load(row.gx + i);
+      const auto xs = access.load(row.x + i);
+      const auto gs = access.load(row.gx + i);
 #pragma unroll
-      for (int l = 0; l < kWidth<T>; ++l) {
+      for (int l = 0; l < access.kValues; ++l) {
         const Acc g = static_cast<Acc>(gs.values[l]);
         const Acc r = g - static_cast<Acc>(xs.values[l]);
         squares[0] += r * r;

@@ -206,7 +206,7 @@ struct Step {
     if (ends || beta == Acc(1)) {
       const T* result = status == kNonfinite ? old : value;
       for_packs<T>(team, row.begin, row.end, aligned, [&](int64_t i, auto access) {
-        const Pack<T> pack = access.load(result + i);
+        const auto pack = access.load(result + i);
         access.store(row.x + i, pack);
         if (ends) {
           access.store(row.out + i, pack);
@@ -215,10 +215,10 @@ struct Step {
       return;
     }
     for_packs<T>(team, row.begin, row.end, aligned, [&](int64_t i, auto access) {
-      Pack<T> pack = access.load(old + i);
-      const Pack<T> next = access.load(value + i);
+      auto pack = access.load(old + i);
+      const auto next = access.load(value + i);
 #pragma unroll
-      for (int l = 0; l < kWidth<T>; ++l) {
+      for (int l = 0; l < access.kValues; ++l) {
         pack.values[l] = static_cast<T>(damped_update(static_cast<Acc>(pack.values[l]),
                                                       static_cast<Acc>(next.values[l]), beta));
       }
