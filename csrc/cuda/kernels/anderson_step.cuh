@@ -95,6 +95,7 @@ FPI_DEVICE void mix(const Team& team, const Row<T>& row, const Ring<T>& ring, co
 template <typename T, int kGroups>
 struct AndersonStep {
   static constexpr int kThreads = kStepThreads;
+  static constexpr int kBlocks = kGroups == 1 ? 4 : 2;
   using Acc = accumulate_t<T>;
 
   // Of a pass: ‖r‖², ‖g‖², ‖g − g₁‖², ‖x − x₁‖², 1 being the iterate before; and of every group
@@ -338,6 +339,7 @@ struct AndersonStep {
 template <typename T>
 struct AndersonMove {
   static constexpr int kThreads = kStepThreads;
+  static constexpr int kBlocks = 5;
 
   Step<T> step;
   Window<T> window;
