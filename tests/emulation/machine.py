@@ -1,0 +1,123 @@
+"""The emulation as a backend: the step operators of `reference`, run by the CUDA kernels' bodies."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+BUILD = HERE.parents[1] / "build" / "emulation"
+FORWARD, REVERSE, RANDOM = range(3)
+
+
+class EmulationError(AssertionError):
+    """What the emulation, AddressSanitizer or UBSan said."""
+
+
+@cache
+def executable(name: str) -> Path:
+    """`sanitized` or `races`, brought up to date."""
+    import cmake
+    import ninja
+
+    path = os.pathsep.join([cmake.CMAKE_BIN_DIR, ninja.BIN_DIR, os.environ["PATH"]])
+    include = Path(torch.__file__).parent / "include"
+    for arguments in (
+        ["-S", HERE, "-B", BUILD, "-G", "Ninja", f"-DTORCH_INCLUDE={include}"],
+        ["--build", BUILD],
+    ):
+        done = subprocess.run(
+            ["cmake", *arguments],
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    return BUILD / name
+
+
+class Machine:
+    """A process that runs bodies; started again after a failure.
+
+    Args:
+        build: `sanitized` or `races`.
+        order: in which threads and blocks run.
+        seed: of the random order.
+        alive: blocks whose threads are interleaved.
+    """
+
+    def __init__(self, build: str, order: int = FORWARD, seed: int = 0, alive: int = 4) -> None:
+        self.build, self.order, self.seed, self.alive = build, order, seed, alive
+        self.deleted: list[int] = []
+        self.reached: dict[int, str] = {}  # calls of barriers and fences, with their kinds
+        self.process: subprocess.Popen | None = None
+
+    def call(self, operator: str, arrays: dict[str, torch.Tensor | None], **numbers: float) -> None:
+        """Runs the operator; arrays are written in place. A view's offset is the kernel's too."""
+        given = {name: t for name, t in arrays.items() if t is not None}
+        assert all(t.is_contiguous() for t in given.values())
+        words = [operator, self.order, self.seed, self.alive, len(self.deleted), *self.deleted]
+        words += [len(numbers), *(w for item in numbers.items() for w in item), len(given)]
+        for name, t in given.items():
+            size = t.element_size()
+            words += [name, t.numel() * size, t.storage_offset() * size % 16]
+        line = " ".join(map(str, words))
+        try:
+            self._exchange(line, list(given.values()))
+        except (BrokenPipeError, EOFError):
+            raise EmulationError(self.close()) from None
+
+    def _exchange(self, line: str, tensors: list[torch.Tensor]) -> None:
+        if self.process is None:
+            self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(
+                [executable(self.build)], stdin=pipe, stdout=pipe, stderr=self.errors
+            )
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None and stdout is not None
+        stdin.write(line.encode() + b"\n")
+        for t in tensors:
+            stdin.write(ctypes.string_at(t.data_ptr(), t.numel() * t.element_size()))
+        stdin.flush()
+        answer = stdout.readline().decode().split("\t")
+        if answer[0] != "done":
+            raise EOFError
+        self.reached.update((int(w.split()[-1]), w.rsplit(" ", 1)[0]) for w in answer[1:])
+        for t in tensors:
+            data = stdout.read(t.numel() * t.element_size())
+            ctypes.memmove(t.data_ptr(), data, len(data))
+
+    def close(self) -> str:
+        """Ends the process and returns what it said of errors."""
+        if self.process is None:
+            return ""
+        process, self.process = self.process, None
+        with self.errors, process.stdout, contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+            process.wait()
+            self.errors.seek(0)
+            return self.errors.read().decode()
+
+
+def places(build: str, codes: list[int]) -> dict[str, list[int]]:
+    """The calls by the chain of source lines that led to them, callees first."""
+    command = ["addr2line", "-i", "-a", "-s", "-e", executable(build)]
+    done = subprocess.run(
+        [*command, *(hex(c - 1) for c in codes)], capture_output=True, text=True, check=True
+    )
+    chains: dict[str, list[int]] = {}
+    for code, part in zip(codes, re.split(r"^0x.*\n", done.stdout, flags=re.M)[1:], strict=True):
+        lines = (line.split()[0] for line in part.splitlines())
+        chain = " < ".join(line for line in lines if not line.startswith("emulation.h"))
+        chains.setdefault(chain, []).append(code)
+    return chains
