@@ -1,6 +1,6 @@
-// All that a kernel body may ask of the machine. A body is a functor over plain pointers and numbers
-// that calls these and csrc/math, and nothing else: nvcc compiles it for the device, and any C++
-// compiler for the host, where tests/emulation stands in for the block.
+// All that a kernel body may ask of the machine. A body is a functor over plain pointers and
+// numbers that calls these and csrc/math, and nothing else: nvcc compiles it for the device, and
+// any C++ compiler for the host, where tests/emulation stands in for the block.
 #pragma once
 
 #include <cstdint>
