@@ -1,9 +1,10 @@
-"""The emulation as a backend: the step operators of `reference`, run by the CUDA kernels' bodies."""
+"""The emulation as a backend: `reference`'s step operators, done by the bodies of CUDA kernels."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import re
 import subprocess
@@ -12,6 +13,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from fpi_cuda.backends.progress import Progress
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "emulation"
@@ -46,7 +50,7 @@ def executable(name: str) -> Path:
 
 
 class Machine:
-    """A process that runs bodies; started again after a failure.
+    """A process that runs bodies, with the operators of a backend; starts again after a failure.
 
     Args:
         build: `sanitized` or `races`.
@@ -55,13 +59,15 @@ class Machine:
         alive: blocks whose threads are interleaved.
     """
 
+    NAME = "emulation"
+
     def __init__(self, build: str, order: int = FORWARD, seed: int = 0, alive: int = 4) -> None:
         self.build, self.order, self.seed, self.alive = build, order, seed, alive
         self.deleted: list[int] = []
         self.reached: dict[int, str] = {}  # calls of barriers and fences, with their kinds
         self.process: subprocess.Popen | None = None
 
-    def call(self, operator: str, arrays: dict[str, torch.Tensor | None], **numbers: float) -> None:
+    def call(self, operator: str, arrays: dict[str, Tensor | None], **numbers: float) -> None:
         """Runs the operator; arrays are written in place. A view's offset is the kernel's too."""
         given = {name: t for name, t in arrays.items() if t is not None}
         assert all(t.is_contiguous() for t in given.values())
@@ -76,7 +82,7 @@ class Machine:
         except (BrokenPipeError, EOFError):
             raise EmulationError(self.close()) from None
 
-    def _exchange(self, line: str, tensors: list[torch.Tensor]) -> None:
+    def _exchange(self, line: str, tensors: list[Tensor]) -> None:
         if self.process is None:
             self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
             pipe = subprocess.PIPE
@@ -96,6 +102,40 @@ class Machine:
         for t in tensors:
             data = stdout.read(t.numel() * t.element_size())
             ctypes.memmove(t.data_ptr(), data, len(data))
+
+    def picard_step(self, p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
+        self._step("picard_step", p, x, gx, {}, beta=beta)
+
+    def anderson_step(
+        self,
+        p: Progress,
+        x: Tensor,
+        gx: Tensor,
+        beta: float,
+        ridge: float,
+        restart: float,
+        values: Tensor,
+        residuals: Tensor,
+        gram: Tensor,
+    ) -> None:
+        window = {"values": values, "residuals": residuals, "gram": gram}
+        m = values.shape[1]
+        self._step("anderson_step", p, x, gx, window, beta=beta, ridge=ridge, restart=restart, m=m)
+
+    def _step(
+        self,
+        name: str,
+        p: Progress,
+        x: Tensor,
+        gx: Tensor,
+        more: dict[str, Tensor],
+        **numbers: float,
+    ) -> None:
+        record = {"counters": p.counters, "scalars": p.scalars, "tally": p.tally}
+        arrays = {"x": x, "gx": gx, "out": p.out, **record, "index": p.index, "floor": p.floor}
+        rows, n = x.shape
+        numbers |= {"rows": rows, "n": n} | dataclasses.asdict(p.limits)
+        self.call(f"{name}.{str(x.dtype).removeprefix('torch.')}", arrays | more, **numbers)
 
     def close(self) -> str:
         """Ends the process and returns what it said of errors."""

@@ -18,7 +18,6 @@ struct Sum {
   FPI_DEVICE float block_sum(float mine) const {
     float* shared = reinterpret_cast<float*>(shared_memory());
     const int i = thread_index();
-    block_barrier();  // the values of the sum before have been read
     shared[i] = mine;
     for (int half = kThreads / 2; half > 0; half /= 2) {
       block_barrier();
