@@ -15,6 +15,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -399,7 +400,7 @@ class Problem:
     # Found out during the solve:
     captured: bool = False
     calls: int = 0
-    given: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    given: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The autocast state g was called under, whatever it is now."""
@@ -435,8 +436,11 @@ class Problem:
             step = MappedStep(self.step, dims)
         return dataclasses.replace(self, step=step, batch_dims=self.batch_dims + 1)
 
-    def solve(self, x0: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The fixed point and the samples whose gradient is kept, [*batch]; all tensors plain."""
+    def solve(self, x0: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The fixed point and the samples whose gradient is kept; all tensors plain.
+
+        The samples are bool [*batch], or None: all of them.
+        """
         self.calls = 0
         n = self.step.n_inputs
         inputs, params = tensors[:n], tensors[n:]
@@ -459,14 +463,14 @@ class Problem:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, enabled=False)
 
-    def solve_adjoint(self, linear: _Adjoint, v: Tensor) -> tuple[Tensor, Tensor]:
+    def solve_adjoint(self, linear: _Adjoint, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """c and the samples to keep, for a linearisation made by the caller."""
         self.calls = linear.problem.calls
         return self._iterate(linear, v, v)
 
     def _iterate(
         self, evaluate: _Forward | _Adjoint, x0: Tensor, v: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         b = self.batch_dims
         acc = accumulate_dtype(x0.dtype)
         size = x0.shape[b:].numel()
@@ -491,15 +495,17 @@ class Problem:
         x, record = iterate(evaluate, x0, b, self.solver, backend, limits, floor=floor, skip=skip)
         record.evaluations, record.lipschitz = self.calls, self.lipschitz
         self.report(record)
-        keep = torch.ones(record.batch, dtype=torch.bool, device=x.device)
-        if record.failed:
-            self._fail(x, record, fixed_count=rtol == 0 and atol == 0)
-            if self.adjoint.failed == "mask":
-                status = record.status
-                for masked in MASKED:
-                    keep &= status != masked
-                if floor is not None:  # a NaN that came with the loss goes on
-                    keep |= ~floor.isfinite().view_as(keep)
+        if not record.failed:
+            return x, None
+        self._fail(x, record, fixed_count=rtol == 0 and atol == 0)
+        if self.adjoint.failed == "use":
+            return x, None
+        status = record.status
+        keep = torch.ones_like(status, dtype=torch.bool)
+        for masked in MASKED:
+            keep &= status != masked
+        if floor is not None:  # a NaN that came with the loss goes on
+            keep |= ~floor.isfinite().view_as(keep)
         return x, keep
 
     def _fail(self, x: Tensor, record: Record, *, fixed_count: bool) -> None:
@@ -521,8 +527,12 @@ class FixedPoint(Function):
         problem: Problem, x0: Tensor, captured: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         if problem.given is not None:
-            return problem.given
-        return problem.solve(x0.detach(), [t.detach() for t in tensors])
+            x, keep = problem.given
+        else:
+            x, keep = problem.solve(x0.detach(), [t.detach() for t in tensors])
+        if keep is None:
+            keep = torch.ones(x.shape[: problem.batch_dims], dtype=torch.bool, device=x.device)
+        return x, keep
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -602,8 +612,15 @@ class FixedPoint(Function):
         return out, (0, 0)
 
 
-# autograd.Function.apply looks the signature up at every call; once is enough.
-FixedPoint.forward.__signature__ = inspect.signature(FixedPoint.forward)  # type: ignore[attr-defined]
+class _NoDefaults(inspect.Signature):
+    """Stands in for the signature that Function.apply binds at every call to fill in defaults."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """The arguments as they are: there is no default to fill in."""
+        return SimpleNamespace(args=args, kwargs=kwargs, apply_defaults=lambda: None)
+
+
+FixedPoint.forward.__signature__ = _NoDefaults()  # type: ignore[attr-defined]
 
 
 def _like(keep: Tensor, v: Tensor) -> Tensor:
@@ -646,7 +663,7 @@ def _first_order(
         with torch.no_grad(), problem.autocast():
             linear.g = problem.step.bind([t.detach() for t in leaves[n:]])
         c, keep = adjoint.solve_adjoint(linear, v)
-    if not bool(keep.all()):
+    if keep is not None:
         c = torch.where(_like(keep, c), c, 0)
     wanted = [leaves[i] for i in need]
     if not wanted or not linear.y.requires_grad:

@@ -58,9 +58,10 @@ FPI_DEVICE T load_uncached(const T* address) {
   return __ldcg(address);
 }
 
-// A functor with kThreads and operator()(): one thread's work.
+// A functor's operator()() is one thread's work. kThreads are in a block, and at least kBlocks fit
+// a multiprocessor, which bounds the registers of a thread by 65536 / (kThreads kBlocks).
 template <typename Body>
-__global__ void __launch_bounds__(Body::kThreads) run(const Body body) {
+__global__ void __launch_bounds__(Body::kThreads, Body::kBlocks) run(const Body body) {
   body();
 }
 

@@ -91,10 +91,16 @@ FPI_DEVICE void mix(const Team& team, const Row<T>& row, const Ring<T>& ring, co
   });
 }
 
+// kGroup, as a constant that unrolls loops.
+struct GroupSize {
+  FPI_HOST_DEVICE constexpr operator int() const { return kGroup; }
+};
+
 // kGroups: groups of four differences that one pass takes.
 template <typename T, int kGroups>
 struct AndersonStep {
   static constexpr int kThreads = kStepThreads;
+  static constexpr int kBlocks = kGroups == 1 ? 4 : 2;
   using Acc = accumulate_t<T>;
 
   // Of a pass: ‖r‖², ‖g‖², ‖g − g₁‖², ‖x − x₁‖², 1 being the iterate before; and of every group
@@ -325,11 +331,40 @@ struct AndersonStep {
     }
     // Differences of residuals at the rounding level of g(x) say nothing of g.
     const Acc noise = kNoise * unit_roundoff<T>() * value;
-    const bool solved = used > 0 && ridge_solve(used, system, gamma, ridge, noise * noise);
+    const bool solved = used > 0 && solve(used, system, gamma, noise * noise);
     counters[kHead] = ring.head;
     // Where it can't be solved: a Picard step, and the window starts anew from this iterate.
     counters[kWindow] = solved ? used + 1 : 1;
     return {status, solved ? used : 0};
+  }
+
+  // gamma from the right-hand side; see ridge_solve.
+  FPI_DEVICE bool solve(int count, Acc* system, Acc* gamma, Acc noise) const {
+    Acc trace = 0;
+    for (int i = 0; i < count; ++i) {
+      trace += system[i * count + i];
+    }
+    if constexpr (kGroups == 1) {  // in registers, padded to four differences
+      Acc a[kGroup * kGroup], b[kGroup];
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+#pragma unroll
+        for (int j = 0; j <= i; ++j) {
+          a[i * kGroup + j] = i < count ? system[i * count + j] : Acc(i == j);
+        }
+        b[i] = i < count ? gamma[i] : Acc(0);
+      }
+      const bool solved = ridge_solve(GroupSize{}, a, b, trace, ridge, noise);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        if (i < count) {
+          gamma[i] = b[i];
+        }
+      }
+      return solved;
+    } else {
+      return ridge_solve(count, system, gamma, trace, ridge, noise);
+    }
   }
 };
 
@@ -338,6 +373,7 @@ struct AndersonStep {
 template <typename T>
 struct AndersonMove {
   static constexpr int kThreads = kStepThreads;
+  static constexpr int kBlocks = 5;
 
   Step<T> step;
   Window<T> window;

@@ -16,6 +16,7 @@ namespace fpi::cuda {
 template <typename T>
 struct PicardStep {
   static constexpr int kThreads = kStepThreads;
+  static constexpr int kBlocks = 8;
   using Acc = accumulate_t<T>;
 
   Step<T> step;
@@ -78,6 +79,7 @@ struct PicardStep {
 template <typename T>
 struct PicardMove {
   static constexpr int kThreads = kStepThreads;
+  static constexpr int kBlocks = 8;
 
   Step<T> step;
 
