@@ -151,13 +151,21 @@ class Machine:
 
 def places(build: str, codes: list[int]) -> dict[str, list[int]]:
     """The calls by the chain of source lines that led to them, callees first."""
-    command = ["addr2line", "-i", "-a", "-s", "-e", executable(build)]
+    command = ["addr2line", "-i", "-a", "-e", executable(build)]
     done = subprocess.run(
         [*command, *(hex(c - 1) for c in codes)], capture_output=True, text=True, check=True
     )
     chains: dict[str, list[int]] = {}
     for code, part in zip(codes, re.split(r"^0x.*\n", done.stdout, flags=re.M)[1:], strict=True):
-        lines = (line.split()[0] for line in part.splitlines())
-        chain = " < ".join(line for line in lines if not line.startswith("emulation.h"))
+        lines = (line.split()[0].rsplit(":", 1) for line in part.splitlines())
+        chain = " < ".join(_text(path, int(n)) for path, n in lines if "emulation.h" not in path)
         chains.setdefault(chain, []).append(code)
     return chains
+
+
+def _text(path: str, number: int) -> str:
+    """The line itself, with how many of its like came before: an edit elsewhere changes nothing."""
+    lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    text = lines[number - 1]
+    which = f" #{lines[:number].count(text)}" if lines.count(text) > 1 else ""
+    return f"{Path(path).name}: {text}{which}"

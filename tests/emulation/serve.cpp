@@ -73,7 +73,7 @@ void serve(const std::string& line) {
 
 }  // namespace
 
-Operator::Operator(const char* name, void (*function)(const Request&)) {
+Operator::Operator(const std::string& name, void (*function)(const Request&)) {
   operators()[name] = function;
 }
 

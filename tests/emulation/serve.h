@@ -41,7 +41,7 @@ class Request {
 
 // At namespace scope: `Operator name("name", function);`
 struct Operator {
-  Operator(const char* name, void (*function)(const Request&));
+  Operator(const std::string& name, void (*function)(const Request&));
 };
 
 }  // namespace fpi::emulation

@@ -34,25 +34,36 @@ def length(dtype: torch.dtype, size: int, more: int) -> int:
     return size // dtype.itemsize + more
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        ("sanitized", FORWARD),
-        ("sanitized", REVERSE),
-        ("sanitized", RANDOM),
-        ("races", RANDOM),
-    ],
-    ids=["forward", "reverse", "random", "races"],
-)
-def machine(request):
-    machine = Machine(*request.param, seed=1)
-    yield machine
+# Every dtype in one order, and some in each. What orders accesses does not depend on the dtype.
+RUNS = [
+    *(("sanitized", FORWARD, dtype) for dtype in DTYPES),
+    *(("sanitized", REVERSE, dtype) for dtype in (torch.float32, torch.bfloat16)),
+    *(("sanitized", RANDOM, dtype) for dtype in (torch.float64, torch.float16)),
+    ("races", RANDOM, torch.float32),
+]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run_id(run):
+    return f"{run[0]}-{('forward', 'reverse', 'random')[run[1]]}-{run[2]}".replace("torch.", "")
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=run_id)
+def run(request):
+    build, order, dtype = request.param
+    machine = Machine(build, order, seed=1)
+    yield machine, dtype
     machine.close()
 
 
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request):
-    return request.param
+@pytest.fixture
+def machine(run):
+    return run[0]
+
+
+@pytest.fixture
+def dtype(run):
+    return run[1]
 
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
@@ -142,26 +153,24 @@ def test_rows_finish_freeze_and_follow_their_index(machine, solver, n, dtype):
 
 @pytest.mark.parametrize("solver", ["picard", "anderson"])
 @pytest.mark.parametrize("n", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("scale", ["tiny", "huge"])
-def test_norms_neither_underflow_nor_overflow(machine, solver, n, scale):
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        exponent = 160 if dtype == torch.float64 else 20
-        factor = 10.0 ** (exponent if scale == "huge" else -exponent)
+def test_norms_neither_underflow_nor_overflow(machine, solver, n, dtype):
+    if dtype == torch.float16:
+        pytest.skip("no float16 has a square beyond float32")
+    for exponent in (20, -20) if dtype != torch.float64 else (160, -160):
+        factor = 10.0**exponent
         problem = Problem(solver, (2, n), dtype)
         problem.x.mul_(factor)
-        gx = torch.randn(2, n, dtype=torch.float64)
-        gx[1] = 0  # beside a norm that is measured again
-        problem.x[1] = 0
-        x = problem.x.clone()
-        problem.step(machine, gx * factor)
-        residual = ((gx * factor).to(dtype).double() - x.double()).norm(dim=1)
+        gx = (torch.randn(2, n, dtype=torch.float64) * factor).to(dtype)
+        problem.x[1] = gx[1] = 0  # beside a norm that is measured again
+        residual = (gx.double() - problem.x.double()).norm(dim=1)
+        problem.step(machine, gx)
         assert problem.progress.scalars[:, RESIDUAL].tolist() == pytest.approx(
             residual.tolist(), rel=1e-4
         )
 
 
-def test_a_singular_or_grown_window_restarts_alone(machine):
-    for dtype in (torch.float32, torch.float64):
+def test_a_singular_or_grown_window_restarts_alone(machine, dtype):
+    if dtype.itemsize >= 4:
         test_primitives.test_a_singular_window_takes_a_picard_step_alone(machine, dtype)
     test_primitives.test_a_grown_residual_restarts_its_window_alone(machine)
 
@@ -184,6 +193,7 @@ def test_the_longest_window_fits_shared_memory(machine, size, dtype):
 
 @pytest.mark.parametrize("solver", ["picard", "anderson"])
 @pytest.mark.parametrize("n", [36, 1024, 16400])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sample_has_its_bits_in_any_batch_order_and_place(solver, n, dtype):
     """Alone, and amid others; first thread first, and drawn; on 16-byte boundaries, and off."""
     gx = torch.randn(3, 5, n)
@@ -210,28 +220,42 @@ def test_a_sample_has_its_bits_in_any_batch_order_and_place(solver, n, dtype):
 
 def scenarios():
     """Small runs that come to every barrier and fence together."""
-    dtype = torch.float32
 
-    def run(solver, n, history, factor=1.0):
+    def run(solver, n, history=3, factor=1.0):
         def scenario(machine):
             torch.manual_seed(0)
-            problem = Problem(solver, (5, n), dtype, history=history)
+            problem = Problem(solver, (5, n), torch.float32, history=history)
             problem.x.mul_(factor)
+            problem.x[1] = 0
             for _ in range(2 if history == 3 else history):
-                problem.step(machine, torch.randn(5, n) * factor)
+                gx = torch.randn(5, n) * factor
+                gx[1] = 0
+                gx[2, 0] = math.inf  # ends, and is left alone then
+                problem.step(machine, gx)
 
         return scenario
 
     for n in (37, 257, 8197):
         for solver in ("picard", "anderson"):
-            yield run(solver, n, 3)
-            yield run(solver, n, 3, 1e-20)
+            yield run(solver, n)
+            yield run(solver, n, factor=1e-20)
     yield run("anderson", 37, 18)
     yield run("anderson", 257, 18)
 
 
-# Barriers that may be missing, by the calls that lead to them.
-REDUNDANT: dict[str, str] = {}
+# What may be missing, alone: a part of the chain of calls that leads to it, and why.
+REDUNDANT = {
+    "rows.cuh: device_fence(); #2": "parts are read past the cache, behind the barrier that "
+    "follows; the fence makes it an acquire in the memory model's own terms",
+    "rows.cuh: device_fence(); #4": "counts are read past the cache, by the thread whose atomic "
+    "was the last; likewise",
+    "warp_barrier(); < team.cuh: barrier(); #1 < rows.cuh: team.reduce(largest": "of one value "
+    "and one warp, lane 0 writes the stage and reads it",
+    "warp_barrier(); < team.cuh: barrier(); #1 < rows.cuh: team.reduce(scaled": "likewise",
+    "rows.cuh: team.barrier(); #2": "what all have read, the largest entry, is next written "
+    "behind a barrier of the reduction that follows",
+    "rows.cuh: team.barrier(); #3": "likewise: the norm's joined value",
+}
 
 
 def test_every_barrier_and_fence_is_needed():
@@ -242,15 +266,23 @@ def test_every_barrier_and_fence_is_needed():
         scenario(machine)
         for code in machine.reached:
             comes_to.setdefault(code, []).append(scenario)
-    survivors = []
+    caught, survived = {}, []
     for chain, codes in places("races", list(comes_to)).items():
         machine.deleted = codes
         try:
             for scenario in dict.fromkeys(s for code in codes for s in comes_to[code]):
                 scenario(machine)
-        except (EmulationError, AssertionError) as found:
-            print(chain, "|", str(found).strip()[:150])
-        else:
-            survivors.append(chain)
+            survived.append(chain)
+        except (EmulationError, AssertionError) as error:
+            caught[chain] = str(error).splitlines()[0]
     machine.close()
-    assert sorted(survivors) == sorted(REDUNDANT)
+    for chain, error in caught.items():
+        print(f"{chain}\n    {error}")
+    print("survived:", *survived, sep="\n")
+    assert len(caught) > 20
+    for part in REDUNDANT:
+        assert any(part in chain for chain in survived), f"is needed: {part}"
+    for chain in survived:
+        assert any(part in chain for part in REDUNDANT), f"nobody misses: {chain}"
+    for chain in caught:
+        assert not any(part in chain for part in REDUNDANT), f"is needed: {chain}"

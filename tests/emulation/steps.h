@@ -1,6 +1,5 @@
 // The step operators of csrc/cuda, with the plans and scratch memory of csrc/cuda/step.h.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+#pragma once
 
 #include <cstring>
 
@@ -9,7 +8,6 @@
 #include "serve.h"
 
 namespace fpi::cuda {
-namespace {
 
 using emulation::Operator;
 using emulation::Request;
@@ -118,16 +116,14 @@ void anderson_step(const Request& r) {
   }
 }
 
-const Operator operators[] = {
-    {"picard_step.float64", picard_step<double>},
-    {"picard_step.float32", picard_step<float>},
-    {"picard_step.float16", picard_step<torch::headeronly::Half>},
-    {"picard_step.bfloat16", picard_step<torch::headeronly::BFloat16>},
-    {"anderson_step.float64", anderson_step<double>},
-    {"anderson_step.float32", anderson_step<float>},
-    {"anderson_step.float16", anderson_step<torch::headeronly::Half>},
-    {"anderson_step.bfloat16", anderson_step<torch::headeronly::BFloat16>},
+// `StepOperators<T> name("dtype");` registers both.
+template <typename T>
+struct StepOperators {
+  explicit StepOperators(const std::string& dtype)
+      : picard("picard_step." + dtype, picard_step<T>),
+        anderson("anderson_step." + dtype, anderson_step<T>) {}
+
+  Operator picard, anderson;
 };
 
-}  // namespace
 }  // namespace fpi::cuda
