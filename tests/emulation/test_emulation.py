@@ -15,19 +15,6 @@ def build(request):
     return request.param
 
 
-@pytest.fixture
-def start():
-    machines = []
-
-    def start(*arguments):
-        machines.append(Machine(*arguments))
-        return machines[-1]
-
-    yield start
-    for machine in machines:
-        machine.close()
-
-
 def total(machine: Machine, count: int = 1000, blocks: int = 7) -> float:
     values = torch.arange(count, dtype=torch.float32)  # whole numbers: any order gives the sum
     arrays = {
