@@ -19,6 +19,7 @@ ABOUT = {
     "overhead": "time outside g, Anderson, at equal evaluations",
     "scale": "the state's and the loss's scale do not matter",
     "kernels": "the step kernels' bandwidth against a copy",
+    "loop": "on a CUDA device: what an iteration costs beside g and the kernels",
     "import": "import fpi_cuda, after import torch",
     "report": "rebuild docs/benchmarks.md from benchmarks/results/*/full.json",
 }
@@ -47,7 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="BxN",
         help="sizes at which `quick` runs torchdeq",
     )
-    parser.add_argument("--kinds", nargs="+", choices=problems.KINDS, default=problems.KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=problems.KINDS, default=problems.DENSE)
     parser.add_argument(
         "--families", nargs="+", default=(), metavar="FAMILY", help="ours plain torchdeq"
     )

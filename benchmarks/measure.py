@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -50,6 +51,10 @@ class Times:
             return self.samples[0], self.samples[0]
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return low, high
+
+    def over(self, count: int) -> Times:
+        """Of one where each call made so many."""
+        return Times(tuple(s / count for s in self.samples))
 
     def row(self) -> dict[str, Any]:
         low, high = self.quartiles
@@ -246,7 +251,7 @@ def facts(device: str) -> dict[str, Any]:
             packages[name] = version
     packages["fpi_cuda"] = fpi_cuda.__version__
     return {
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
         "timestamp": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "device": device,

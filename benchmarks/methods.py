@@ -41,15 +41,15 @@ class Method:
 # --- this library ----------------------------------------------------------------------------
 
 
-def ours(solver: Any, backend: str = "auto") -> Callable[[Rule], Solve]:
+def ours(solver: Any, **more: Any) -> Callable[[Rule], Solve]:
     def build(rule: Rule) -> Solve:
         options = dict(
             solver=solver,
-            backend=backend,
             tolerance=fpi_cuda.Tolerance(rule.rtol, rule.atol),
             adjoint=fpi_cuda.ImplicitAdjoint(tolerance=fpi_cuda.Tolerance(rule.adjoint_rtol)),
             max_iterations=rule.max_iterations,
             on_failure="return",  # the harness judges by the true residual
+            **more,
         )
 
         def solve(g: Step, x0: Tensor, u: Tensor, s: Tensor, weight: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The problems: x ← tanh(s (x Wᵀ) + u), easy and hard, and what counts as solved.
+"""The problems: x ← tanh(s (W x) + u), easy, hard and conv, and what counts as solved.
 
-`g` is an opaque function to every method: nobody knows that it is dense. u = z Uᵀ + b does not
+`g` is an opaque function to every method: nobody knows what W is. u = z Uᵀ + b does not
 depend on x and is hoisted out of the loop for all of them, as a per-sample input; so is s.
 """
 
@@ -10,15 +10,25 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SIZES = ((256, 128), (1024, 256), (64, 1024), (4096, 64))
-KINDS = ("easy", "hard")
+KINDS = ("easy", "hard", "conv")
+DENSE = KINDS[:2]
 INSTANCES = 3  # inputs of one problem that the timed calls rotate over
 
 
 def g(x: Tensor, u: Tensor, s: Tensor, weight: Tensor) -> Tensor:
-    return torch.tanh(s * (x @ weight.T) + u)
+    return torch.tanh(s * linear(x, weight) + u)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """W x: dense, or a convolution of square images of one channel; x is [B, N] for both."""
+    if weight.dim() == 2:
+        return x @ weight.T
+    side = math.isqrt(x.shape[1])
+    return F.conv2d(x.view(-1, 1, side, side), weight, padding=1).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Instance:
     x0: Tensor  # [B, N], zero
     u: Tensor  # [B, N]
     s: Tensor  # [B, 1]
-    weight: Tensor  # [N, N], W
+    weight: Tensor  # W: [N, N], or [1, 1, 3, 3]
     loss: Tensor  # [B, N]: the loss is Σ loss·x̂
 
     @property
@@ -61,8 +71,8 @@ class Problem:
         return f"{self.kind} {self.batch}x{self.size}"
 
 
-def spectral_norm(weight: Tensor) -> float:
-    w = weight.double()
+def spectral_norm(weight: Tensor, device: str = "cpu") -> float:
+    w = weight.to(device).double()
     return math.sqrt(float(torch.linalg.eigvalsh(w @ w.T)[-1]))  # a tenth of an SVD's time
 
 
@@ -75,12 +85,30 @@ def make(
         samples take 9-12 iterations.
     hard: W symmetric Gaussian with ‖W‖₂ = 0.99, u small, s log-spaced from 0.1 to 0.99 over the
         batch and shuffled. A few samples take 80-200 iterations, the mean is 13-18.
+    conv: W a 3×3 convolution with Σ|w| = 0.9, so that ‖W‖₂ is at most that; else as easy.
     """
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
 
+    if kind == "conv":
+        if math.isqrt(size) ** 2 != size:
+            raise ValueError(f"make: conv needs a square number of pixels (got {size})")
+        weight = normal(1, 1, 3, 3)
+        weight *= 0.9 / weight.abs().sum()
+        u, loss = normal(instances, batch, size), normal(instances, batch, size)
+        return Problem(
+            kind,
+            batch,
+            size,
+            tuple(
+                Instance(torch.zeros(batch, size), u[i], torch.ones(batch, 1), weight, loss[i]).to(
+                    device
+                )
+                for i in range(instances)
+            ),
+        )
     weight, into = normal(size, size), normal(size, size) / math.sqrt(size)
     if kind == "easy":
         norm, scale = 0.9, 1.0
@@ -88,7 +116,7 @@ def make(
         weight, norm, scale = (weight + weight.T) / 2, 0.99, 0.05
     else:
         raise ValueError(f"make: kind must be one of {KINDS} (got {kind!r})")
-    weight *= norm / spectral_norm(weight)
+    weight *= norm / spectral_norm(weight, device)
     bias = normal(size)
     made = []
     for _ in range(instances):

@@ -147,7 +147,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
                 ratio = against(anderson, group, "torchdeq Anderson")
                 least = 6.0 if kind == "hard" else 3.0
                 found.append(speedup("torchdeq Anderson / Anderson", where, ratio, least))
-    return found + overhead_verdicts(rows) + other_verdicts(rows)
+    return found + overhead_verdicts(rows) + loop_verdicts(rows) + other_verdicts(rows)
 
 
 def picard_verdict(picard: Row, group: Sequence[Row], where: str) -> Verdict:
@@ -188,15 +188,47 @@ def overhead_verdicts(rows: Sequence[Row]) -> list[Verdict]:
     return found
 
 
+def loop_verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    found = []
+    by_size: dict[tuple[int, int], dict[str, Row]] = {}
+    for row in rows:
+        if row["suite"] == "loop" and "skipped" not in row:
+            by_size.setdefault((row["batch"], row["size"]), {})[row["method"]] = row
+    for (batch, size), by in by_size.items():
+        where = f"({batch}, {size})"
+        seconds = {name: row["seconds_an_iteration"] for name, row in by.items()}
+        for solver in ("Picard", "Anderson"):
+            graph, eager = seconds[f"{solver}, graph"], seconds[f"{solver}, eager"]
+            least = (
+                seconds["WHILE body of one tiny kernel"] + seconds[f"{solver}, nodes of a graph"]
+            )
+            part = graph / least
+            what = f"{solver}, graph driver: an iteration / (WHILE body + nodes)"
+            found.append(Verdict(what, where, "≤ 1.5", f"{part:.2f}", part <= 1.5))
+            times = eager / graph
+            what = f"{solver}: an iteration, eager / graph"
+            found.append(Verdict(what, where, "≥ 5", f"{times:.1f}", times >= 5))
+            syncs = by[f"{solver}, graph"]["syncs"]
+            what = f"{solver}, graph driver: waits of the host in a solve"
+            found.append(Verdict(what, where, "≤ 1, at its end", str(syncs), syncs <= 1))
+    return found
+
+
 def other_verdicts(rows: Sequence[Row]) -> list[Verdict]:
     found = []
     for row in rows:
         if row["suite"] == "kernels" and "of_copy" in row:
             part = row["of_copy"]
-            where = f"({row['batch']}, {row['size']})"
-            met = part >= 0.6
+            where = f"({row['batch']}, {row['size']}) {row.get('dtype', 'float32')}"
+            least = 0.9 if row.get("device", "cpu").startswith("cuda") else 0.6
             found.append(
-                Verdict(f"{row['method']} / copy bandwidth", where, "≥ 60 %", f"{part:.0%}", met)
+                Verdict(
+                    f"{row['method']} / copy bandwidth",
+                    where,
+                    f"≥ {least:.0%}",
+                    f"{part:.0%}",
+                    part >= least,
+                )
             )
         elif row["suite"] == "import":
             seconds = row["median_s"]
@@ -275,7 +307,7 @@ def overhead_table(rows: Sequence[Row]) -> Table:
 
 
 def kernels_table(rows: Sequence[Row]) -> Table:
-    table = [["kernel", "B", "N", "ms", "GB/s", "copy GB/s", "of copy"]]
+    table = [["kernel", "B", "N", "dtype", "ms", "GB/s", "copy GB/s", "of copy"]]
     for row in rows:
         if row["suite"] == "kernels" and "skipped" not in row:
             table.append(
@@ -283,10 +315,28 @@ def kernels_table(rows: Sequence[Row]) -> Table:
                     row["method"],
                     str(row["batch"]),
                     str(row["size"]),
+                    row.get("dtype", "float32"),
                     f"{row['median_s'] * 1e3:.2f}",
                     f"{row['bytes_per_s'] / 1e9:.1f}",
                     f"{row['copy_bytes_per_s'] / 1e9:.1f}",
                     f"{row['of_copy']:.0%}",
+                ]
+            )
+    return table
+
+
+def loop_table(rows: Sequence[Row]) -> Table:
+    table = [["loop", "B", "N", "µs an iteration", "syncs a solve"]]
+    for row in rows:
+        if row["suite"] == "loop" and "skipped" not in row:
+            micro = f"{row['seconds_an_iteration'] * 1e6:.2f}"
+            table.append(
+                [
+                    row["method"],
+                    str(row["batch"]),
+                    str(row["size"]),
+                    micro,
+                    str(row.get("syncs", "")),
                 ]
             )
     return table
@@ -346,6 +396,7 @@ def render(rows: Sequence[Row], table: Callable[[Table], str], heading: str) -> 
     for name, make in (
         ("Anderson, time outside g", overhead_table),
         ("step kernels", kernels_table),
+        ("loop on the device", loop_table),
         ("scale of the state and of the loss", scale_table),
     ):
         content = make(rows)

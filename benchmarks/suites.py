@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -40,7 +42,7 @@ Size = tuple[int, int]
 class Options:
     device: str = "cpu"
     sizes: tuple[Size, ...] = problems.SIZES
-    kinds: tuple[str, ...] = problems.KINDS
+    kinds: tuple[str, ...] = problems.DENSE
     families: tuple[str, ...] = ()  # none: all
     budget: float = 3.0  # seconds of timed calls a variant
     rounds: tuple[int, int] = (5, 31)
@@ -277,37 +279,68 @@ def iterations_at_scale(instance: Instance, solver: Any, c: float, atol: float) 
 # --- kernels: one step's bytes against the machine's copy -------------------------------------
 
 
-def kernels(options: Options, batch: int = 4096, size: int = 1024) -> list[Row]:
+CPU_KERNELS = ((4096, 1024, "float32"),)
+CUDA_KERNELS = (
+    (65536, 64, "float32"),
+    (16384, 1024, "float32"),
+    (16384, 1024, "bfloat16"),
+    (256, 32768, "float32"),
+    (256, 32768, "bfloat16"),
+    (8, 1048576, "float32"),
+    (8, 1048576, "float64"),
+)
+
+
+def kernels(options: Options) -> list[Row]:
     """Bandwidth of one step with a full window, for the bytes of the committed layout.
 
-    Picard reads x and g(x) and writes x: 3 vectors. Anderson besides reads m−1 old values and m−1
-    old residuals, writes the two new ones and reads them once more: 2m + 4 with the rest. The copy
-    touches as many bytes of memory as the step does and counts what it reads and writes.
+    The copy touches as many bytes of memory as the step does and counts what it reads and writes.
     """
-    device = options.device
-    if torch.device(device).type not in native.devices():
-        return [{"suite": "kernels", "skipped": f"no native step kernels for {device}"}]
-    m = HISTORY
-    x = torch.randn(batch, size, device=device)
-    values_of_g = cycle([torch.randn(batch, size, device=device) for _ in range(m + 1)])
+    if torch.device(options.device).type not in native.devices():
+        return [{"suite": "kernels", "skipped": f"no native step kernels for {options.device}"}]
+    shapes = CUDA_KERNELS if options.device.startswith("cuda") else CPU_KERNELS
+    return [row for shape in shapes for row in kernels_at(options, *shape)]
+
+
+def step_vectors(device: str, row_bytes: int, m: int) -> dict[str, int]:
+    """Vectors of N that a step moves; csrc/*/kernels/anderson_step.* say which."""
+    anderson = 2 * m + 4
+    if device.startswith("cuda"):
+        anderson += -1 if row_bytes <= 16384 else 1
+    return {"Anderson": anderson, "Picard": 3}
+
+
+def kernels_at(options: Options, batch: int, size: int, dtype: str) -> list[Row]:
+    device, m = options.device, HISTORY
+    kind = {"device": device, "dtype": getattr(torch, dtype)}
+    x = torch.randn(batch, size, **kind)
+    values_of_g = cycle([torch.randn(batch, size, **kind) for _ in range(m + 1)])
     progress = Progress(x, Limits(1e-9, 0.0, 0.0, 10**6, 10**6))
-    window = [torch.empty(batch, m, size, device=device) for _ in range(2)]
-    window.append(torch.empty(batch, m, m, device=device))
-    vector = x.nbytes
+    window = [torch.empty(batch, m, size, **kind) for _ in range(2)]
+    window.append(torch.empty(batch, m, m, device=device, dtype=progress.dtype))
+    # On a device many at once, so that the host's launches hide behind them.
+    repeats = 20 if device.startswith("cuda") else 1
 
     def anderson(_: int) -> None:
-        native.anderson_step(progress, x, next(values_of_g), 1.0, 1e-6, 1e30, *window)
+        for _ in range(repeats):
+            native.anderson_step(progress, x, next(values_of_g), 1.0, 1e-6, 1e30, *window)
 
     def picard(_: int) -> None:
-        native.picard_step(progress, x, next(values_of_g), 1.0)
+        for _ in range(repeats):
+            native.picard_step(progress, x, next(values_of_g), 1.0)
 
     def copy_of(nbytes: int) -> Callable[[int], Any]:
         source = torch.randn(nbytes // 8, device=device)
         target = torch.randn(nbytes // 8, device=device)
-        return lambda _: target.copy_(source)
 
-    moved = {"Anderson": (2 * m + 4) * vector, "Picard": 3 * vector}
-    touched = {"Anderson": (2 * m + 2) * vector, "Picard": 2 * vector}
+        def copy(_: int) -> None:
+            for _ in range(repeats):
+                target.copy_(source)
+
+        return copy
+
+    vectors = step_vectors(device, x.nbytes // batch, m)
+    touched = {"Anderson": (2 * m + 2) * x.nbytes, "Picard": 2 * x.nbytes}
     rows = []
     for name, step in (("Anderson", anderson), ("Picard", picard)):
         for _ in range(2 * m):
@@ -321,24 +354,164 @@ def kernels(options: Options, batch: int = 4096, size: int = 1024) -> list[Row]:
         )
         if progress.tally[:2].tolist() != [batch, 0]:
             raise RuntimeError(f"kernels: samples finished during the {name} step's timing")
-        bandwidth = moved[name] / measured["step"].median
-        copy = touched[name] / measured["copy"].median
+        seconds = measured["step"].over(repeats)
+        moved = vectors[name] * x.nbytes
+        bandwidth = moved / seconds.median
+        copied = touched[name] * repeats / measured["copy"].median
         rows.append(
             {
                 "suite": "kernels",
                 "method": f"{name} step",
                 "batch": batch,
                 "size": size,
+                "device": device,
+                "dtype": dtype,
                 "history": m if name == "Anderson" else None,
-                "bytes": moved[name],
+                "bytes": moved,
                 "working_set": touched[name],
                 "bytes_per_s": bandwidth,
-                "copy_bytes_per_s": copy,
-                "of_copy": bandwidth / copy,
-                **measured["step"].row(),
+                "copy_bytes_per_s": copied,
+                "of_copy": bandwidth / copied,
+                **seconds.row(),
             }
         )
     return rows
+
+
+# --- loop: what an iteration costs on a device, beside the kernels ------------------------------
+
+
+def loop(options: Options) -> list[Row]:
+    """Seconds an iteration with a g of one small kernel, by the slope over fixed counts.
+
+    Beside the drivers: torchdeq; g and the step as nodes of a plain graph, which is what the device
+    itself needs; and a WHILE body of one tiny kernel. Syncs are counted in a whole solve.
+    """
+    if not options.device.startswith("cuda"):
+        return [{"suite": "loop", "skipped": "needs a CUDA device"}]
+    return [row for size in options.sizes for row in loop_at(options, *size)]
+
+
+FEW, MANY = 20, 120  # iterations
+
+
+def loop_at(options: Options, batch: int, size: int) -> list[Row]:
+    device = options.device
+    x0 = torch.zeros(batch, size, device=device)
+    u = torch.randn(batch, size, device=device)
+    unused = torch.zeros(0, device=device)
+
+    def g(x: torch.Tensor, u: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return torch.add(u, x, alpha=0.5)
+
+    builds = {
+        f"{type(solver).__name__}, {driver}": methods.ours(solver, driver=driver)
+        for solver in (fpi_cuda.Picard(), fpi_cuda.Anderson(history=HISTORY))
+        for driver in ("eager", "graph")
+    }
+    if methods.absent("torchdeq") is None:
+        builds["torchdeq fixed point"] = methods.torchdeq("fixed_point_iter")
+        builds["torchdeq Anderson"] = methods.torchdeq("anderson", m=HISTORY)
+
+    def call(build: Any, count: int) -> Callable[[int], Any]:
+        run = build(Rule(rtol=0.0, atol=0.0, max_iterations=count))
+        return lambda _: run(g, x0, u, torch.zeros(batch, 1, device=device), unused)
+
+    calls = {(n, k): call(b, k) for n, b in builds.items() for k in (FEW, MANY)}
+    rows = []
+    with torch.no_grad():
+        for name in builds:
+            calls[name, FEW](0), calls[name, FEW](0), calls[name, FEW](0)
+        syncs = {name: count_syncs(calls[name, MANY]) for name in builds}
+        measured = interleave(
+            {f"{name} {k}": c for (name, k), c in calls.items()},
+            device=device,
+            budget=options.budget,
+            rounds=options.rounds,
+            label=f"loop {batch}x{size}",
+        )
+        for name in builds:
+            few, many = (measured[f"{name} {k}"].median for k in (FEW, MANY))
+            rows.append(
+                {
+                    "suite": "loop",
+                    "method": name,
+                    "batch": batch,
+                    "size": size,
+                    "seconds_an_iteration": (many - few) / (MANY - FEW),
+                    "solve_s": many,
+                    "iterations": MANY,
+                    "syncs": syncs[name],
+                }
+            )
+        for name, seconds in bare(g, x0, u).items():
+            rows.append(
+                {
+                    "suite": "loop",
+                    "method": name,
+                    "batch": batch,
+                    "size": size,
+                    "seconds_an_iteration": seconds,
+                }
+            )
+    return rows
+
+
+def count_syncs(run: Callable[[int], Any]) -> int:
+    """Waits of the host for the device during one call that torch knows of."""
+    run(0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            run(0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in seen)
+
+
+def bare(g: Callable[..., torch.Tensor], x0: torch.Tensor, u: torch.Tensor) -> dict[str, float]:
+    """Seconds an iteration of g and the steps as nodes of a graph, and of a WHILE body alone."""
+    from fpi_cuda import _build
+
+    found = {}
+    for solver in (fpi_cuda.Picard(), fpi_cuda.Anderson(history=HISTORY)):
+        x = x0.clone()
+        progress = Progress(x, Limits(0.0, 0.0, 0.0, 2**30, 2**30))
+        step = solver.start(native, progress, x)
+
+        def iterate(x: torch.Tensor = x, step: Any = step) -> None:
+            step(x, g(x, u))
+
+        graph = torch.cuda.CUDAGraph()
+        iterate()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            for _ in range(MANY):
+                iterate()
+        seconds = [timed(graph.replay, str(x0.device)) for _ in range(12)][2:]
+        found[f"{type(solver).__name__}, nodes of a graph"] = statistics.median(seconds) / MANY
+
+    tally = torch.tensor([1, 0, 0], dtype=torch.int32, device=x0.device)
+    before, body = (torch.cuda.CUDAGraph(keep_graph=True) for _ in range(2))
+    count = tally[2:]
+    count.add_(1)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(before):
+        count.zero_()
+    with torch.cuda.graph(body):
+        count.add_(1)
+    many = 100 * MANY
+    loop = _build.cuda.WhileGraph(
+        before.raw_cuda_graph(), body.raw_cuda_graph(), 0, tally.data_ptr(), many
+    )
+    stream = torch.cuda.current_stream(x0.device).cuda_stream
+    seconds = [timed(lambda: loop.launch(stream), str(x0.device)) for _ in range(12)][2:]
+    if int(tally[2]) != many:
+        raise RuntimeError(f"loop: the WHILE node made {int(tally[2])} iterations, not {many}")
+    found["WHILE body of one tiny kernel"] = statistics.median(seconds) / many
+    return found
 
 
 # --- import: how long the library keeps a program from starting -------------------------------
@@ -373,6 +546,7 @@ SUITES: dict[str, Callable[[Options], list[Row]]] = {
     "overhead": overhead,
     "scale": scale,
     "kernels": kernels,
+    "loop": loop,
     "import": importing,
 }
 
