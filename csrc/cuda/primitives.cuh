@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 
@@ -44,6 +45,19 @@ FPI_DEVICE T shuffle_xor(T value, int mask) {
 template <typename T>
 FPI_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
+}
+
+// The 16 bytes of `value` to an address that is a multiple of 16, in one access. nvcc splits the
+// assignment of a struct into its members.
+template <typename Value>
+FPI_DEVICE void store_16(void* address, const Value& value) {
+  static_assert(sizeof(Value) == 16);
+  uint32_t words[4];
+  memcpy(words, &value, sizeof words);
+  asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 // Global memory: what this thread wrote before is seen before what it writes after.

@@ -33,7 +33,11 @@ struct Access {
 
   FPI_DEVICE Values load(const T* p) const { return *reinterpret_cast<const Values*>(p); }
   FPI_DEVICE void store(T* p, const Values& values) const {
-    *reinterpret_cast<Values*>(p) = values;
+    if constexpr (sizeof(Values) == kPackBytes) {
+      store_16(p, values);
+    } else {
+      *reinterpret_cast<Values*>(p) = values;
+    }
   }
 };
 
