@@ -131,25 +131,27 @@ class Problem:
 @pytest.mark.parametrize("n", PLANS.values(), ids=PLANS)
 def test_rows_finish_freeze_and_follow_their_index(machine, solver, n, dtype):
     limits = Limits(rtol=1e-2, offset=0.0, rounding=0.0, patience=10**6, max_iterations=3)
-    problem = Problem(solver, (6, n), dtype, limits, index=[4, 1, 5, 0])
+    problem = Problem(solver, (6, n), dtype, limits, index=[4, 1, 5, 0, 2])
     p, x = problem.progress, problem.x
+    p.floor = torch.zeros(6, dtype=p.dtype)
+    p.floor[2] = 1e6  # converges at once
     first = x.clone()
     gx = torch.randn(x.shape).to(dtype)
     gx[0] = x[0]  # converges at once
     gx[2, n // 2] = math.inf
     gx[3, n - 1] = math.nan
     problem.step(machine, gx)
-    failed = 1 + Status.NONFINITE
-    assert p.counters[:, STATUS].tolist() == [failed, 0, 0, 0, 1 + Status.CONVERGED, failed]
-    assert torch.equal(p.out[4], gx[0])
+    converged, failed = 1 + Status.CONVERGED, 1 + Status.NONFINITE
+    assert p.counters[:, STATUS].tolist() == [failed, 0, converged, 0, converged, failed]
+    assert torch.equal(p.out[[4, 2]], gx[[0, 4]])
     assert torch.equal(p.out[[5, 0]], first[[2, 3]]), "the last finite iterate is returned"
-    frozen = x[[0, 2, 3]].clone()
+    frozen = x[[0, 2, 3, 4]].clone()
     for _ in range(2):
         problem.step(machine, torch.randn(x.shape))
-        assert torch.equal(x[[0, 2, 3]], frozen)
+        assert torch.equal(x[[0, 2, 3, 4]], frozen)
     assert p.tally.tolist() == [0, 3, 3]
     problem.step(machine, torch.randn(x.shape))  # nobody is left
-    assert p.out[[2, 3]].isnan().all(), "samples without a row are left alone"
+    assert p.out[3].isnan().all(), "samples without a row are left alone"
 
 
 @pytest.mark.parametrize("solver", ["picard", "anderson"])
@@ -163,7 +165,7 @@ def test_norms_neither_underflow_nor_overflow(machine, solver, n, dtype):
         problem.x.mul_(factor)
         gx = (torch.randn(2, n, dtype=torch.float64) * factor).to(dtype)
         problem.x[1] = gx[1] = 0  # beside a norm that is measured again
-        residual = (gx.double() - problem.x.double()).norm(dim=1)
+        residual = ((gx.double() - problem.x.double()) / factor).norm(dim=1) * factor
         problem.step(machine, gx)
         assert problem.progress.scalars[:, RESIDUAL].tolist() == pytest.approx(
             residual.tolist(), rel=1e-4
