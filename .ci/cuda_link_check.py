@@ -19,4 +19,5 @@ operators = [
 kernels = {name: torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in operators}
 print(f"CUDA kernels: {kernels}")
 assert kernels["fpi_cuda::_damped_update"]
+assert fpi_cuda._build.cuda.WhileGraph
 print(f"device available: {torch.cuda.is_available()}")
