@@ -1,5 +1,5 @@
-// fpi_cuda._cuda: loading it registers the CUDA kernels of the operators. Bound here is only what is
-// no tensor operator; handles and addresses cross as integers.
+// fpi_cuda._cuda: loading it registers the CUDA kernels of the operators. Bound here is only what
+// is no tensor operator; handles and addresses cross as integers.
 #include <pybind11/pybind11.h>
 
 #include "while_graph.h"

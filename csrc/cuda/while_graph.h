@@ -12,9 +12,9 @@ namespace fpi::cuda {
 // nodes; the memory that their kernels use stays the caller's to keep.
 class WhileGraph {
  public:
-  // finish may be null. tally: int32 [3] on the current device, (rows active, failed, iterations made),
-  // which the body updates. Throws std::runtime_error where the body holds a node that a conditional
-  // may not, or the driver refuses.
+  // finish may be null. tally: int32 [3] on the current device, (rows active, failed, iterations
+  // made), which the body updates. Throws std::runtime_error where the body holds a node that a
+  // conditional may not, or the driver refuses.
   WhileGraph(cudaGraph_t prepare, cudaGraph_t body, cudaGraph_t finish, const int32_t* tally,
              int max_iterations);
   ~WhileGraph();
