@@ -572,7 +572,9 @@ class Problem:
             self.eagerly_because = "under a torch.func transform"
             return None
         step = self.step.inner if isinstance(self.step, AdjointStep) else self.step
-        assert isinstance(step, UserStep)
+        if not isinstance(step, UserStep):
+            self.eagerly_because = "a derivative of higher order"
+            return None
         n, m = len(given), step.n_params
         own = [t.detach() for t in params[m:]]
         alone = dataclasses.replace(self, report=Report())  # this call's problem stays as it is

@@ -402,7 +402,7 @@ def _key(request: Request) -> tuple[Any, tuple[Any, ...]]:
         request.options,
         request.solver,
         request.limits,
-        tuple((t.shape, t.stride(), t.dtype, t.device) for t in request.given),
+        tuple((t.shape, _dense(t), t.dtype, t.device) for t in request.given),
         tuple(
             (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
             for t in request.own
@@ -410,6 +410,11 @@ def _key(request: Request) -> tuple[Any, tuple[Any, ...]]:
         _python_state(owner),
         _precision(),
     )
+
+
+def _dense(t: Tensor) -> tuple[int, ...]:
+    """The strides of a copy: an expanded gradient is of the same kind as a plain one."""
+    return (t if t.is_contiguous() else torch.empty_like(t, device="meta")).stride()
 
 
 _INTERNAL = frozenset(nn.Module().__dict__)
