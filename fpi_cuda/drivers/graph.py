@@ -84,6 +84,8 @@ class CudaRecorder:
         if _build.cuda is None:
             return "this build has no CUDA library"
         version = _build.cuda.driver_version()
+        if version == 0:
+            return "there is no CUDA driver"
         if version < 12040:
             return f"the CUDA driver is for {version // 1000}.{version % 1000 // 10}, before 12.4"
         return None
@@ -114,17 +116,19 @@ class CudaRecorder:
             try:
                 run()
                 graph.capture_end()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # the first error is the one that tells
+            except BaseException:  # it is the one that tells, not what ending the capture says
+                try:
                     graph.capture_end()
-                self._recover()
+                except RuntimeError:
+                    self._recover()
                 raise
         self.graphs.append(graph)
 
     def _recover(self) -> None:
-        """A failed capture leaves torch's allocator and generator believing that it goes on."""
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+        """A broken capture leaves torch's allocator and generator believing that it goes on."""
+        for forget in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with contextlib.suppress(RuntimeError):
+                forget(self.device.index, self.pool)
         graph = torch.cuda.CUDAGraph()  # one that ends well takes the generator out of it
         scrap = torch.zeros(1, device=self.device)
         torch.cuda.synchronize(self.device)
@@ -246,6 +250,8 @@ class _Captured:
         for _ in range(2):  # whatever g or a library does at its first and second call is done
             for part in parts:
                 recorder.warm_up(part)
+        made.clear()
+        self._outputs.clear()
         for part in parts:
             recorder.record(part)
         self._launch = recorder.loop(progress.tally, request.limits.max_iterations)
