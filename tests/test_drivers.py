@@ -552,7 +552,33 @@ def unquiet(g, z, **options):
     return s, torch.autograd.grad(s.x.sum(), z)[0]
 
 
-def test_adjoint_failures_are_masked_in_the_graph(tape):
+@pytest.mark.parametrize("failed", ["mask", "use"])
+def test_adjoint_failures_are_masked_in_the_graph(tape, failed):
+    def g(x, z, k, w):
+        return z + w * (x - z + k).sqrt()  # sample 0 stays at z, where the slope is infinite
+
+    z, k = problem(), torch.ones(5, 3).double()
+    k[0] = 0
+    w = torch.full((3,), 0.5).double().requires_grad_()
+    results = []
+    for driver in ("graph", "eager"):
+        leaf = z.clone().requires_grad_()
+        s = fixed_point(
+            *(g, z, leaf, k),
+            params=(w,),
+            driver=driver,
+            per_sample=False,
+            on_failure="return",
+            adjoint=ImplicitAdjoint(failed=failed),
+        )
+        results.append(torch.autograd.grad(s.x.sum(), (leaf, w)))
+        assert s.adjoint.status.tolist() == [Status.NONFINITE, *[Status.CONVERGED] * 4]
+        assert driver in s.adjoint.path
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_short_adjoint_gives_the_same_in_the_graph(tape):
     g = Affine()
     options = {"adjoint": ImplicitAdjoint(max_iterations=1), "on_failure": "return"}
     same(
@@ -695,6 +721,51 @@ def test_out_of_memory_is_tried_again(tape, monkeypatch):
             s = fixed_point(g, z * 0, z, driver="graph", per_sample=False)
         assert "eager" in s.path
     assert "graph" in fixed_point(g, z * 0, z, driver="graph", per_sample=False).path
+
+
+def test_a_launch_that_fails_is_forgotten(tape, monkeypatch):
+    loop = TapeRecorder.loop
+
+    def failing(self, *arguments):
+        launch = loop(self, *arguments)
+
+        def once():
+            if self.launches:
+                raise RuntimeError("cudaGraphLaunch: out of memory")
+            launch()
+
+        return once
+
+    monkeypatch.setattr(TapeRecorder, "loop", failing)
+    g, z = Affine(), problem()
+    options = {"driver": "graph", "per_sample": False}
+    first = fixed_point(g, z * 0, z, **options).x
+    with pytest.raises(RuntimeError, match="cudaGraphLaunch"):
+        fixed_point(g, z * 0, z, **options)
+    assert torch.equal(fixed_point(g, z * 0, z, **options).x, first)
+    assert captures() == 2
+
+
+def test_a_solve_within_g_falls_back(tape):
+    inner = FixedPointLayer(Affine(), driver="graph", per_sample=False)
+
+    def g(x, z):
+        return 0.1 * inner(x) + z
+
+    with pytest.warns(UserWarning, match="it runs eagerly") as caught:
+        s = fixed_point(g, problem() * 0, problem(), driver="graph", per_sample=False)
+    assert s.converged.all()
+    assert caught
+    expected = fixed_point(g, problem() * 0, problem(), driver="eager", per_sample=False).x
+    torch.testing.assert_close(s.x, expected)
+
+
+def test_nobody_waits_for_a_capture(tape):
+    g, z = Affine(), problem()
+    with graph._capturing:
+        s = fixed_point(g, z * 0, z, driver="graph", per_sample=False)
+    assert s.path == "native, eager (another solve is being captured), whole batch"
+    assert "graph," in fixed_point(g, z * 0, z, driver="graph", per_sample=False).path
 
 
 def test_a_g_that_is_wrong_says_so(tape):

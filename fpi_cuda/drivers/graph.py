@@ -357,18 +357,26 @@ def solve(request: Request) -> Solved | str:
         if request.name == "auto" and seen < SIGHTINGS:
             _keep(cache.seen, key, seen + 1, MAX_SEEN)
             return f"a graph after {SIGHTINGS - seen} more of the same kind"
+        # Nobody waits: whoever captures may need the thread that would wait, autograd's.
+        if not _capturing.acquire(blocking=False):
+            return "another solve is being captured"
         try:
-            with _capturing:
-                captured = _Captured(recorder(device), request)
+            captured = _Captured(recorder(device), request)
         except torch.OutOfMemoryError:
             return _refuse(cache, request, "the graph's memory could not be allocated")
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             _keep(cache.seen, key, reason, MAX_SEEN)
             return _refuse(cache, request, reason)
+        finally:
+            _capturing.release()
         cache.seen.pop(key, None)
     _keep(cache.graphs, key, captured, MAX_GRAPHS)
-    x, progress, outputs = captured(request.given)
+    try:
+        x, progress, outputs = captured(request.given)
+    except BaseException:
+        cache.graphs.pop(key, None)  # nobody knows what it is worth
+        raise
     _, failed, iterations = progress.tally.tolist()
     record = Record(
         progress=progress,
