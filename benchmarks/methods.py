@@ -335,8 +335,10 @@ def absent(package: str) -> str | None:
 # --- all of them -----------------------------------------------------------------------------
 
 
+PLAIN = "plain loop"
 COMPACTED = "plain loop, compacted"
 COMPILED = "plain loop, compacted, compiled"
+SAME_TASK = (PLAIN, COMPACTED, COMPILED)  # as our Picard: tested in every iteration
 
 
 def all_methods() -> list[Method]:
@@ -352,12 +354,10 @@ def all_methods() -> list[Method]:
     return [
         Method("Picard", "ours", ours(fpi_cuda.Picard())),
         Method("Anderson", "ours", ours(fpi_cuda.Anderson(history=HISTORY))),
-        Method("plain loop", "plain", plain(picard)),
+        Method(PLAIN, "plain", plain(picard)),
         Method(COMPACTED, "plain", plain(picard_compacted, COMPACT)),
         Method("plain loop, compacted, test every 3rd", "plain", plain(seldom, COMPACT)),
-        Method(
-            "plain loop, compacted, compiled", "plain", plain(picard_compiled, COMPACT), slow=True
-        ),
+        Method(COMPILED, "plain", plain(picard_compiled, COMPACT), slow=True),
         Method("plain Anderson", "plain", plain(anderson)),
         Method("plain Anderson, compacted", "plain", plain(anderson, COMPACT)),
         *peers,

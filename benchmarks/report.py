@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .measure import ROOT, incomparable
+from .methods import SAME_TASK
 from .problems import SIZES
 
 Row = Mapping[str, Any]
@@ -137,8 +138,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         picard, anderson = ours.get("Picard"), ours.get("Anderson")
         plain = any(row["family"] == "plain" for row in group)
         if plain and picard and "median_s" in picard and batch * size >= 32_000:
-            ratio = against_plain(picard, group)
-            found.append(at_most("Picard / best plain loop", where, ratio, 1.1))
+            found.append(picard_verdict(picard, group, where))
         if anderson and "median_s" in anderson and size <= 256:
             if plain and kind == "hard":
                 ratio = against_plain(anderson, group)
@@ -148,6 +148,17 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
                 least = 6.0 if kind == "hard" else 3.0
                 found.append(speedup("torchdeq Anderson / Anderson", where, ratio, least))
     return found + overhead_verdicts(rows) + other_verdicts(rows)
+
+
+def picard_verdict(picard: Row, group: Sequence[Row], where: str) -> Verdict:
+    """Against the loops that do the same task; faster ones of another kind stand in the note."""
+    same = [row for row in group if row["method"] in SAME_TASK]
+    verdict = at_most("Picard / best plain loop", where, against_plain(picard, same), 1.1)
+    best = against_plain(picard, group)
+    if best.value is None or best.against in SAME_TASK:
+        return verdict
+    note = f"{best.against}: {best.value:.2f}"
+    return replace(verdict, note="; ".join(filter(None, [verdict.note, note])))
 
 
 def at_most(what: str, where: str, ratio: Ratio, limit: float) -> Verdict:

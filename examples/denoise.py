@@ -95,8 +95,8 @@ class Recipe:
     rtol: float = 1e-3
     iterations: int = 100
     # The spectral radius of ∂g/∂x: its bound, and the weight of passing it.
-    bound: float = 0.8
-    penalty: float = 0.2
+    bound: float = 0.6
+    penalty: float = 0.3
     # NLM: its strength in units of σ, and its patches.
     nlm_strengths: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8)
     nlm_patches: tuple[int, ...] = (3, 5)

@@ -16,6 +16,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -416,7 +417,7 @@ class Problem:
     # Found out during the solve:
     captured: bool = False
     calls: int = 0
-    given: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    given: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
     eagerly_because: str = ""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -454,8 +455,11 @@ class Problem:
             step = MappedStep(self.step, dims)
         return dataclasses.replace(self, step=step, batch_dims=self.batch_dims + 1)
 
-    def solve(self, x0: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The fixed point and the samples whose gradient is kept, [*batch]; all tensors plain."""
+    def solve(self, x0: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The fixed point and the samples whose gradient is kept; all tensors plain.
+
+        The samples are bool [*batch], or None: all of them.
+        """
         self.calls = 0
         n = self.step.n_inputs
         inputs, params = tensors[:n], tensors[n:]
@@ -482,14 +486,14 @@ class Problem:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, enabled=False)
 
-    def solve_adjoint(self, linear: _Adjoint, v: Tensor) -> tuple[Tensor, Tensor]:
+    def solve_adjoint(self, linear: _Adjoint, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """c and the samples to keep, for a linearisation made by the caller."""
         self.calls = linear.problem.calls
         return self._iterate(linear, v, v)
 
     def _iterate(
         self, evaluate: _Forward | _Adjoint, x0: Tensor, v: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         b = self.batch_dims
         acc = accumulate_dtype(x0.dtype)
         size = x0.shape[b:].numel()
@@ -531,24 +535,25 @@ class Problem:
             max_iterations=self.max_iterations,
         )
 
-    def _finish(self, x: Tensor, record: Record, floor: Tensor | None) -> Tensor:
-        """Report, and say which samples' gradients are kept."""
+    def _finish(self, x: Tensor, record: Record, floor: Tensor | None) -> Tensor | None:
+        """Report, and say which samples' gradients are kept; None: all."""
         record.lipschitz = self.lipschitz
         self.report(record)
         if not record.failed:
-            return torch.ones(record.batch, dtype=torch.bool, device=x.device)
+            return None
         limits = record.progress.limits
         self._fail(x, record, fixed_count=limits.rtol == 0 and limits.offset == 0)
         return self.kept(record.status, floor)
 
-    def kept(self, status: Tensor, floor: Tensor | None) -> Tensor:
-        """Bool, shaped like status: the samples whose gradient is not masked."""
+    def kept(self, status: Tensor, floor: Tensor | None) -> Tensor | None:
+        """Bool, shaped like status: the samples whose gradient is not masked; None: all."""
+        if self.adjoint.failed == "use":
+            return None
         keep = torch.ones_like(status, dtype=torch.bool)
-        if self.adjoint.failed == "mask":
-            for masked in MASKED:
-                keep &= status != masked
-            if floor is not None:  # a NaN that came with the loss goes on
-                keep |= ~floor.isfinite().view_as(keep)
+        for masked in MASKED:
+            keep &= status != masked
+        if floor is not None:  # a NaN that came with the loss goes on
+            keep |= ~floor.isfinite().view_as(keep)
         return keep
 
     def captured_solve(
@@ -566,7 +571,7 @@ class Problem:
             params: g's shared tensors: those the user passes, then a module's own.
             begin: makes the evaluation, from a problem like this one, `given` and `params`.
             end: what follows the loop.
-            options: what else begin and end depend on.
+            options: what else begin and end depend on: which tensors need gradients.
         """
         if self.batch_dims != 1 or transforming():
             self.eagerly_because = "under a torch.func transform"
@@ -592,7 +597,7 @@ class Problem:
                     *(self.adjoint.failed, *options),
                 ),
                 given=[*given, *params[:m], *step.buffers],
-                own=params[m:],
+                own=own,
                 solver=self.solver,
                 backend=backends.choose(self.backend, given[0]),
                 limits=self.limits(given[0], adjoint=end is not None),
@@ -608,7 +613,7 @@ class Problem:
 
     def _solve_captured(
         self, x0: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> tuple[Tensor, Tensor | None] | None:
         def begin(problem: Problem, given: Sequence[Tensor], params: Sequence[Tensor]) -> _Forward:
             with problem.autocast():
                 g = problem.step.bind(params)
@@ -638,8 +643,12 @@ class FixedPoint(Function):
         problem: Problem, x0: Tensor, captured: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         if problem.given is not None:
-            return problem.given
-        return problem.solve(x0.detach(), [t.detach() for t in tensors])
+            x, keep = problem.given
+        else:
+            x, keep = problem.solve(x0.detach(), [t.detach() for t in tensors])
+        if keep is None:
+            keep = torch.ones(x.shape[: problem.batch_dims], dtype=torch.bool, device=x.device)
+        return x, keep
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -719,8 +728,15 @@ class FixedPoint(Function):
         return out, (0, 0)
 
 
-# autograd.Function.apply looks the signature up at every call; once is enough.
-FixedPoint.forward.__signature__ = inspect.signature(FixedPoint.forward)  # type: ignore[attr-defined]
+class _NoDefaults(inspect.Signature):
+    """Stands in for the signature that Function.apply binds at every call to fill in defaults."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """The arguments as they are: there is no default to fill in."""
+        return SimpleNamespace(args=args, kwargs=kwargs, apply_defaults=lambda: None)
+
+
+FixedPoint.forward.__signature__ = _NoDefaults()  # type: ignore[attr-defined]
 
 
 def _like(keep: Tensor, v: Tensor) -> Tensor:
@@ -762,7 +778,7 @@ def _first_order(
         with torch.no_grad(), problem.autocast():
             linear.g = problem.step.bind([t.detach() for t in tensors[n:]])
         c, keep = adjoint.solve_adjoint(linear, v)
-    if not bool(keep.all()):
+    if keep is not None:
         c = torch.where(_like(keep, c), c, 0)
     return c, _pulled_back(linear, wanted, c)
 
@@ -810,7 +826,8 @@ def _captured_first_order(
 
     def end(linear: _Adjoint, c: Tensor, progress: Progress) -> Sequence[Tensor | None]:
         keep = adjoint.kept(progress.counters[:, STATUS] - 1, progress.floor)
-        c = torch.where(_like(keep, c), c, 0)
+        if keep is not None:
+            c = torch.where(_like(keep, c), c, 0)
         return [c, *_pulled_back(linear, wanted, c)]
 
     with torch.no_grad(), adjoint._full_precision():

@@ -351,7 +351,7 @@ class _Conditioned(Problem):
         adjoint.unpack, adjoint.name = self.unpack, f"{self.name} (backward)"
         return adjoint
 
-    def _iterate(self, evaluate: Any, x0: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _iterate(self, evaluate: Any, x0: Tensor, v: Tensor | None) -> tuple[Tensor, None]:
         del v
         x, k = x0.clone(), 0
         advance = self._accelerated(x)
@@ -379,7 +379,7 @@ class _Conditioned(Problem):
                     break
             if k > 1 and not self.cond(k, self.unpack(x), self.unpack(previous)):
                 break
-        return x, torch.ones(x.shape[: self.batch_dims], dtype=torch.bool, device=x.device)
+        return x, None
 
     def _accelerated(self, x: Tensor) -> Callable[..., tuple[Tensor, bool]] | None:
         if isinstance(self.solver, Picard):

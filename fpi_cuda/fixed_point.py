@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, drivers
 from .adjoint import (
@@ -133,7 +134,15 @@ def fixed_point(
             "fixed_point: g must take every tensor that torch.func transforms as an argument (it "
             "captures one); pass it in `inputs` (per sample) or `params` (shared)"
         )
-    x, keep = FixedPoint.apply(problem, packed, None, *tensors)  # type: ignore[no-untyped-call]
+    keep: Tensor | None
+    if (
+        transforming()
+        or forward_ad._current_level >= 0
+        or (problem.grad_enabled and any(t.requires_grad for t in tensors))
+    ):
+        x, keep = FixedPoint.apply(problem, packed, None, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        x, keep = problem.solve(packed.detach(), tensors)  # no node where nothing asks for one
     if problem.captured:
         x = _attach_captured(problem, x.detach(), keep, packed, tensors)
     if has_stateful_buffers(g) and not transforming():
@@ -290,13 +299,14 @@ def _captures_transformed(step: UserStep, x: Tensor, tensors: Sequence[Tensor]) 
 
 
 def _attach_captured(
-    problem: Problem, x: Tensor, keep: Tensor, x0: Tensor, tensors: Sequence[Tensor]
+    problem: Problem, x: Tensor, keep: Tensor | None, x0: Tensor, tensors: Sequence[Tensor]
 ) -> Tensor:
     """First derivatives for tensors that g captured: the gradient at g(x̂) is c itself (eq. 11)."""
     n = problem.step.n_inputs
     plain = [t.detach() for t in tensors]
     at, inputs = x, plain[:n]
-    if not bool(keep.all()):  # as in the node's backward: a good row stands in for a failed one
+    # As in the node's backward: a good row stands in for a failed one.
+    if keep is not None and not bool(keep.all()):
         rows = torch.arange(len(keep), device=keep.device)
         rows = torch.where(keep, rows, keep.to(torch.uint8).argmax())
         at, *inputs = (t.index_select(0, rows) for t in (x, *inputs))

@@ -167,6 +167,10 @@ def test_targets():
     assert found["Picard / best plain loop"].met is True
     assert found["Anderson / best plain loop"].met is False
     assert found["torchdeq Anderson / Anderson"].measured == "10.0"
+    seldom = row("plain loop, compacted, test every 3rd", seconds=0.7)
+    picard = {v.what: v for v in report.verdicts([*rows, seldom])}["Picard / best plain loop"]
+    assert picard.met is True, "that loop does not test in every iteration as Picard does"
+    assert picard.note == "plain loop, compacted, test every 3rd: 1.50"
     rows[3] = {**rows[3], "skipped": "not installed"}
     del rows[3]["median_s"]
     assert {v.what: v for v in report.verdicts(rows)}["torchdeq Anderson / Anderson"].met is None

@@ -65,9 +65,10 @@ FPI_HOST_DEVICE int64_t sample_of(int64_t row, const Record<Acc>& record) {
   return record.index == nullptr ? row : record.index[row];
 }
 
-template <typename Acc>
-FPI_HOST_DEVICE bool is_finite(Acc a) {
-  return a - a == Acc(0);
+// Of a vector: a mask, lane by lane.
+template <typename V>
+FPI_HOST_DEVICE auto is_finite(V a) {
+  return a - a == V{};
 }
 
 FPI_HOST_DEVICE float square_root(float a) { return sqrtf(a); }

@@ -417,10 +417,7 @@ def _key(request: Request) -> tuple[Any, tuple[Any, ...]]:
         request.solver,
         request.limits,
         tuple((t.shape, _dense(t), t.dtype, t.device) for t in request.given),
-        tuple(
-            (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
-            for t in request.own
-        ),
+        tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in request.own),
         _python_state(owner),
         _precision(),
     )

@@ -30,11 +30,12 @@ class Layout:
 
     def rows(self, t: Tensor) -> Tensor:
         """t, [*batch, *sample], as a contiguous [R, N]: a view where t has this layout."""
-        r = t.numel() // self.n if self.n else t.shape[: t.dim() - len(self.sample)].numel()
-        if self.plain:
-            return t.contiguous().view(r, self.n)
+        if t.dim() == 2 and t.shape[1] == self.n:
+            return t.contiguous()
         lead = t.dim() - len(self.sample)
-        return t.permute(*range(lead), *(lead + d for d in self.order)).contiguous().view(r, self.n)
+        if not self.plain:
+            t = t.permute(*range(lead), *(lead + d for d in self.order))
+        return t.contiguous().view(t.shape[:lead].numel(), self.n)
 
     def state(self, rows: Tensor, batch: torch.Size | tuple[int, ...]) -> Tensor:
         """A view of rows, [R, N], shaped [*batch, *sample]."""

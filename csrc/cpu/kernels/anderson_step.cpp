@@ -3,11 +3,25 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <type_traits>
+
 #include "../../math/least_squares.h"
 #include "rows.h"
 
 namespace fpi::FPI_CPU_NAMESPACE {
 namespace {
+
+// The rows of a ring from its newest on, by age.
+template <typename T>
+struct Aged {
+  const T* rows[kMaxHistory];
+
+  Aged(const T* ring, int head, int count, int m, int64_t n) {
+    for (int age = 0; age < count; ++age) {
+      rows[age] = ring + (head - age < 0 ? head - age + m : head - age) * n;
+    }
+  }
+};
 
 // For C successive differences d_j = r_j − r_{j+1} (newest first; residuals holds C+1 rows):
 // gram_row[j] = d_0 · d_j and rhs[j] = r_0 · d_j, with newest = r_0 and previous = r_1.
@@ -15,10 +29,8 @@ template <int C, typename T>
 FPI_HOST_DEVICE void dots(const T* newest, const T* previous, const T* const* residuals, int64_t n,
                           accumulate_t<T>* gram_row, accumulate_t<T>* rhs) {
   using Acc = accumulate_t<T>;
-  Vector<Acc> gram[C], right[C];
-  for (int j = 0; j < C; ++j) {
-    gram[j] = right[j] = Vector<Acc>{};
-  }
+  constexpr int kHalf = C == 3 ? 4 : C;
+  Vector<Acc> products[2 * kHalf] = {};
   for_vectors<T>(n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
     const Vector<Acc> r = load(newest + i);
     const Vector<Acc> d_new = r - load(previous + i);
@@ -26,14 +38,16 @@ FPI_HOST_DEVICE void dots(const T* newest, const T* previous, const T* const* re
     for (int j = 0; j < C; ++j) {
       const Vector<Acc> older = load(residuals[j + 1] + i);
       const Vector<Acc> d = younger - older;
-      gram[j] += d_new * d;
-      right[j] += r * d;
+      products[j] += d_new * d;
+      products[kHalf + j] += r * d;
       younger = older;
     }
   });
+  Acc sum[2 * kHalf];
+  sums<2 * kHalf>(products, sum);
   for (int j = 0; j < C; ++j) {
-    gram_row[j] = sum<Acc>(gram[j]);
-    rhs[j] = sum<Acc>(right[j]);
+    gram_row[j] = sum[j];
+    rhs[j] = sum[kHalf + j];
   }
 }
 
@@ -60,8 +74,8 @@ FPI_HOST_DEVICE void all_dots(const T* const* residuals, int count, int64_t n,
 }
 
 // x ← g_0 − Σ γ_j (g_j − g_{j+1}) − (1 − β)(r_0 − Σ γ_j d_j)
-template <bool kDamped, typename T>
-FPI_HOST_DEVICE void mix(T* x, const T* const* values, const T* const* residuals, int count,
+template <bool kDamped, typename T, typename Size>
+FPI_HOST_DEVICE void mix(T* x, const T* const* values, const T* const* residuals, Size count,
                          const accumulate_t<T>* gamma, accumulate_t<T> beta, int64_t n) {
   using Acc = accumulate_t<T>;
   const Acc keep = Acc(1) - beta;
@@ -87,6 +101,56 @@ FPI_HOST_DEVICE void mix(T* x, const T* const* values, const T* const* residuals
   });
 }
 
+// The norms of one iterate, and its value and residual in the window's next slot.
+template <typename T>
+struct Pushed {
+  accumulate_t<T> residual, value;  // ‖g(x) − x‖, ‖g(x)‖
+  int head;
+};
+
+template <typename T>
+FPI_HOST_DEVICE Pushed<T> push(const T* x, const T* gx, T* values, T* residuals, int64_t n, int m,
+                               const int32_t* counters, accumulate_t<T>* secant) {
+  using Acc = accumulate_t<T>;
+  const int old = counters[kHead];
+  const int head = old + 1 == m ? 0 : old + 1;
+  T* new_value = values + head * n;
+  T* new_residual = residuals + head * n;
+  Vector<Acc> squares[4] = {};  // of r, g and of the secant to the iterate before: Δg, Δx
+  if (counters[kWindow] > 0) {
+    const T* old_value = values + old * n;
+    const T* old_residual = residuals + old * n;
+    for_vectors<T>(n, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+      const Vector<Acc> g = load(gx + i);
+      const Vector<Acc> r = g - load(x + i);
+      const Vector<Acc> dg = g - load(old_value + i);
+      const Vector<Acc> dx = dg - (r - load(old_residual + i));
+      store(new_value + i, g);
+      store(new_residual + i, r);
+      squares[0] += r * r;
+      squares[1] += g * g;
+      squares[2] += dg * dg;
+      squares[3] += dx * dx;
+    });
+  } else {
+    for_vectors<T>(n, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+      const Vector<Acc> g = load(gx + i);
+      const Vector<Acc> r = g - load(x + i);
+      store(new_value + i, g);
+      store(new_residual + i, r);
+      squares[0] += r * r;
+      squares[1] += g * g;
+    });
+  }
+  Acc square[4];
+  sums<4>(squares, square);
+  if (counters[kWindow] > 0) {
+    *secant = square_root(square[2]) / square_root(square[3]);
+  }
+  return {norm_from(square[0], n, [&](int64_t i) { return residual_at(x, gx, i); }),
+          norm_from(square[1], n, [&](int64_t i) { return static_cast<Acc>(gx[i]); }), head};
+}
+
 }  // namespace
 
 template <typename T>
@@ -94,110 +158,113 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
                     const Window<T>& window, const Record<accumulate_t<T>>& record, int64_t begin,
                     int64_t end) {
   using Acc = accumulate_t<T>;
-  const int m = window.m;
+  // The systems of a team of samples are solved together, one a lane.
+  constexpr int kTeam = kLanes<Acc>;
+  constexpr int kMaxSize = kMaxHistory - 1;
+  const int m = window.m, size = m - 1;
+  Vector<Acc> gamma[kMaxSize], system[kMaxSize * kMaxSize];
+  struct {
+    int64_t row, sample;
+    int count;  // differences in its window
+  } team[kTeam];
+  for (int i = 0; i < size * size; ++i) {
+    system[i] = Vector<Acc>{};
+  }
+  for (int i = 0; i < size; ++i) {
+    gamma[i] = Vector<Acc>{};
+  }
+
   Tally tally;
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t sample = sample_of(row, record);
-    int32_t* counters = record.counters + sample * kCounters;
-    if (counters[kStatus] != kActive) {
-      continue;
-    }
-    T* x_row = x + row * n;
-    const T* g_row = gx + row * n;
-    T* values = window.values + sample * m * n;
-    T* residuals = window.residuals + sample * m * n;
-    Acc* gram = window.gram + sample * m * m;
-    Acc* scalars = record.scalars + sample * kScalars;
-
-    // Push: the new slot gets g(x) and r; norms of r, g and of the secant to the iterate before.
-    const int old = counters[kHead];
-    const int head = (old + 1) % m;
-    T* new_value = values + head * n;
-    T* new_residual = residuals + head * n;
-    Vector<Acc> rr = {}, gg = {}, dgdg = {}, dxdx = {};
-    if (counters[kWindow] > 0) {
-      const T* old_value = values + old * n;
-      const T* old_residual = residuals + old * n;
-      for_vectors<T>(n, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-        const Vector<Acc> g = load(g_row + i);
-        const Vector<Acc> r = g - load(x_row + i);
-        const Vector<Acc> dg = g - load(old_value + i);
-        const Vector<Acc> dx = dg - (r - load(old_residual + i));
-        store(new_value + i, g);
-        store(new_residual + i, r);
-        rr += r * r;
-        gg += g * g;
-        dgdg += dg * dg;
-        dxdx += dx * dx;
-      });
-      scalars[kRing + (record.k - 2) % kRingLength] =
-          square_root(sum<Acc>(dgdg)) / square_root(sum<Acc>(dxdx));
-    } else {
-      for_vectors<T>(n, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-        const Vector<Acc> g = load(g_row + i);
-        const Vector<Acc> r = g - load(x_row + i);
-        store(new_value + i, g);
-        store(new_residual + i, r);
-        rr += r * r;
-        gg += g * g;
-      });
-    }
-    const Acc residual =
-        norm_from(sum<Acc>(rr), n, [&](int64_t i) { return residual_at(x_row, g_row, i); });
-    const Acc value =
-        norm_from(sum<Acc>(gg), n, [&](int64_t i) { return static_cast<Acc>(g_row[i]); });
-
-    const bool grown = record.k > 1 && residual > static_cast<Acc>(restart) * scalars[kReference];
-    const int32_t status = stop(residual, value, sample, record);
-    if (status != kActive) {
-      freeze_row(x_row, g_row, out + sample * n, status, n);
-      tally.failed += status != kConverged;
-      continue;
-    }
-    ++tally.active;
-
-    int pairs = grown ? 0 : counters[kWindow];
-    pairs = pairs < m ? pairs + 1 : m;
-    const int count = pairs - 1;  // differences in the window
-    const T* value_of[kMaxHistory];
-    const T* residual_of[kMaxHistory];
-    int slot_of[kMaxHistory];
-    for (int age = 0; age < pairs; ++age) {
-      const int slot = head - age < 0 ? head - age + m : head - age;
-      slot_of[age] = slot;
-      value_of[age] = values + slot * n;
-      residual_of[age] = residuals + slot * n;
-    }
-
-    // One row of the Gram matrix is new; it is kept by slot, so nothing else moves.
-    Acc gamma[kMaxHistory];
-    Acc system[kMaxHistory * kMaxHistory];
-    if (count > 0) {
-      Acc gram_row[kMaxHistory];
-      all_dots(residual_of, count, n, gram_row, gamma);
-      for (int j = 0; j < count; ++j) {
-        gram[head * m + slot_of[j]] = gram_row[j];
-        gram[slot_of[j] * m + head] = gram_row[j];
+  int64_t row = begin;
+  while (row < end) {
+    Vector<Acc> trace = {}, noise = {};
+    int members = 0;
+    for (; row < end && members < kTeam; ++row) {
+      const int64_t sample = sample_of(row, record);
+      int32_t* counters = record.counters + sample * kCounters;
+      if (counters[kStatus] != kActive) {
+        continue;
       }
-      for (int i = 0; i < count; ++i) {
-        for (int j = 0; j <= i; ++j) {
-          system[i * count + j] = gram[slot_of[i] * m + slot_of[j]];
+      T* x_row = x + row * n;
+      const T* g_row = gx + row * n;
+      T* residuals = window.residuals + sample * m * n;
+      Acc* scalars = record.scalars + sample * kScalars;
+      const Pushed<T> pushed = push(x_row, g_row, window.values + sample * m * n, residuals, n, m,
+                                    counters, scalars + kRing + (record.k - 2) % kRingLength);
+      const bool grown =
+          record.k > 1 && pushed.residual > static_cast<Acc>(restart) * scalars[kReference];
+      const int32_t status = stop(pushed.residual, pushed.value, sample, record);
+      if (status != kActive) {
+        freeze_row(x_row, g_row, out + sample * n, status, n);
+        tally.failed += status != kConverged;
+        continue;
+      }
+      ++tally.active;
+
+      const int lane = members++;
+      const int head = pushed.head;
+      const int full = grown ? 0 : counters[kWindow];
+      const int pairs = full < m ? full + 1 : m;
+      const int count = pairs - 1;
+      counters[kHead] = head;
+      counters[kWindow] = pairs;
+      team[lane] = {row, sample, count};
+
+      // One row of the Gram matrix is new; it is kept by slot, so nothing else moves.
+      Acc gram_row[kMaxHistory], rhs[kMaxHistory];
+      if (count > 0) {
+        all_dots(Aged<T>(residuals, head, pairs, m, n).rows, count, n, gram_row, rhs);
+      }
+      Acc* gram = window.gram + sample * m * m;
+      Acc sum = 0;
+      for (int i = 0; i < size; ++i) {
+        const bool there = i < count;
+        const int slot = head - i < 0 ? head - i + m : head - i;
+        if (there) {
+          gram[head * m + slot] = gram[slot * m + head] = gram_row[i];
+          sum += gram[slot * m + slot];
         }
+        for (int j = 0; j < i; ++j) {
+          const int other = head - j < 0 ? head - j + m : head - j;
+          system[i * size + j][lane] = there ? gram[slot * m + other] : Acc(0);
+        }
+        system[i * size + i][lane] = there ? gram[slot * m + slot] : Acc(1);
+        gamma[i][lane] = there ? rhs[i] : Acc(0);
       }
+      trace[lane] = sum;
+      // Differences of residuals at the rounding level of g(x) say nothing of g.
+      const Acc rounding = kNoise * unit_roundoff<T>() * pushed.value;
+      noise[lane] = rounding * rounding;
     }
-    counters[kHead] = head;
-    counters[kWindow] = pairs;
-    // Differences of residuals at the rounding level of g(x) say nothing of g.
-    const Acc noise = kNoise * unit_roundoff<T>() * value;
-    if (count > 0 && !ridge_solve(count, system, gamma, static_cast<Acc>(ridge), noise * noise)) {
-      counters[kWindow] = 1;  // a Picard step, and the window starts anew from this iterate
-      damped_row(x_row, g_row, static_cast<Acc>(beta), n);
-    } else if (count == 0) {
-      damped_row(x_row, g_row, static_cast<Acc>(beta), n);
-    } else if (beta == 1.0) {
-      mix<false>(x_row, value_of, residual_of, count, gamma, Acc(1), n);
-    } else {
-      mix<true>(x_row, value_of, residual_of, count, gamma, static_cast<Acc>(beta), n);
+
+    const auto solved =
+        size == 4 ? ridge_solve(std::integral_constant<int, 4>{}, system, gamma, trace,
+                                static_cast<Acc>(ridge), noise)
+                  : ridge_solve(size, system, gamma, trace, static_cast<Acc>(ridge), noise);
+    for (int lane = 0; lane < members; ++lane) {
+      const auto [at, sample, count] = team[lane];
+      int32_t* counters = record.counters + sample * kCounters;
+      T* x_row = x + at * n;
+      if (count == 0 || !solved[lane]) {
+        counters[kWindow] = 1;  // a Picard step, and the window starts anew from this iterate
+        damped_row(x_row, gx + at * n, static_cast<Acc>(beta), n);
+        continue;
+      }
+      Acc weights[kMaxSize];
+      for (int j = 0; j < count; ++j) {
+        weights[j] = gamma[j][lane];
+      }
+      const int head = counters[kHead];
+      const Aged<T> values(window.values + sample * m * n, head, count + 1, m, n);
+      const Aged<T> residuals(window.residuals + sample * m * n, head, count + 1, m, n);
+      if (beta != 1.0) {
+        mix<true>(x_row, values.rows, residuals.rows, count, weights, static_cast<Acc>(beta), n);
+      } else if (count == 4) {
+        mix<false>(x_row, values.rows, residuals.rows, std::integral_constant<int, 4>{}, weights,
+                   Acc(1), n);
+      } else {
+        mix<false>(x_row, values.rows, residuals.rows, count, weights, Acc(1), n);
+      }
     }
   }
   return tally;

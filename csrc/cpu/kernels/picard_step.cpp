@@ -20,18 +20,19 @@ Tally picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
     T* x_row = x + row * n;
     const T* g_row = gx + row * n;
 
-    // ‖g(x) − x‖², ‖g(x)‖²
-    Vector<Acc> rr = {}, gg = {};
+    Vector<Acc> squares[2] = {};  // of ‖g(x) − x‖ and ‖g(x)‖
     for_vectors<T>(n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
       const Vector<Acc> g = load(g_row + i);
       const Vector<Acc> r = g - load(x_row + i);
-      rr += r * r;
-      gg += g * g;
+      squares[0] += r * r;
+      squares[1] += g * g;
     });
+    Acc square[2];
+    sums<2>(squares, square);
     const Acc residual =
-        norm_from(sum<Acc>(rr), n, [&](int64_t i) { return residual_at(x_row, g_row, i); });
+        norm_from(square[0], n, [&](int64_t i) { return residual_at(x_row, g_row, i); });
     const Acc value =
-        norm_from(sum<Acc>(gg), n, [&](int64_t i) { return static_cast<Acc>(g_row[i]); });
+        norm_from(square[1], n, [&](int64_t i) { return static_cast<Acc>(g_row[i]); });
 
     record.scalars[sample * kScalars + kRing + (record.k - 1) % kRingLength] = residual;
     const int32_t status = stop(residual, value, sample, record);

@@ -70,19 +70,42 @@ FPI_HOST_DEVICE void store_tail(T* p, Vector<Acc> v, int64_t count) {
   }
 }
 
-// Lanes in a tree of fixed shape: the upper half onto the lower, until one is left.
-template <typename Acc, int kHalf = kLanes<Acc> / 2>
-FPI_HOST_DEVICE Acc sum(Vector<Acc> v) {
-  if constexpr (kHalf == 0) {
-    return v[0];
-  } else {
-    typedef std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t> Lane;
-    typedef Lane Lanes __attribute__((vector_size(kVectorBytes)));
-    Lanes upper = {};
-    for (int l = 0; l < kLanes<Acc>; ++l) {
-      upper[l] = (l + kHalf) % kLanes<Acc>;
+// The lower or the upper halves of a's and b's groups of kWidth lanes, a's and b's in turns.
+template <typename Acc, int kWidth, bool kUpper>
+FPI_HOST_DEVICE Vector<Acc> halves(Vector<Acc> a, Vector<Acc> b) {
+  typedef std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t> Lane;
+  typedef Lane Lanes __attribute__((vector_size(kVectorBytes)));
+  constexpr int kHalf = kWidth / 2;
+  Lanes from = {};
+  for (int l = 0; l < kLanes<Acc>; ++l) {
+    const int group = l / kWidth, from_b = l % kWidth / kHalf;
+    from[l] = group * kWidth + kUpper * kHalf + l % kHalf + from_b * kLanes<Acc>;
+  }
+  return __builtin_shuffle(a, b, from);
+}
+
+// Adds the upper halves of groups of kWidth lanes to the lower ones, until a group is one lane. Two
+// vectors become one in each step, so that many sums cost little more than one.
+template <typename Acc, int kCount, int kWidth = kLanes<Acc>>
+FPI_HOST_DEVICE void fold(Vector<Acc>* v) {
+  if constexpr (kWidth > 1) {
+    constexpr int kLeft = kCount > 1 ? kCount / 2 : 1;
+    for (int i = 0; i < kLeft; ++i) {
+      const Vector<Acc> other = v[i + kCount / 2];
+      v[i] = halves<Acc, kWidth, false>(v[i], other) + halves<Acc, kWidth, true>(v[i], other);
     }
-    return sum<Acc, kHalf / 2>(v + __builtin_shuffle(v, upper));
+    fold<Acc, kLeft, kWidth / 2>(v);
+  }
+}
+
+// out[i]: the sum of v[i]'s lanes, in a tree of fixed shape. kCount is a power of two; v is spent.
+template <int kCount, typename Acc>
+FPI_HOST_DEVICE void sums(Vector<Acc>* v, Acc* out) {
+  constexpr int kLeft = kCount > kLanes<Acc> ? kCount / kLanes<Acc> : 1;
+  constexpr int kStride = kCount < kLanes<Acc> ? kLanes<Acc> / kCount : 1;
+  fold<Acc, kCount>(v);
+  for (int i = 0; i < kCount; ++i) {
+    out[i] = v[i % kLeft][i / kLeft * kStride];
   }
 }
 
