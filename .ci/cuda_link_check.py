@@ -3,6 +3,7 @@
 import torch
 
 import fpi_cuda
+import fpi_cuda.backends
 
 info = fpi_cuda.build_info()
 print(f"package: {fpi_cuda.__file__}")
@@ -18,6 +19,7 @@ operators = [
 ]
 kernels = {name: torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in operators}
 print(f"CUDA kernels: {kernels}")
-assert kernels["fpi_cuda::_damped_update"]
+assert all(kernels.values()), "operators without a CUDA kernel"
+assert "cuda" in fpi_cuda.backends.available()["native"]
 assert fpi_cuda._build.cuda.WhileGraph
 print(f"device available: {torch.cuda.is_available()}")

@@ -56,7 +56,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, default=3.5, metavar="SECONDS", help="timed calls of one variant"
     )
-    parser.add_argument("--no-slow", action="store_true", help="leave the slow methods out")
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        choices=[m.name for m in methods.all_methods()],
+        default=(),
+        metavar="METHOD",
+        help="methods to leave out: see --list",
+    )
     options = parser.parse_args(arguments)
     if not options.suite and not options.list:
         parser.error(f"name a suite: {', '.join(ABOUT)}")
@@ -84,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         kinds=tuple(given.kinds),
         families=tuple(given.families),
         budget=given.budget,
-        slow=not given.no_slow,
+        without=tuple(given.without),
     )
     known = facts(given.device)
     rows: list[suites.Row] = []

@@ -45,7 +45,7 @@ class Options:
     budget: float = 3.0  # seconds of timed calls a variant
     rounds: tuple[int, int] = (5, 31)
     instances: int = problems.INSTANCES
-    slow: bool = True  # the slow methods too
+    without: tuple[str, ...] = ()  # methods to leave out
 
 
 # --- solve: whole solves, forward and with the backward ---------------------------------------
@@ -87,8 +87,8 @@ def solve_cell(
         }
         rows.append(row)
         reason = method.missing
-        if method.slow and not options.slow:
-            reason = f"left out: {method.slow}"
+        if method.name in options.without:
+            reason = "left out"
         if reason:
             row["skipped"] = reason
             continue
@@ -379,7 +379,10 @@ SUITES: dict[str, Callable[[Options], list[Row]]] = {
 
 def quick(options: Options) -> list[Row]:
     """Every suite, short: few repeats, nothing compiled, the peers at a size or two."""
-    short = replace(options, budget=options.budget / 10, rounds=(3, 15), instances=2, slow=False)
+    without = (*options.without, *(m.name for m in methods.all_methods() if m.slow))
+    short = replace(
+        options, budget=options.budget / 10, rounds=(3, 15), instances=2, without=without
+    )
     rows = kernels(short) + scale(short)
     for size in options.sizes:
         rows += solve(replace(short, sizes=(size,), families=("ours", "plain")))

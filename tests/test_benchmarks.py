@@ -57,7 +57,7 @@ def test_the_truth_is_the_dense_solution(tiny):
         torch.testing.assert_close(true.dweight, (i.s * c * slope).T @ x, rtol=1e-9, atol=1e-12)
 
 
-METHODS = [m for m in methods.all_methods() if m.slow != "compiles"]
+METHODS = [m for m in methods.all_methods() if m.name != methods.COMPILED]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
@@ -189,7 +189,7 @@ def test_variants_take_turns():
 def test_the_command_on_a_tiny_size(tmp_path, capsys):
     file = tmp_path / "out.json"
     arguments = ["solve", "overhead", "scale", "--sizes", "64x32", "--families", "ours", "plain"]
-    arguments += ["--no-slow"]
+    arguments += ["--without", methods.COMPILED, "torchdeq Broyden"]
     threads = torch.get_num_threads()
     code = command.main([*arguments, "--budget", "0.001", "--kinds", "easy", "--json", str(file)])
     facts, rows = report.load(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -25,6 +26,17 @@ from fpi_cuda.solution import Status
 
 # Rows around a vector's and a grain's width; 1, primes, one more than a power of two.
 SHAPES = [(1, 1), (3, 1), (2, 7), (5, 8), (4, 15), (3, 17), (2, 33), (7, 64), (3, 1025), (67, 129)]
+# On CUDA also around the borders of csrc/cuda/plan.h: a warp a row, a block, several blocks.
+CUDA_SHAPES = [
+    *SHAPES,
+    *((1, 31), (5, 33), (2, 256), (3, 257), (2, 1028), (2, 2049), (3, 4096), (1, 4097)),
+    *((2, 8193), (2, 40001), (2, 40004), (0, 7), (0, 40000)),
+]
+DEVICES = ["cpu"]
+if torch.cuda.is_available() and "cuda" in native.devices():
+    DEVICES.append("cuda")
+    with torch.device("cuda"):  # torch lists its constructors now, before any is patched
+        torch.empty(0)
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # Rounding of the stored result, times a little for the sums behind it.
 TOLERANCE = {
@@ -37,7 +49,29 @@ FOREVER = Limits(rtol=0.0, offset=0.0, rounding=0.0, patience=10**6, max_iterati
 
 
 # The reference in other dtypes is the oracle's own code: one shape shows its casts.
-CASES = [*((native, shape) for shape in SHAPES), (reference, (3, 17))]
+CASES = [
+    *(("cpu", native, shape) for shape in SHAPES),
+    *(("cuda", native, shape) for shape in CUDA_SHAPES if "cuda" in DEVICES),
+    ("cpu", reference, (3, 17)),
+]
+EVERY_DEVICE = pytest.mark.usefixtures("device")
+
+
+def every_backend(test):
+    """Native on every device, and the reference."""
+    devices = [*((device, native) for device in DEVICES), ("cpu", reference)]
+    cases = pytest.mark.parametrize(
+        ("device", "backend"), devices, indirect=["device"], ids=case_id
+    )
+    return EVERY_DEVICE(cases(test))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """The device that the test's tensors are made on."""
+    here = request.param
+    with contextlib.nullcontext() if here == "cpu" else torch.device(here):
+        yield here
 
 
 def case_id(value: object) -> str:
@@ -46,7 +80,7 @@ def case_id(value: object) -> str:
 
 def oracle_of(p: Progress) -> Progress:
     """A float64 copy of the record: the oracle starts each step where the kernel did."""
-    q = Progress(torch.empty(p.out.shape, dtype=torch.float64), p.limits)
+    q = Progress(torch.empty(p.out.shape, dtype=torch.float64, device=p.out.device), p.limits)
     q.counters, q.scalars = p.counters.clone(), p.scalars.double().clone()
     q.floor = None if p.floor is None else p.floor.double()
     q.index = None if p.index is None else p.index.clone()
@@ -74,6 +108,7 @@ def same_record(p: Progress, q: Progress, dtype: torch.dtype) -> None:
     close(p.scalars[:, RING_START:], q.scalars[:, RING_START:], acc, 10)
 
 
+@EVERY_DEVICE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 4), (3, 0)], ids=str)
 @pytest.mark.parametrize("beta", [1.0, 0.3])
@@ -87,7 +122,8 @@ def test_damped_update_matches_the_formula(shape, dtype, beta):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("backend", "shape"), CASES, ids=case_id)
+@EVERY_DEVICE
+@pytest.mark.parametrize(("device", "backend", "shape"), CASES, ids=case_id, indirect=["device"])
 @pytest.mark.parametrize("beta", [1.0, 0.6])
 def test_picard_step_matches_the_oracle(backend, shape, dtype, beta):
     torch.manual_seed(0)
@@ -106,7 +142,8 @@ def test_picard_step_matches_the_oracle(backend, shape, dtype, beta):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("backend", "shape"), CASES, ids=case_id)
+@EVERY_DEVICE
+@pytest.mark.parametrize(("device", "backend", "shape"), CASES, ids=case_id, indirect=["device"])
 @pytest.mark.parametrize("history", [2, 5, 6, 11])
 @pytest.mark.parametrize("beta", [1.0, 0.6])
 def test_anderson_step_matches_the_oracle(backend, shape, dtype, history, beta):
@@ -130,10 +167,10 @@ def test_anderson_step_matches_the_oracle(backend, shape, dtype, history, beta):
         same_record(p, q, dtype)
         close(values, oracle_values, dtype)
         close(residuals, oracle_residuals, dtype)
-    assert int(p.counters[:, WINDOW].min()) == history
+    assert (p.counters[:, WINDOW] == history).all()
 
 
-@pytest.mark.parametrize("backend", [native, reference], ids=lambda b: b.NAME)
+@every_backend
 @pytest.mark.parametrize("solver", ["picard", "anderson"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_finish_freeze_and_follow_their_index(backend, solver, dtype):
@@ -178,7 +215,7 @@ def test_rows_finish_freeze_and_follow_their_index(backend, solver, dtype):
     assert p.out[[0, 2, 3]].isnan().all(), "samples without a row are left alone"
 
 
-@pytest.mark.parametrize("backend", [native, reference], ids=lambda b: b.NAME)
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("exponent", [-36, -20, 18, 37])
 def test_norms_neither_underflow_nor_overflow(backend, dtype, exponent):
@@ -191,7 +228,7 @@ def test_norms_neither_underflow_nor_overflow(backend, dtype, exponent):
     assert float(p.scalars[0, RESIDUAL]) == pytest.approx(5 * scale, rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", [native, reference], ids=lambda b: b.NAME)
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_singular_window_takes_a_picard_step_alone(backend, dtype):
     """Without ridge, repeated residuals make the Gram matrix singular: that sample restarts."""
@@ -209,7 +246,7 @@ def test_a_singular_window_takes_a_picard_step_alone(backend, dtype):
     assert p.counters[:, WINDOW].tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("backend", [native, reference], ids=lambda b: b.NAME)
+@every_backend
 def test_a_grown_residual_restarts_its_window_alone(backend):
     torch.manual_seed(3)
     n, m = 12, 4
@@ -225,6 +262,71 @@ def test_a_grown_residual_restarts_its_window_alone(backend):
         backend.anderson_step(p, x, gx, 1.0, 1e-12, 10.0, *window, gram)
     assert p.counters[:, WINDOW].tolist() == [4, 1]
     assert torch.equal(x[1], gx[1])
+
+
+class Solve:
+    """Anderson steps on random values; `shifted` puts every vector off its 16-byte boundary."""
+
+    def __init__(self, b, n, m, dtype, shifted=False):
+        def empty(*shape):
+            count = math.prod(shape) + shifted
+            return poisoned(count, dtype=dtype)[int(shifted) :].view(shape)
+
+        self.p = Progress(torch.zeros(b, n, dtype=dtype), FOREVER)
+        self.p.out = empty(b, n)
+        self.x, self.gx = empty(b, n), empty(b, n)
+        self.window = [empty(b, m, n), empty(b, m, n), poisoned(b, m, m, dtype=self.p.dtype)]
+
+    def run(self, x, values, beta):
+        self.x.copy_(x)
+        for gx in values:
+            self.gx.copy_(gx)
+            native.anderson_step(self.p, self.x, self.gx, beta, 1e-3, 1e9, *self.window)
+        return self.x, self.p.counters, self.p.scalars, *self.window
+
+
+@EVERY_DEVICE
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [36, 1028, 4104, 40008])
+@pytest.mark.parametrize("beta", [1.0, 0.6])
+def test_unaligned_views_give_the_bits_of_aligned_ones(n, dtype, beta):
+    torch.manual_seed(4)
+    x, values = torch.randn(2, n).to(dtype), torch.randn(5, 2, n).to(dtype)
+    aligned = Solve(2, n, 3, dtype).run(x, values, beta)
+    shifted = Solve(2, n, 3, dtype, shifted=True).run(x, values, beta)
+    for a, b in zip(aligned, shifted, strict=True):
+        assert torch.equal(a, b)
+
+
+@EVERY_DEVICE
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [3, 33, 1025, 4097, 40001])
+def test_a_sample_has_the_same_bits_in_any_batch(n, dtype):
+    torch.manual_seed(5)
+    b, m = 6, 4
+    x, values = torch.randn(b, n).to(dtype), torch.randn(5, b, n).to(dtype)
+    together = Solve(b, n, m, dtype).run(x, values, 1.0)
+    for i in (0, b - 1):
+        alone = Solve(1, n, m, dtype).run(x[i : i + 1], values[:, i : i + 1], 1.0)
+        for t, a in zip(together, alone, strict=True):
+            assert torch.equal(t[i : i + 1], a)
+
+
+@every_backend
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+@pytest.mark.parametrize("n", [0, 9, 9000])
+def test_a_step_without_values_is_counted(backend, solver, n):
+    b = 0 if n else 3
+    x = torch.zeros(b, n)
+    p = Progress(x, FOREVER)
+    window = (torch.zeros(b, 2, n), torch.zeros(b, 2, n), torch.zeros(b, 2, 2))
+    for k in (1, 2):
+        if solver == "picard":
+            backend.picard_step(p, x, x.clone(), 1.0)
+        else:
+            backend.anderson_step(p, x, x.clone(), 1.0, 1e-6, 10.0, *window)
+        assert p.tally.tolist() == [0, 0, k]
+    assert (p.counters[:, STATUS] == 1 + Status.CONVERGED).all()
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
@@ -262,6 +364,7 @@ def test_every_instruction_set_matches_the_oracle(capability):
     assert done.returncode == 0, done.stdout[-2000:]
 
 
+@EVERY_DEVICE
 def test_operators_refuse_to_be_differentiated():
     x, gx = torch.zeros(2, 3), torch.zeros(2, 3, requires_grad=True)
     p = Progress(x, FOREVER)
@@ -271,7 +374,7 @@ def test_operators_refuse_to_be_differentiated():
         torch.func.jvp(lambda g: native.damped_update(x, g, 1.0), (gx.detach(),), (x,))
 
 
-def test_operators_say_what_a_tensor_must_be():
+def test_operators_say_what_a_tensor_must_be(device):
     x = torch.zeros(2, 3)
     p = Progress(x, FOREVER)
     with pytest.raises(RuntimeError, match=r"gx must have shape \[2, 3\] \(got \[2, 4\]\)"):
@@ -280,8 +383,9 @@ def test_operators_say_what_a_tensor_must_be():
         native.picard_step(p, x, x.double(), 1.0)
     with pytest.raises(RuntimeError, match="index must be given"):
         native.picard_step(p, x[:1].clone(), x[:1].clone(), 1.0)
-    big = native.MAX_HISTORY + 1
-    with pytest.raises(RuntimeError, match=f"history must be 1 to 64 .got {big}"):
+    most = native.MAX_HISTORY[device]
+    big = most + 1
+    with pytest.raises(RuntimeError, match=f"history must be 1 to {most} .got {big}"):
         native.anderson_step(
             p, x, x, 1.0, 0.0, 2.0, *(torch.zeros(2, big, 3),) * 2, torch.zeros(2, big, big)
         )

@@ -1,6 +1,6 @@
-// All that a kernel body may ask of the machine. A body is a functor over plain pointers and numbers
-// that calls these and csrc/math, and nothing else: nvcc compiles it for the device, and any C++
-// compiler for the host, where tests/emulation stands in for the block.
+// All that a kernel body may ask of the machine. A body is a functor over plain pointers and
+// numbers that calls these and csrc/math, and nothing else: nvcc compiles it for the device, and
+// any C++ compiler for the host, where tests/emulation stands in for the block.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +30,10 @@ FPI_DEVICE unsigned char* shared_memory() {
 // Every thread of the block arrives; what they wrote before is seen by all after.
 FPI_DEVICE void block_barrier() { __syncthreads(); }
 
+// Every thread of the warp arrives; what they wrote before is seen by all of the warp after.
+// A shuffle orders no memory.
+FPI_DEVICE void warp_barrier() { __syncwarp(); }
+
 // value of the lane whose number differs in the bits of mask. All 32 lanes of the warp take part.
 template <typename T>
 FPI_DEVICE T shuffle_xor(T value, int mask) {
@@ -54,9 +58,10 @@ FPI_DEVICE T load_uncached(const T* address) {
   return __ldcg(address);
 }
 
-// A functor with kThreads and operator()(): one thread's work.
+// A functor's operator()() is one thread's work. kThreads are in a block, and at least kBlocks fit
+// a multiprocessor, which bounds the registers of a thread by 65536 / (kThreads kBlocks).
 template <typename Body>
-__global__ void __launch_bounds__(Body::kThreads) run(const Body body) {
+__global__ void __launch_bounds__(Body::kThreads, Body::kBlocks) run(const Body body) {
   body();
 }
 

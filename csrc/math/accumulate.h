@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "macros.h"
+
 namespace fpi {
 
 template <typename T>
@@ -33,7 +35,7 @@ template <>
 inline constexpr int kSignificandBits<double> = 53;
 
 template <typename T>
-constexpr accumulate_t<T> unit_roundoff() {
+FPI_HOST_DEVICE constexpr accumulate_t<T> unit_roundoff() {
   return accumulate_t<T>(1) / (int64_t{1} << kSignificandBits<T>);
 }
 

@@ -5,6 +5,8 @@ Same signatures and meaning as in `reference`.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -12,16 +14,20 @@ from .. import _build  # noqa: F401 - loads the library
 from .progress import Progress
 
 NAME = "native"
-MAX_HISTORY = 64  # csrc/cpu/kernels/anderson_step.h
+# By device type: csrc/cpu/kernels/anderson_step.h, csrc/cuda/plan.h.
+MAX_HISTORY = {"cpu": 64, "cuda": 32}
 
 _ops = torch.ops.fpi_cuda
 _picard_step = _ops._picard_step.default
 _anderson_step = _ops._anderson_step.default
 
 
+@cache
 def devices() -> tuple[str, ...]:
     """Device types that every step operator has a kernel for."""
-    return ("cpu",)
+    steps = ("fpi_cuda::_picard_step", "fpi_cuda::_anderson_step")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(d for d in ("cpu", "cuda") if all(has_kernel(step, d.upper()) for step in steps))
 
 
 def damped_update(x: Tensor, gx: Tensor, beta: float) -> None:

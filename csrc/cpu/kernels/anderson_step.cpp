@@ -101,6 +101,15 @@ FPI_HOST_DEVICE void mix(T* x, const T* const* values, const T* const* residuals
   });
 }
 
+// Asks for memory that is wanted soon. Rows of a few cache lines are over before the processor has
+// found out that it reads on.
+FPI_HOST_DEVICE void prefetch(const void* begin, int64_t bytes) {
+  const char* p = static_cast<const char*>(begin);
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(p + i);
+  }
+}
+
 // The norms of one iterate, and its value and residual in the window's next slot.
 template <typename T>
 struct Pushed {
@@ -161,6 +170,7 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
   // The systems of a team of samples are solved together, one a lane.
   constexpr int kTeam = kLanes<Acc>;
   constexpr int kMaxSize = kMaxHistory - 1;
+  constexpr int64_t kShortRow = 1024;  // bytes
   const int m = window.m, size = m - 1;
   Vector<Acc> gamma[kMaxSize], system[kMaxSize * kMaxSize];
   struct {
@@ -188,6 +198,13 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
       T* x_row = x + row * n;
       const T* g_row = gx + row * n;
       T* residuals = window.residuals + sample * m * n;
+      if (n * static_cast<int64_t>(sizeof(T)) <= kShortRow) {
+        prefetch(window.values + sample * m * n, m * n * sizeof(T));  // for the mixture
+        if (row + 1 < end) {
+          const int64_t next = sample_of(row + 1, record);
+          prefetch(window.residuals + next * m * n, m * n * sizeof(T));
+        }
+      }
       Acc* scalars = record.scalars + sample * kScalars;
       const Pushed<T> pushed = push(x_row, g_row, window.values + sample * m * n, residuals, n, m,
                                     counters, scalars + kRing + (record.k - 2) % kRingLength);

@@ -1,0 +1,395 @@
+// One Anderson step.
+//
+// Vectors of n that a row moves, window of m full:
+//   one launch (plans a, b)  reads x, g(x), the value before and m−1 residuals (m+2), writes the
+//                            value and the residual (2); reads m−2 older values, writes x (m−1):
+//                            2m+3 at β = 1. The newest two values come from shared memory.
+//   two launches (plan c)    the same m+4; then reads m values, writes x (m+1): 2m+5 at β = 1. That
+//                            is one more than the least that two launches need: the secant ratio
+//                            wants the value before beside the residual before, and the mixture
+//                            wants it again.
+// The mixture at β ≠ 1 reads the m residuals too. A pass takes 4·kGroups differences; for each
+// further pass three residuals are read again: m > 17. A row that ends writes out too and stops at
+// that; one that has ended costs nothing.
+#pragma once
+
+#include "../../math/least_squares.h"
+#include "rows.cuh"
+
+namespace fpi::cuda {
+
+// The window of every sample: rings of m iterates, newest at counters[kHead].
+template <typename T>
+struct Window {
+  T* values;              // g(x), [B, m, n]
+  T* residuals;           // g(x) − x, [B, m, n]
+  accumulate_t<T>* gram;  // d_i · d_j by slot, [B, m, m]; d_i = r_i − r_{i−1}
+  int m;
+};
+
+// One sample's window.
+template <typename T>
+struct Ring {
+  T* values;     // [m, n]
+  T* residuals;  // [m, n]
+  int64_t n;
+  int m;
+  int head;
+
+  FPI_DEVICE int slot(int age) const { return head - age < 0 ? head - age + m : head - age; }
+  FPI_DEVICE T* value(int age) const { return values + slot(age) * n; }
+  FPI_DEVICE T* residual(int age) const { return residuals + slot(age) * n; }
+};
+
+template <typename T>
+FPI_DEVICE Ring<T> ring_of(const Window<T>& window, const Row<T>& row, int64_t n, int head) {
+  const int64_t offset = row.sample * window.m * n;
+  return {window.values + offset, window.residuals + offset, n, window.m, head};
+}
+
+// x ← g_0 − Σ γ_j (g_j − g_{j+1}) − (1 − β)(r_0 − Σ γ_j d_j), for count ≥ 1 differences. newest and
+// previous are g_0 and g_1, or copies of them.
+template <typename T>
+FPI_DEVICE void mix(const Team& team, const Row<T>& row, const Ring<T>& ring, const T* newest,
+                    const T* previous, int count, const accumulate_t<T>* gamma,
+                    accumulate_t<T> beta, bool aligned) {
+  using Acc = accumulate_t<T>;
+  for_packs<T>(team, row.begin, row.end, aligned, [&](int64_t i, auto access) {
+    constexpr int kValues = access.kValues;
+    // v_0 − Σ γ_j (v_j − v_{j+1})
+    const auto combined = [&](const T* v_0, const T* v_1, const T* vectors) {
+      Pack<Acc, kValues> younger = widened<Acc>(access.load(v_0 + i)), sum = younger;
+      for (int first = 0; first < count; first += kGroup) {
+        Pack<T, kValues> older[kGroup];
+#pragma unroll
+        for (int c = 0; c < kGroup; ++c) {  // beyond the last: the last again
+          const int age = first + c < count ? first + c + 1 : count;
+          older[c] = access.load((age == 1 ? v_1 : vectors + ring.slot(age) * ring.n) + i);
+        }
+#pragma unroll
+        for (int c = 0; c < kGroup; ++c) {
+          const Acc weight = first + c < count ? gamma[first + c] : Acc(0);
+#pragma unroll
+          for (int l = 0; l < kValues; ++l) {
+            const Acc old = static_cast<Acc>(older[c].values[l]);
+            sum.values[l] -= weight * (younger.values[l] - old);
+            younger.values[l] = old;
+          }
+        }
+      }
+      return sum;
+    };
+    Pack<Acc, kValues> mixed = combined(newest, previous, ring.values);
+    if (beta != Acc(1)) {
+      const auto least = combined(ring.residual(0), ring.residual(1), ring.residuals);
+#pragma unroll
+      for (int l = 0; l < kValues; ++l) {
+        mixed.values[l] -= (Acc(1) - beta) * least.values[l];
+      }
+    }
+    access.store(row.x + i, widened<T>(mixed));
+  });
+}
+
+// kGroup, as a constant that unrolls loops.
+struct GroupSize {
+  FPI_HOST_DEVICE constexpr operator int() const { return kGroup; }
+};
+
+// kGroups: groups of four differences that one pass takes.
+template <typename T, int kGroups>
+struct AndersonStep {
+  static constexpr int kThreads = kStepThreads;
+  static constexpr int kBlocks = kGroups == 1 ? 4 : 2;
+  using Acc = accumulate_t<T>;
+
+  // Of a pass: ‖r‖², ‖g‖², ‖g − g₁‖², ‖x − x₁‖², 1 being the iterate before; and of every group
+  // d_0 · d_j, then r_0 · d_j.
+  struct Sums {
+    Acc norms[4];
+    Acc dots[kGroups][2 * kGroup];
+  };
+
+  Step<T> step;
+  Window<T> window;
+  Acc ridge, restart;
+
+  FPI_DEVICE void operator()() const {
+    const Team team = step.team();
+    const Row<T> row = step.row_of(team, block_index());
+    Outcome outcome = {};
+    if (row.number < step.rows) {
+      outcome = step.counters(row)[kStatus] == kActive ? advance(team, row) : step.leave(team, row);
+    }
+    step.count(team, outcome);
+  }
+
+  FPI_DEVICE Outcome advance(const Team& team, const Row<T>& row) const {
+    const bool one_launch = step.plan.parts == 1;
+    const int m = window.m;
+    const int seen = step.counters(row)[kWindow];  // iterates in the window, before this one
+    const Ring<T> ring = ring_of(window, row, step.n, (step.counters(row)[kHead] + 1) % m);
+    const int count = seen < m ? seen : m - 1;  // differences, if the window is not restarted
+
+    gather(team, row, ring, count);
+    push(team, row, ring, seen, count);
+    if (!one_launch && !step.all_arrived(team, row, anderson_sums(count + 1))) {
+      return {};
+    }
+    const Acc* sums = step.sums_on_desk(team);
+    const Acc residual = step.residual_norm(team, row, sums[0]);
+    const Acc value = step.value_norm(team, row, sums[1]);
+    if (team.rank == 0) {
+      step.decide(team, row, decision(team, row, ring, seen, count, residual, value));
+    }
+    team.barrier();
+    const Move move = *step.move_on_desk(team);
+    Acc* gamma = step.template on_desk<Acc>(team, step.desk.gamma);
+    if (!one_launch) {
+      for (int j = team.rank; j < move.differences; j += team.size) {
+        step.gamma[row.number * (m - 1) + j] = gamma[j];
+      }
+    } else if (move.differences > 0) {
+      mix(team, row, ring, step.kept(team, 0), step.kept(team, 1), move.differences, gamma,
+          step.beta, step.aligned);
+    } else {
+      step.damp_or_end(team, row, row.x, step.kept(team, 0), move.status);
+    }
+    return {1, move.status == kActive, move.status > kConverged};
+  }
+
+  // The older rows of the Gram matrix, to the desk: its row of this iterate is yet to come.
+  FPI_DEVICE void gather(const Team& team, const Row<T>& row, const Ring<T>& ring,
+                         int count) const {
+    const Acc* gram = window.gram + row.sample * window.m * window.m;
+    Acc* system = step.template on_desk<Acc>(team, step.desk.system);
+    for (int e = team.rank; e < count * count; e += team.size) {
+      const int i = e / count, j = e % count;
+      if (0 < j && j <= i) {
+        system[e] = gram[ring.slot(i) * window.m + ring.slot(j)];
+      }
+    }
+  }
+
+  // Stores g(x) and its residual, and takes the sums that need them.
+  FPI_DEVICE void push(const Team& team, const Row<T>& row, const Ring<T>& ring, int seen,
+                       int count) const {
+    const bool one_launch = step.plan.parts == 1;
+    // Where there is none before, anything that can be read will do: those sums are not used.
+    const T* previous_value = seen > 0 ? ring.value(1 % window.m) : row.gx;
+    T* new_value = ring.value(0);
+    T* new_residual = ring.residual(0);
+    T* kept_new = step.kept(team, 0);
+    T* kept_previous = step.kept(team, 1);
+    const auto residual_of = [&](int age) -> const T* {
+      const int last = count > 0 ? count : 1 % window.m;
+      return seen > 0 ? ring.residual(age < last ? age : last) : row.x;
+    };
+
+    Sums sums = {};
+    for_packs<T>(team, row.begin, row.end, step.aligned, [&](int64_t i, auto access) {
+      constexpr int kValues = access.kValues;
+      const auto xs = access.load(row.x + i);
+      const auto gs = access.load(row.gx + i);
+      const auto before = access.load(previous_value + i);
+      Pack<T, kValues> older[kGroup], rs;
+      load_group(older, 0, residual_of, i, access);
+      Differences<kValues> d;
+#pragma unroll
+      for (int l = 0; l < kValues; ++l) {
+        const Acc g = static_cast<Acc>(gs.values[l]);
+        const Acc r = g - static_cast<Acc>(xs.values[l]);
+        const Acc dg = g - static_cast<Acc>(before.values[l]);
+        const Acc dx = dg - (r - static_cast<Acc>(older[0].values[l]));
+        sums.norms[0] += r * r;
+        sums.norms[1] += g * g;
+        sums.norms[2] += dg * dg;
+        sums.norms[3] += dx * dx;
+        rs.values[l] = static_cast<T>(r);
+        d.newest.values[l] = d.younger.values[l] = static_cast<Acc>(rs.values[l]);
+        d.first.values[l] = d.newest.values[l] - static_cast<Acc>(older[0].values[l]);
+      }
+      dot_group(sums.dots[0], older, d);
+      more_groups(sums, 0, count, residual_of, i, access, d);
+      access.store(new_value + i, gs);
+      access.store(new_residual + i, rs);
+      if (one_launch) {
+        access.store(kept_new + i, gs);
+        access.store(kept_previous + i, before);
+      }
+    });
+    Acc* all = step.sums_on_desk(team);
+    team.reduce(sums.norms, step.stage(team), all, Add{});
+    reduce_dots(team, sums, 0, count);
+
+    for (int first = kGroups * kGroup; first < count; first += kGroups * kGroup) {
+      sums = {};
+      for_packs<T>(team, row.begin, row.end, step.aligned, [&](int64_t i, auto access) {
+        constexpr int kValues = access.kValues;
+        Differences<kValues> d;
+        d.newest = widened<Acc>(access.load(new_residual + i));
+        d.first = widened<Acc>(access.load(residual_of(1) + i));
+        d.younger = widened<Acc>(access.load(residual_of(first) + i));
+#pragma unroll
+        for (int l = 0; l < kValues; ++l) {
+          d.first.values[l] = d.newest.values[l] - d.first.values[l];
+        }
+        Pack<T, kValues> older[kGroup];
+        load_group(older, first, residual_of, i, access);
+        dot_group(sums.dots[0], older, d);
+        more_groups(sums, first, count, residual_of, i, access, d);
+      });
+      reduce_dots(team, sums, first, count);
+    }
+  }
+
+  // Of the values that a thread has at hand: r_0, d_0, and the last residual read.
+  template <int kValues>
+  struct Differences {
+    Pack<Acc, kValues> newest, first, younger;
+  };
+
+  // The residuals of ages first + 1 to first + 4; beyond the last, the last again.
+  template <typename ResidualOf, typename Access, int kValues>
+  FPI_DEVICE static void load_group(Pack<T, kValues> (&older)[kGroup], int first,
+                                    const ResidualOf& residual_of, int64_t i, Access access) {
+#pragma unroll
+    for (int c = 0; c < kGroup; ++c) {
+      older[c] = access.load(residual_of(first + c + 1) + i);
+    }
+  }
+
+  template <int kValues>
+  FPI_DEVICE static void dot_group(Acc (&dots)[2 * kGroup], const Pack<T, kValues> (&older)[kGroup],
+                                   Differences<kValues>& d) {
+#pragma unroll
+    for (int c = 0; c < kGroup; ++c) {
+#pragma unroll
+      for (int l = 0; l < kValues; ++l) {
+        const Acc old = static_cast<Acc>(older[c].values[l]);
+        const Acc difference = d.younger.values[l] - old;
+        dots[c] += d.first.values[l] * difference;
+        dots[kGroup + c] += d.newest.values[l] * difference;
+        d.younger.values[l] = old;
+      }
+    }
+  }
+
+  // The groups of a pass after its first.
+  template <typename ResidualOf, typename Access, int kValues>
+  FPI_DEVICE static void more_groups(Sums& sums, int first, int count,
+                                     const ResidualOf& residual_of, int64_t i, Access access,
+                                     Differences<kValues>& d) {
+#pragma unroll
+    for (int group = 1; group < kGroups; ++group) {
+      if (first + group * kGroup < count) {
+        Pack<T, kValues> older[kGroup];
+        load_group(older, first + group * kGroup, residual_of, i, access);
+        dot_group(sums.dots[group], older, d);
+      }
+    }
+  }
+
+  FPI_DEVICE void reduce_dots(const Team& team, const Sums& sums, int first, int count) const {
+    Acc* all = step.sums_on_desk(team) + 4 + 2 * first;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      if (first + group * kGroup < count) {
+        team.reduce(sums.dots[group], step.stage(team), all + group * 2 * kGroup, Add{});
+      }
+    }
+  }
+
+  // The record after this step, the new row of the Gram matrix, and the weights, by one thread.
+  FPI_DEVICE Move decision(const Team& team, const Row<T>& row, const Ring<T>& ring, int seen,
+                           int count, Acc residual, Acc value) const {
+    const Record<Acc> record = step.record_now();
+    const Acc* sums = step.sums_on_desk(team);
+    Acc* scalars = step.scalars(row);
+    int32_t* counters = step.counters(row);
+    if (seen > 0) {
+      scalars[kRing + (record.k - 2) % kRingLength] = square_root(sums[2]) / square_root(sums[3]);
+    }
+    const bool grown = record.k > 1 && residual > restart * scalars[kReference];
+    const int32_t status = stop(residual, value, row.sample, record);
+    if (status != kActive) {
+      return {status, 0};
+    }
+
+    const int used = grown ? 0 : count;
+    Acc* gram = window.gram + row.sample * window.m * window.m;
+    Acc* gamma = step.template on_desk<Acc>(team, step.desk.gamma);
+    Acc* system = step.template on_desk<Acc>(team, step.desk.system);
+    for (int j = 0; j < used; ++j) {
+      const Acc* group = sums + 4 + j / kGroup * 2 * kGroup;
+      const Acc dot = group[j % kGroup];
+      // Kept by slot, so that nothing else moves.
+      gram[ring.head * window.m + ring.slot(j)] = dot;
+      gram[ring.slot(j) * window.m + ring.head] = dot;
+      system[j * used] = dot;
+      gamma[j] = group[kGroup + j % kGroup];
+    }
+    // Differences of residuals at the rounding level of g(x) say nothing of g.
+    const Acc noise = kNoise * unit_roundoff<T>() * value;
+    const bool solved = used > 0 && solve(used, system, gamma, noise * noise);
+    counters[kHead] = ring.head;
+    // Where it can't be solved: a Picard step, and the window starts anew from this iterate.
+    counters[kWindow] = solved ? used + 1 : 1;
+    return {status, solved ? used : 0};
+  }
+
+  // gamma from the right-hand side; see ridge_solve.
+  FPI_DEVICE bool solve(int count, Acc* system, Acc* gamma, Acc noise) const {
+    Acc trace = 0;
+    for (int i = 0; i < count; ++i) {
+      trace += system[i * count + i];
+    }
+    if constexpr (kGroups == 1) {  // in registers, padded to four differences
+      Acc a[kGroup * kGroup], b[kGroup];
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+#pragma unroll
+        for (int j = 0; j <= i; ++j) {
+          a[i * kGroup + j] = i < count ? system[i * count + j] : Acc(i == j);
+        }
+        b[i] = i < count ? gamma[i] : Acc(0);
+      }
+      const bool solved = ridge_solve(GroupSize{}, a, b, trace, ridge, noise);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        if (i < count) {
+          gamma[i] = b[i];
+        }
+      }
+      return solved;
+    } else {
+      return ridge_solve(count, system, gamma, trace, ridge, noise);
+    }
+  }
+};
+
+// The second launch of plan c: moves the rows. Rows that the first launch had last come first,
+// which may still be in the cache.
+template <typename T>
+struct AndersonMove {
+  static constexpr int kThreads = kStepThreads;
+  static constexpr int kBlocks = 5;
+
+  Step<T> step;
+  Window<T> window;
+
+  FPI_DEVICE void operator()() const {
+    const Team team = step.team();
+    const Row<T> row = step.row_of(team, grid_size() - 1 - block_index());
+    const Move move = step.moves[row.number];
+    if (move.differences > 0) {
+      const Ring<T> ring = ring_of(window, row, step.n, step.counters(row)[kHead]);
+      mix(team, row, ring, row.gx, ring.value(1), move.differences,
+          step.gamma + row.number * (window.m - 1), step.beta, step.aligned);
+    } else if (move.status != kFrozen) {
+      step.damp_or_end(team, row, row.x, row.gx, move.status);
+    }
+  }
+};
+
+}  // namespace fpi::cuda

@@ -1,0 +1,96 @@
+// One Picard step.
+//
+// Vectors of n that a row moves:
+//   one launch (plans a, b)  reads x, g(x); writes x: 3 at any β. The second pass reads the copies
+//   in
+//                            shared memory.
+//   two launches (plan c)    reads x, g(x); then reads g(x), writes x: 4 at β = 1, else reads x
+//                            too: 5.
+// A row that ends writes out too; one that has ended costs nothing.
+#pragma once
+
+#include "rows.cuh"
+
+namespace fpi::cuda {
+
+template <typename T>
+struct PicardStep {
+  static constexpr int kThreads = kStepThreads;
+  static constexpr int kBlocks = 8;
+  using Acc = accumulate_t<T>;
+
+  Step<T> step;
+
+  FPI_DEVICE void operator()() const {
+    const Team team = step.team();
+    const Row<T> row = step.row_of(team, block_index());
+    Outcome outcome = {};
+    if (row.number < step.rows) {
+      outcome = step.counters(row)[kStatus] == kActive ? advance(team, row) : step.leave(team, row);
+    }
+    step.count(team, outcome);
+  }
+
+  FPI_DEVICE Outcome advance(const Team& team, const Row<T>& row) const {
+    const bool one_launch = step.plan.parts == 1;
+    T* kept_x = step.kept(team, 0);
+    T* kept_g = step.kept(team, 1);
+
+    Acc squares[kPicardSums] = {};  // ‖g(x) − x‖², ‖g(x)‖²
+    for_packs<T>(team, row.begin, row.end, step.aligned, [&](int64_t i, auto access) {
+      const auto xs = access.load(row.x + i);
+      const auto gs = access.load(row.gx + i);
+#pragma unroll
+      for (int l = 0; l < access.kValues; ++l) {
+        const Acc g = static_cast<Acc>(gs.values[l]);
+        const Acc r = g - static_cast<Acc>(xs.values[l]);
+        squares[0] += r * r;
+        squares[1] += g * g;
+      }
+      if (one_launch) {
+        access.store(kept_x + i, xs);
+        access.store(kept_g + i, gs);
+      }
+    });
+    Acc* sums = step.sums_on_desk(team);
+    team.reduce(squares, step.stage(team), sums, Add{});
+    if (!one_launch && !step.all_arrived(team, row, kPicardSums)) {
+      return {};
+    }
+
+    const Acc residual = step.residual_norm(team, row, sums[0]);
+    const Acc value = step.value_norm(team, row, sums[1]);
+    if (team.rank == 0) {
+      const Record<Acc> record = step.record_now();
+      step.scalars(row)[kRing + (record.k - 1) % kRingLength] = residual;
+      step.decide(team, row, {stop(residual, value, row.sample, record), 0});
+    }
+    team.barrier();
+    const int32_t status = step.move_on_desk(team)->status;
+    if (one_launch) {
+      step.damp_or_end(team, row, kept_x, kept_g, status);
+    }
+    return {1, status == kActive, status > kConverged};
+  }
+};
+
+// The second launch of plan c: moves the rows. Rows that the first launch had last come first,
+// which may still be in the cache.
+template <typename T>
+struct PicardMove {
+  static constexpr int kThreads = kStepThreads;
+  static constexpr int kBlocks = 8;
+
+  Step<T> step;
+
+  FPI_DEVICE void operator()() const {
+    const Team team = step.team();
+    const Row<T> row = step.row_of(team, grid_size() - 1 - block_index());
+    const Move move = step.moves[row.number];
+    if (move.status != kFrozen) {
+      step.damp_or_end(team, row, row.x, row.gx, move.status);
+    }
+  }
+};
+
+}  // namespace fpi::cuda

@@ -1,0 +1,260 @@
+// What the step kernels do with their rows, whatever the solver.
+#pragma once
+
+#include "../../math/accumulate.h"
+#include "../../math/norm.h"
+#include "../../math/progress.h"
+#include "../../math/update.h"
+#include "pack.cuh"
+
+namespace fpi::cuda {
+
+// What a step makes of a row.
+struct Move {
+  int32_t status;       // after this step, or kFrozen
+  int32_t differences;  // Anderson: in the mixture; 0 is a damped step
+};
+
+constexpr int32_t kFrozen = -1;  // ended in an earlier step, and is left alone
+
+// What a team tells the tally; nothing if another block will bring the row to its end.
+struct Outcome {
+  int32_t rows, active, failed;
+};
+
+// First in a block's shared memory.
+struct Notes {
+  Outcome outcomes[kStepWarps];
+  int32_t is_last;
+};
+static_assert(sizeof(Notes) <= kNoteBytes);
+
+// A row, and the part of it that this team works on.
+template <typename T>
+struct Row {
+  T* x;
+  const T* gx;
+  T* out;
+  int64_t number;  // in x
+  int64_t sample;
+  int64_t part;
+  int64_t begin, end;
+};
+
+// The arguments that the step operators share, on the device.
+template <typename T>
+struct Step {
+  using Acc = accumulate_t<T>;
+
+  T* x;         // [rows, n]
+  const T* gx;  // [rows, n]
+  T* out;       // [B, n]
+  int64_t rows, n;
+  Acc beta;
+  Record<Acc> record;  // but k, which the tally on the device has
+  int32_t* tally;
+  bool aligned;  // every vector begins at a multiple of 16 bytes and ends with a whole pack
+  Plan plan;
+  Desk desk;
+  int sums;  // of a row
+  // Scratch of plan.h
+  int32_t* counts;  // rows done, still active, failed
+  int32_t* arrivals;
+  Move* moves;
+  Acc* gamma;
+  Acc* partials;
+
+  FPI_DEVICE Team team() const { return Team::of(plan.team); }
+
+  // The row of this team; its number is beyond the last if there is none.
+  FPI_DEVICE Row<T> row_of(const Team& team, int64_t block) const {
+    // A grid has fewer than 2^31 blocks, and short divisions are fast.
+    const auto place = static_cast<uint32_t>(block), parts = static_cast<uint32_t>(plan.parts);
+    const int64_t number = static_cast<int64_t>(place / parts) * plan.rows_per_block + team.number;
+    const int64_t part = place % parts, begin = part * plan.span;
+    const int64_t end = begin + plan.span < n ? begin + plan.span : n;
+    const int64_t sample = number < rows ? sample_of(number, record) : 0;
+    const int64_t offset = number * n;
+    return {x + offset, gx + offset, out + sample * n, number, sample, part, begin, end};
+  }
+
+  FPI_DEVICE int32_t* counters(const Row<T>& row) const {
+    return record.counters + row.sample * kCounters;
+  }
+  FPI_DEVICE Acc* scalars(const Row<T>& row) const {
+    return record.scalars + row.sample * kScalars;
+  }
+
+  FPI_DEVICE Record<Acc> record_now() const {
+    Record<Acc> now = record;
+    now.k = tally[kIteration] + 1;
+    return now;
+  }
+
+  FPI_DEVICE static Notes* notes() { return reinterpret_cast<Notes*>(shared_memory()); }
+
+  template <typename Item>
+  FPI_DEVICE Item* on_desk(const Team& team, int offset) const {
+    return reinterpret_cast<Item*>(shared_memory() + kNoteBytes + team.number * desk.bytes +
+                                   offset);
+  }
+  FPI_DEVICE Move* move_on_desk(const Team& team) const { return on_desk<Move>(team, 0); }
+  FPI_DEVICE Acc* sums_on_desk(const Team& team) const { return on_desk<Acc>(team, desk.sums); }
+  FPI_DEVICE Acc* stage(const Team& team) const { return on_desk<Acc>(team, desk.stage); }
+
+  // In one launch, the copies of two of the row's vectors.
+  FPI_DEVICE T* kept(const Team& team, int which) const {
+    return on_desk<T>(team, desk.kept) + which * ((desk.bytes - desk.kept) / 2 / sizeof(T));
+  }
+
+  // Leaves a row alone that ended in an earlier step. Its first block counts it.
+  FPI_DEVICE Outcome leave(const Team& team, const Row<T>& row) const {
+    if (plan.parts > 1 && row.part == 0 && team.rank == 0) {
+      moves[row.number] = {kFrozen, 0};
+    }
+    return {row.part == 0, 0, 0};
+  }
+
+  // With several blocks a row: hands in the sums of this part. The last block to do so gets true,
+  // and has the sums of the whole row on its desk; parts are added in their order.
+  FPI_DEVICE bool all_arrived(const Team& team, const Row<T>& row, int used) const {
+    Acc* mine = sums_on_desk(team);
+    Acc* all = partials + row.number * sums * plan.parts;
+    for (int i = team.rank; i < used; i += team.size) {
+      all[i * plan.parts + row.part] = mine[i];
+    }
+    block_barrier();
+    if (team.rank == 0) {
+      device_fence();
+      notes()->is_last = atomic_add(arrivals + row.number, 1) == plan.parts - 1;
+      device_fence();
+    }
+    block_barrier();
+    if (!notes()->is_last) {
+      return false;
+    }
+    for (int i = team.warp(); i < used; i += team.warps()) {
+      Acc sum = 0;
+#pragma unroll 8
+      for (int64_t part = team.lane(); part < plan.parts; part += kWarp) {
+        sum += load_uncached(all + i * plan.parts + part);
+      }
+      sum = Team::over_warp(sum, Add{});
+      if (team.lane() == 0) {
+        mine[i] = sum;
+      }
+    }
+    team.barrier();
+    return true;
+  }
+
+  // √squares where that is trusted; else the norm again, scaled by the largest entry, so that tiny
+  // and huge states are measured too. value(i) gives entry i. All of the team call it.
+  template <typename Value>
+  FPI_DEVICE Acc norm(const Team& team, Acc squares, const Value& value) const {
+    if (is_trusted(squares)) {
+      return square_root(squares);
+    }
+    // Behind the sums of the step, which are still wanted.
+    Acc* joined = stage(team) + team.warps();
+    Acc largest[1] = {0};
+    for (int64_t i = team.rank; i < n; i += team.size) {
+      const Acc a = value(i) < 0 ? -value(i) : value(i);
+      largest[0] = Larger()(largest[0], a);
+    }
+    team.reduce(largest, stage(team), joined, Larger{});
+    const Acc scale = *joined;
+    team.barrier();
+    if (!is_finite(scale) || scale == Acc(0)) {
+      return scale;
+    }
+    Acc scaled[1] = {0};
+    for (int64_t i = team.rank; i < n; i += team.size) {
+      const Acc a = value(i) / scale;
+      scaled[0] += a * a;
+    }
+    team.reduce(scaled, stage(team), joined, Add{});
+    const Acc result = scale * square_root(*joined);
+    team.barrier();
+    return result;
+  }
+
+  FPI_DEVICE Acc residual_norm(const Team& team, const Row<T>& row, Acc squares) const {
+    return norm(team, squares, [&](int64_t i) {
+      return static_cast<Acc>(row.gx[i]) - static_cast<Acc>(row.x[i]);
+    });
+  }
+
+  FPI_DEVICE Acc value_norm(const Team& team, const Row<T>& row, Acc squares) const {
+    return norm(team, squares, [&](int64_t i) { return static_cast<Acc>(row.gx[i]); });
+  }
+
+  // One thread tells its team, and with several blocks a row the second launch.
+  FPI_DEVICE void decide(const Team& team, const Row<T>& row, Move move) const {
+    *move_on_desk(team) = move;
+    if (plan.parts > 1) {
+      moves[row.number] = move;
+    }
+  }
+
+  // An active row's damped step, or the end of one that is finished: its result, to out and to its
+  // row of x, where it stays from now on, is g(x), or the last finite iterate where g(x) is not
+  // finite. old and value are x and g(x), or copies of them.
+  FPI_DEVICE void damp_or_end(const Team& team, const Row<T>& row, const T* old, const T* value,
+                              int32_t status) const {
+    const bool ends = status != kActive;
+    if (ends || beta == Acc(1)) {
+      const T* result = status == kNonfinite ? old : value;
+      for_packs<T>(team, row.begin, row.end, aligned, [&](int64_t i, auto access) {
+        const auto pack = access.load(result + i);
+        access.store(row.x + i, pack);
+        if (ends) {
+          access.store(row.out + i, pack);
+        }
+      });
+      return;
+    }
+    for_packs<T>(team, row.begin, row.end, aligned, [&](int64_t i, auto access) {
+      auto pack = access.load(old + i);
+      const auto next = access.load(value + i);
+#pragma unroll
+      for (int l = 0; l < access.kValues; ++l) {
+        pack.values[l] = static_cast<T>(damped_update(static_cast<Acc>(pack.values[l]),
+                                                      static_cast<Acc>(next.values[l]), beta));
+      }
+      access.store(row.x + i, pack);
+    });
+  }
+
+  // Brings the tally up to date once all rows are done, which is after every block has read it.
+  // All threads of the block call it.
+  FPI_DEVICE void count(const Team& team, Outcome outcome) const {
+    if (team.rank == 0) {
+      notes()->outcomes[team.number] = outcome;
+    }
+    block_barrier();
+    if (thread_index() != 0) {
+      return;
+    }
+    Outcome all = {};
+    for (int t = 0; t < plan.rows_per_block; ++t) {
+      all.rows += notes()->outcomes[t].rows;
+      all.active += notes()->outcomes[t].active;
+      all.failed += notes()->outcomes[t].failed;
+    }
+    if (all.rows == 0 && rows > 0) {
+      return;
+    }
+    atomic_add(counts + 1, all.active);
+    atomic_add(counts + 2, all.failed);
+    device_fence();
+    if (atomic_add(counts, all.rows) + all.rows == rows) {
+      device_fence();
+      tally[kActiveRows] = load_uncached(counts + 1);
+      tally[kFailed] += load_uncached(counts + 2);
+      ++tally[kIteration];
+    }
+  }
+};
+
+}  // namespace fpi::cuda

@@ -1,0 +1,47 @@
+// Requests from the tests: a line with the operator's name and its numbers, then arrays, which it
+// changes and which go back. machine.py speaks to main() in serve.cpp.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "emulation.h"
+
+namespace fpi::emulation {
+
+struct Array {
+  std::string name;
+  size_t bytes;
+  size_t offset;  // of the first byte in its memory, which is aligned to 16 and ends with the array
+  std::unique_ptr<unsigned char[]> memory;
+  std::unique_ptr<Tracked> tracked;
+};
+
+class Request {
+ public:
+  double number(const std::string& name) const { return numbers.at(name); }
+  int64_t integer(const std::string& name) const { return static_cast<int64_t>(number(name)); }
+
+  // Null if the test gave none.
+  template <typename T>
+  T* array(const std::string& name) const {
+    for (const Array& a : arrays) {
+      if (a.name == name) {
+        return reinterpret_cast<T*>(a.memory.get() + a.offset);
+      }
+    }
+    return nullptr;
+  }
+
+  std::unordered_map<std::string, double> numbers;
+  std::vector<Array> arrays;
+};
+
+// At namespace scope: `Operator name("name", function);`
+struct Operator {
+  Operator(const std::string& name, void (*function)(const Request&));
+};
+
+}  // namespace fpi::emulation
