@@ -21,4 +21,5 @@ kernels = {name: torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") fo
 print(f"CUDA kernels: {kernels}")
 assert all(kernels.values()), "operators without a CUDA kernel"
 assert "cuda" in fpi_cuda.backends.available()["native"]
+assert fpi_cuda._build.cuda.WhileGraph
 print(f"device available: {torch.cuda.is_available()}")

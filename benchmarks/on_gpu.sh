@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA device, nvcc and a torch that has CUDA: build, test, time, write JSON.
-#   benchmarks/on_gpu.sh [build] [test] [bench]     no argument: all three, under ten minutes
+# On a machine with a CUDA device, nvcc and a torch that has CUDA: build, test, check the kernels'
+# memory accesses, time, write JSON.
+#   benchmarks/on_gpu.sh [build] [test] [sanitize] [bench]    no argument: all, under ten minutes
 # PYTHON: the interpreter (default python3). OUT: where the JSON goes; default: the device's folder
 # under benchmarks/results.
 set -euo pipefail
@@ -17,6 +18,27 @@ tests() {
   "$PYTHON" -m pytest -q --require-backend native:cpu --require-backend reference:cuda
 }
 
+# Slow, so the kernels alone and for two minutes each; where the tool is not found, a line says so.
+sanitize() {
+  local tool check status
+  tool=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2> /dev/null | tail -1 || true)
+  if [ -z "$tool" ]; then
+    echo "sanitize: skipped, compute-sanitizer was not found"
+    return
+  fi
+  for check in memcheck racecheck; do
+    status=0
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 "$tool" --tool "$check" --error-exitcode 9 \
+      "$PYTHON" -m pytest -q tests/test_primitives.py -k cuda || status=$?
+    case $status in
+      0) echo "sanitize: $check found nothing" ;;
+      5) echo "sanitize: no kernel test was selected" ;;
+      124) echo "sanitize: $check ran out of time; above is what it saw until then" ;;
+      *) return "$status" ;;
+    esac
+  done
+}
+
 bench() {
   local folder
   folder=${OUT:-benchmarks/results/$("$PYTHON" -c \
@@ -28,11 +50,12 @@ for stage in "${@:-all}"; do
   start=$SECONDS
   echo "== $stage"
   case $stage in
-    all) build && tests && bench ;;
+    all) build && tests && sanitize && bench ;;
     build) build ;;
     test) tests ;;
+    sanitize) sanitize ;;
     bench) bench ;;
-    *) echo "on_gpu.sh: unknown stage $stage; there are build, test and bench" >&2; exit 2 ;;
+    *) echo "on_gpu.sh: unknown stage $stage; there are build, test, sanitize, bench" >&2; exit 2 ;;
   esac
   echo "== $stage: $((SECONDS - start)) s"
 done

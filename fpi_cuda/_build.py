@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
 from typing import Any
 
 import torch
@@ -19,23 +19,21 @@ except ImportError as error:
     ) from error
 
 
-def _load_cuda() -> str | None:
+def _load_cuda() -> tuple[Any, str | None]:
     """Load the CUDA operators.
 
     Returns:
-        Why they are not there, or None if they are.
+        The library or None, and why it is not there.
     """
     built: dict[str, Any] = _C.build_info()
     if not built["cuda_built"]:
-        return str(built["cuda_not_built_because"])
+        return None, str(built["cuda_not_built_because"])
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} has no CUDA"
-    library = Path(__file__).with_name("libfpi_cuda_cuda.so")
+        return None, f"torch {torch.__version__} has no CUDA"
     try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        return f"{library.name} could not be loaded: {error}"
-    return None
+        return importlib.import_module("fpi_cuda._cuda"), None
+    except ImportError as error:
+        return None, f"fpi_cuda._cuda could not be loaded: {error}"
 
 
 def _refuse_transforms() -> torch.library.Library:
@@ -59,7 +57,7 @@ def _refuse_transforms() -> torch.library.Library:
     return library
 
 
-_cuda_missing = _load_cuda()
+cuda, _cuda_missing = _load_cuda()
 _library = _refuse_transforms()  # an operator's registration ends with its library object
 
 

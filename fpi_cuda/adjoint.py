@@ -9,6 +9,7 @@ higher order is asked for, g is linearised once and only its vector-Jacobian pro
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import math
@@ -23,7 +24,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import backends
-from .backends.progress import Limits, accumulate_dtype
+from .backends.progress import STATUS, Limits, Progress, accumulate_dtype
+from .drivers import eager, graph
 from .modules import Binding, bindable
 from .operators import legacy_batched, over_legacy_batch, partial_bound, transforming
 from .solution import (
@@ -129,6 +131,17 @@ class UserStep(Step):
         self.g, self.n_inputs, self.n_params = g, n_inputs, n_params
         self.pack, self.unpack = pack, unpack
         self.binding = Binding(g) if bindable(g) else None  # type: ignore[arg-type]
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The snapshot of the module's buffers."""
+        return self.binding.buffers if self.binding else []
+
+    def around(self, buffers: Sequence[Tensor]) -> UserStep:
+        """The same step with this snapshot of the buffers."""
+        other = copy.copy(self)
+        other.binding = self.binding.around(buffers) if self.binding else None
+        return other
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
         """g with the user's params appended and the module's own put in."""
@@ -250,7 +263,9 @@ class _Forward:
         self, problem: Problem, g: Bound, inputs: Sequence[Tensor], per_sample: _PerSample | None
     ) -> None:
         self.problem, self.g, self.inputs, self.per_sample = problem, g, inputs, per_sample
-        self.compact_below = 0.0 if per_sample is None or per_sample.known is False else 0.8
+        # On a device a smaller batch costs a dozen launches, and a small one saves no time.
+        below = 0.8 if problem.device_type == "cpu" else 0.5
+        self.compact_below = 0.0 if per_sample is None or per_sample.known is False else below
         self.first = True
         self.wide = problem.autocast_dtype is None
 
@@ -397,10 +412,13 @@ class Problem:
     grad_enabled: bool = False
     autocast_dtype: torch.dtype | None = None
     device_type: str = "cpu"
+    driver: str = "auto"
+    parts: tuple[tuple[int, ...], ...] = ()  # shapes of a tuple state
     # Found out during the solve:
     captured: bool = False
     calls: int = 0
     given: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
+    eagerly_because: str = ""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The autocast state g was called under, whatever it is now."""
@@ -425,6 +443,7 @@ class Problem:
             captured=False,
             calls=0,
             given=None,
+            eagerly_because="",
         )
 
     def mapped(self, dims: Sequence[int | None]) -> Problem:
@@ -452,6 +471,10 @@ class Problem:
                 x, v = inputs[:2]
                 linear = _Adjoint(self, g, x, v, inputs[2:], per_sample)
                 return self._iterate(linear, x0, v)
+            if self.driver != "eager" and x0.device.type in graph.RECORDERS:
+                solved = self._solve_captured(x0, inputs, params)
+                if solved is not None:
+                    return solved
             with self.autocast():
                 g = self.step.bind(params)
             forward = _Forward(self, g, inputs, per_sample)
@@ -474,16 +497,7 @@ class Problem:
         b = self.batch_dims
         acc = accumulate_dtype(x0.dtype)
         size = x0.shape[b:].numel()
-        rtol, atol = self.tolerance.resolve(x0.dtype, adjoint=v is not None)
-        unit = torch.finfo(x0.dtype).eps / 2
-        limits = Limits(
-            rtol=rtol,
-            offset=atol * math.sqrt(size),
-            rounding=16 * unit * math.sqrt(size),
-            # A fixed count runs to its end, at the rounding level too.
-            patience=self.max_iterations if rtol == atol == 0 else self.solver.patience,
-            max_iterations=self.max_iterations,
-        )
+        limits = self.limits(x0, adjoint=v is not None)
         backend = backends.choose(self.backend, x0)
         floor = skip = None
         if v is not None:
@@ -492,21 +506,123 @@ class Problem:
             skip = floor == 0
             if not bool(skip.any()):
                 skip = None
-        x, record = iterate(evaluate, x0, b, self.solver, backend, limits, floor=floor, skip=skip)
-        record.evaluations, record.lipschitz = self.calls, self.lipschitz
+        x, record = iterate(
+            evaluate,
+            x0,
+            b,
+            self.solver,
+            backend,
+            limits,
+            floor=floor,
+            skip=skip,
+            read=eager.reader(x0, self.max_iterations),
+            driver=f"eager ({self.eagerly_because})" if self.eagerly_because else "eager",
+        )
+        record.evaluations = self.calls
+        return x, self._finish(x, record, floor)
+
+    def limits(self, x0: Tensor, *, adjoint: bool) -> Limits:
+        """The stop rule for a state like x0."""
+        size = x0.shape[self.batch_dims :].numel()
+        rtol, atol = self.tolerance.resolve(x0.dtype, adjoint=adjoint)
+        unit = torch.finfo(x0.dtype).eps / 2
+        return Limits(
+            rtol=rtol,
+            offset=atol * math.sqrt(size),
+            rounding=16 * unit * math.sqrt(size),
+            # A fixed count runs to its end, at the rounding level too.
+            patience=self.max_iterations if rtol == atol == 0 else self.solver.patience,
+            max_iterations=self.max_iterations,
+        )
+
+    def _finish(self, x: Tensor, record: Record, floor: Tensor | None) -> Tensor | None:
+        """Report, and say which samples' gradients are kept; None: all."""
+        record.lipschitz = self.lipschitz
         self.report(record)
         if not record.failed:
-            return x, None
-        self._fail(x, record, fixed_count=rtol == 0 and atol == 0)
+            return None
+        limits = record.progress.limits
+        self._fail(x, record, fixed_count=limits.rtol == 0 and limits.offset == 0)
+        return self.kept(record.status, floor)
+
+    def kept(self, status: Tensor, floor: Tensor | None) -> Tensor | None:
+        """Bool, shaped like status: the samples whose gradient is not masked; None: all."""
         if self.adjoint.failed == "use":
-            return x, None
-        status = record.status
+            return None
         keep = torch.ones_like(status, dtype=torch.bool)
         for masked in MASKED:
             keep &= status != masked
         if floor is not None:  # a NaN that came with the loss goes on
             keep |= ~floor.isfinite().view_as(keep)
-        return x, keep
+        return keep
+
+    def captured_solve(
+        self,
+        given: Sequence[Tensor],
+        params: Sequence[Tensor],
+        begin: Callable[[Problem, Sequence[Tensor], Sequence[Tensor]], _Forward | _Adjoint],
+        end: Callable[[Any, Tensor, Progress], Sequence[Tensor | None]] | None = None,
+        options: tuple[Any, ...] = (),
+    ) -> graph.Solved | None:
+        """One launch, or None where the eager driver is to run; see `graph.solve`.
+
+        Args:
+            given: what comes before g's own tensors; the first is where the iteration starts.
+            params: g's shared tensors: those the user passes, then a module's own.
+            begin: makes the evaluation, from a problem like this one, `given` and `params`.
+            end: what follows the loop.
+            options: what else begin and end depend on: which tensors need gradients.
+        """
+        if self.batch_dims != 1 or transforming():
+            self.eagerly_because = "under a torch.func transform"
+            return None
+        step = self.step.inner if isinstance(self.step, AdjointStep) else self.step
+        if not isinstance(step, UserStep):
+            self.eagerly_because = "a derivative of higher order"
+            return None
+        n, m = len(given), step.n_params
+        own = [t.detach() for t in params[m:]]
+        alone = dataclasses.replace(self, report=Report())  # this call's problem stays as it is
+
+        def begin_static(static: Sequence[Tensor]) -> _Forward | _Adjoint:
+            alone.step = step.around(static[n + m :])
+            return begin(alone, static[:n], [*static[n : n + m], *own])
+
+        solved = graph.solve(
+            graph.Request(
+                g=step.g,
+                name=self.driver,
+                options=(
+                    *(end is None, self.parts, step.n_inputs, m, self.autocast_dtype),
+                    *(self.adjoint.failed, *options),
+                ),
+                given=[*given, *params[:m], *step.buffers],
+                own=own,
+                solver=self.solver,
+                backend=backends.choose(self.backend, given[0]),
+                limits=self.limits(given[0], adjoint=end is not None),
+                begin=begin_static,
+                end=end,
+                adjoint=end is not None,
+            )
+        )
+        if isinstance(solved, str):
+            self.eagerly_because = solved
+            return None
+        return solved
+
+    def _solve_captured(
+        self, x0: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None] | None:
+        def begin(problem: Problem, given: Sequence[Tensor], params: Sequence[Tensor]) -> _Forward:
+            with problem.autocast():
+                g = problem.step.bind(params)
+            return _Forward(problem, g, given[1:], None)
+
+        solved = self.captured_solve([x0, *inputs], params, begin)
+        if solved is None:
+            return None
+        return solved.x, self._finish(solved.x, solved.record, None)
 
     def _fail(self, x: Tensor, record: Record, *, fixed_count: bool) -> None:
         if self.on_failure == "return":
@@ -650,22 +766,77 @@ def _first_order(
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """The gradients by one linearisation of g: one call, then vector-Jacobian products only."""
     adjoint = problem.transposed()
-    n = problem.step.n_inputs
-    leaves = [t.detach() for t in tensors]
-    for i in need:
-        leaves[i].requires_grad_()
+    if adjoint.driver != "eager" and v.device.type in graph.RECORDERS:
+        solved = _captured_first_order(adjoint, x, v, tensors, need)
+        if solved is not None:
+            return solved
     per_sample = _PerSample(problem.per_sample, problem.step) if problem.batch_dims == 1 else None
+    n = problem.step.n_inputs
     with adjoint._full_precision():
-        with torch.enable_grad(), problem.autocast():
-            g = problem.step.bind(leaves[n:])
-        linear = _Adjoint(adjoint, g, x, v, leaves[:n], per_sample)
+        linear, wanted = _linearise(adjoint, x, v, tensors[:n], tensors[n:], need, per_sample)
         # Later, smaller linearisations need no path to the params.
         with torch.no_grad(), problem.autocast():
-            linear.g = problem.step.bind([t.detach() for t in leaves[n:]])
+            linear.g = problem.step.bind([t.detach() for t in tensors[n:]])
         c, keep = adjoint.solve_adjoint(linear, v)
     if keep is not None:
         c = torch.where(_like(keep, c), c, 0)
-    wanted = [leaves[i] for i in need]
+    return c, _pulled_back(linear, wanted, c)
+
+
+def _linearise(
+    adjoint: Problem,
+    x: Tensor,
+    v: Tensor,
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    need: Sequence[int],
+    per_sample: _PerSample | None,
+) -> tuple[_Adjoint, list[Tensor]]:
+    """g linearised at x, and the leaves of it that need gradients."""
+    step = adjoint.step
+    assert isinstance(step, AdjointStep)
+    n = len(inputs)
+    leaves = [t.detach() for t in (*inputs, *params)]
+    for i in need:
+        leaves[i].requires_grad_()
+    with torch.enable_grad(), adjoint.autocast():
+        g = step.inner.bind(leaves[n:])
+    return _Adjoint(adjoint, g, x, v, leaves[:n], per_sample), [leaves[i] for i in need]
+
+
+def _pulled_back(linear: _Adjoint, wanted: Sequence[Tensor], c: Tensor) -> Sequence[Tensor | None]:
+    """(∂g/∂leaf)ᵀ c for each."""
     if not wanted or not linear.y.requires_grad:
-        return c, [None] * len(wanted)
-    return c, torch.autograd.grad(linear.y, wanted, c, allow_unused=True)
+        return [None] * len(wanted)
+    return torch.autograd.grad(linear.y, wanted, c, allow_unused=True)
+
+
+def _captured_first_order(
+    adjoint: Problem, x: Tensor, v: Tensor, tensors: Sequence[Tensor], need: Sequence[int]
+) -> tuple[Tensor, Sequence[Tensor | None]] | None:
+    """The same by one launch: linearisation, loop and gradients; None where that can't be."""
+    n = adjoint.step.n_inputs - 2
+    wanted: list[Tensor] = []
+
+    def begin(problem: Problem, given: Sequence[Tensor], params: Sequence[Tensor]) -> _Adjoint:
+        v, x, *inputs = given
+        problem.step = AdjointStep(problem.step)
+        linear, wanted[:] = _linearise(problem, x, v, inputs, params, need, None)
+        return linear
+
+    def end(linear: _Adjoint, c: Tensor, progress: Progress) -> Sequence[Tensor | None]:
+        keep = adjoint.kept(progress.counters[:, STATUS] - 1, progress.floor)
+        if keep is not None:
+            c = torch.where(_like(keep, c), c, 0)
+        return [c, *_pulled_back(linear, wanted, c)]
+
+    with torch.no_grad(), adjoint._full_precision():
+        solved = adjoint.captured_solve(
+            [v, x, *tensors[:n]], tensors[n:], begin, end, options=tuple(need)
+        )
+        if solved is None:
+            return None
+        adjoint._finish(solved.x, solved.record, None)
+    c, *grads = solved.outputs
+    assert c is not None
+    return c, grads

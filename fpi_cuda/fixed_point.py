@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends
+from . import backends, drivers
 from .adjoint import (
     FixedPoint,
     ImplicitAdjoint,
@@ -39,6 +39,7 @@ def fixed_point(
     backend: str = "auto",
     on_failure: str = "warn",
     per_sample: bool | str = "auto",
+    driver: str = "auto",
 ) -> Solution:
     """Solve x̂ = g(x̂, *inputs, *params) for every sample; differentiable to any order.
 
@@ -63,6 +64,12 @@ def fixed_point(
             backward too), or "return" in silence.
         per_sample: whether g treats samples independently, so that finished ones may be left out
             of the batch given to it. "auto" finds out the first time it matters.
+        driver: who decides that the iteration goes on. "eager": the host, which launches every
+            iteration. "graph" (CUDA): the device; g and the step are captured once and repeated
+            without the host, forward and backward, on the whole batch. g's Python code does not
+            run again until a tensor's place, a shape, an option, or a Python attribute of g
+            changes. What can't be captured runs eagerly, with a warning. "auto": eager on the
+            CPU; on CUDA a graph once the same kind of solve has been seen twice.
 
     Returns:
         A `Solution`; its x is shaped like x0 and attached to autograd.
@@ -88,11 +95,15 @@ def fixed_point(
             backend=backend,
             on_failure=on_failure,
             per_sample=per_sample,
+            driver=driver,
         )
-    check_options(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample)
+    check_options(
+        solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver
+    )
     packed, pack, unpack = _state(x0)
-    b = packed.shape[0]
-    _check_inputs(g, inputs, params, b)
+    if driver != "auto":
+        drivers.check(driver, packed.device)
+    _check_inputs(g, inputs, params, packed)
     step = UserStep(g, len(inputs), len(params), pack, unpack)
     own = step.binding.params if step.binding else []
     device_type = packed.device.type
@@ -114,6 +125,8 @@ def fixed_point(
         grad_enabled=torch.is_grad_enabled(),
         autocast_dtype=torch.get_autocast_dtype(device_type) if autocast else None,
         device_type=device_type,
+        driver=driver,
+        parts=tuple(tuple(part.shape[1:]) for part in x0) if isinstance(x0, (tuple, list)) else (),
     )
     tensors = (*inputs, *params, *own)
     if transforming() and _captures_transformed(step, packed, tensors):
@@ -148,6 +161,7 @@ def check_options(
     backend: Any,
     on_failure: Any,
     per_sample: Any,
+    driver: Any,
 ) -> None:
     """Raise unless every option of `fixed_point` is in its range."""
     if not isinstance(solver, (Picard, Anderson)):
@@ -166,6 +180,7 @@ def check_options(
         ("backend", backend, backends.NAMES),
         ("on_failure", on_failure, ("warn", "raise", "return")),
         ("per_sample", per_sample, ("auto", True, False)),
+        ("driver", driver, drivers.NAMES),
     ):
         if value not in allowed:
             raise ValueError(f"fixed_point: {name} must be one of {allowed} (got {value!r})")
@@ -239,7 +254,7 @@ def _check_part(name: str, part: Any) -> None:
         )
 
 
-def _check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], b: int) -> None:
+def _check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], x: Tensor) -> None:
     if not callable(g):
         raise TypeError(f"fixed_point: g must be callable (got {type(g).__name__})")
     if not isinstance(params, (tuple, list)):
@@ -247,6 +262,7 @@ def _check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], b: int) 
             "fixed_point: params must be a tuple or list of tensors (got "
             f"{type(params).__name__}); write params=(w,)"
         )
+    device = x.device
     for name, group in (("inputs", inputs), ("params", params)):
         for i, t in enumerate(group):
             if not isinstance(t, Tensor):
@@ -254,6 +270,12 @@ def _check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], b: int) 
                     f"fixed_point: {name}[{i}] must be a tensor (got {type(t).__name__}); bind "
                     "other values to g with functools.partial"
                 )
+            if t.device != device and not (t.dim() == 0 and group is params):
+                raise ValueError(
+                    f"fixed_point: {name}[{i}] must be on x0's device, {device} (got {t.device}); "
+                    f"write {name}[{i}].to(x0.device)"
+                )
+    b = x.shape[0]
     for i, t in enumerate(inputs):
         if t.dim() == 0 or t.shape[0] != b:
             raise ValueError(

@@ -28,8 +28,8 @@ class FixedPointLayer(nn.Module):
         state_shape: the shape of one sample's state; a tuple of shapes for a tuple state; a
             function of the first input that returns either (images of any size). None: g's own
             `state_shape` where it has one, else the first input's.
-        solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample: as in
-            `fixed_point`.
+        solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver: as
+            in `fixed_point`.
 
     Raises:
         TypeError, ValueError: an option is not as `fixed_point` says.
@@ -56,9 +56,12 @@ class FixedPointLayer(nn.Module):
         backend: str = "auto",
         on_failure: str = "warn",
         per_sample: bool | str = "auto",
+        driver: str = "auto",
     ) -> None:
         super().__init__()
-        check_options(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample)
+        check_options(
+            solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver
+        )
         self.g = g
         self.state_shape = state_shape
         self.solver = solver
@@ -68,6 +71,7 @@ class FixedPointLayer(nn.Module):
         self.backend = backend
         self.on_failure = on_failure
         self.per_sample = per_sample
+        self.driver = driver
         self.last = None
 
     def forward(self, *inputs: Tensor, x0: State | None = None) -> Any:
@@ -96,6 +100,7 @@ class FixedPointLayer(nn.Module):
             backend=self.backend,
             on_failure=self.on_failure,
             per_sample=self.per_sample,
+            driver=self.driver,
         )
         self.last = solution.detach()
         return solution.x

@@ -7,6 +7,7 @@ for good: private to one solve, and free of the swap's cost in every iteration.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +56,26 @@ class Binding:
 
     def _template_buffers(self) -> None:
         _map_buffers(self._template, lambda b: b.detach().clone())
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The snapshot's buffers, in a fixed order, each once."""
+        found: list[Tensor] = []
+
+        def note(b: Tensor) -> Tensor:
+            found.append(b)
+            return b
+
+        _map_buffers(self._template, note)
+        return found
+
+    def around(self, buffers: Sequence[Tensor]) -> Binding:
+        """The same structure around these buffers, which are not cloned."""
+        other = copy.copy(self)
+        other._template = _clone(self._template, {})
+        following = iter(buffers)
+        _map_buffers(other._template, lambda _: next(following))
+        return other
 
     def bind(self, params: Sequence[Tensor]) -> Callable[..., Any]:
         """The module with these parameters; parametrisations are evaluated here, once."""

@@ -16,14 +16,15 @@ RANK = {
     "modules": 2,
     "operators": 3,
     "solvers": 4,
-    "adjoint": 5,
-    "fixed_point": 6,
-    "_uncompiled": 7,
-    "contraction": 7,
-    "steps": 7,
-    "layer": 7,
-    "compat": 8,
-    "__init__": 9,
+    "drivers": 5,
+    "adjoint": 6,
+    "fixed_point": 7,
+    "_uncompiled": 8,
+    "contraction": 8,
+    "steps": 8,
+    "layer": 8,
+    "compat": 9,
+    "__init__": 10,
 }
 # The reference backend names the statuses that the record's codes stand for.
 ALLOWED = {("backends", "solution"), ("fixed_point", "_uncompiled")}

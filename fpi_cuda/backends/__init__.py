@@ -32,9 +32,15 @@ def choose(name: str, x: Tensor) -> ModuleType:
         return reference
     here = x.device.type in native.devices()
     if name == "native" and not here:
+        advice = 'use backend="auto" or "reference"'
+        if x.device.type == "cuda":
+            advice += (
+                ", or rebuild where nvcc and a torch with CUDA are, in the source folder: "
+                "FPI_CUDA_BUILD=cuda pip install --no-build-isolation --no-deps --force-reinstall ."
+            )
         raise RuntimeError(
             f'backend "native" has no kernels for device {x.device} in this build (it has them for '
-            f'{", ".join(native.devices())}); use backend="auto" or "reference"'
+            f"{', '.join(native.devices())}); {advice}"
         )
     if name == "triton":
         raise RuntimeError(

@@ -76,6 +76,16 @@ class Progress:
             status = status.index_select(0, self.index)
         return (status == ACTIVE).nonzero().reshape(-1)
 
+    def first_rows(self, count: int) -> Tensor:
+        """That many positions, those of active rows first: where the host knows no exact number.
+
+        Ascending among the active, and no wait for the device; count is at least their number.
+        """
+        status = self.counters[:, STATUS]
+        if self.index is not None:
+            status = status.index_select(0, self.index)
+        return (status != ACTIVE).argsort(stable=True)[:count]
+
     def narrow(self, positions: Tensor) -> None:
         """From now on the rows are those at these positions."""
         self.index = positions if self.index is None else self.index.index_select(0, positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -36,6 +37,8 @@ def iterate(
     *,
     floor: Tensor | None = None,
     skip: Tensor | None = None,
+    read: Callable[[Tensor], Sequence[int]] = Tensor.tolist,
+    driver: str = "eager",
 ) -> tuple[Tensor, Record]:
     """Iterate every sample to its own end.
 
@@ -48,6 +51,8 @@ def iterate(
         limits: the stop rule.
         floor: [B], see `Progress`.
         skip: bool [B]: samples that are left at x0 as converged, without an iteration.
+        read: gives the tally, of this iteration or of an earlier one.
+        driver: its name, for the record.
 
     Returns:
         The state shaped like x0, and the record with tensors shaped like the batch.
@@ -62,12 +67,13 @@ def iterate(
         progress.out.copy_(x)
         active -= int(skip.sum())
     compacted = False
+    now = read is Tensor.tolist
     step = None
     rows_shape = tuple(batch)
     state = layout.state(x, rows_shape)
     while active:
         if active <= evaluate.compact_below * len(x):
-            keep = progress.active_rows()
+            keep = progress.active_rows() if now else progress.first_rows(active)
             smaller = evaluate.select(keep, state)
             if smaller is None:
                 evaluate.compact_below = 0.0
@@ -87,12 +93,12 @@ def iterate(
                 layout, state = wanted, wanted.state(x, rows_shape)
             step = solver.start(backend, progress, progress.out)
         step(x, layout.rows(gx))
-        active, failed, _ = progress.tally.tolist()
+        active, failed, _ = read(progress.tally)
     record = Record(
         progress=progress,
         batch=batch,
         rate=solver.contraction,
-        path=f"{backend.NAME}, eager, {'compacted' if compacted else 'whole batch'}",
+        path=f"{backend.NAME}, {driver}, {'compacted' if compacted else 'whole batch'}",
         failed=failed,
     )
     out = layout.state(progress.out, batch)
