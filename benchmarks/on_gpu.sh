@@ -15,7 +15,8 @@ build() {
 }
 
 tests() {
-  "$PYTHON" -m pytest -q --require-backend native:cpu --require-backend reference:cuda
+  "$PYTHON" -m pytest -q --require-backend native:cpu --require-backend native:cuda \
+    --require-backend reference:cuda
 }
 
 # Slow, so the kernels alone and for two minutes each; where the tool is not found, a line says so.
@@ -43,7 +44,10 @@ bench() {
   local folder
   folder=${OUT:-benchmarks/results/$("$PYTHON" -c \
     'from benchmarks.measure import slug; print(slug("cuda"))')}
-  "$PYTHON" -m benchmarks full --device cuda --budget 1 --json "$folder/full.json"
+  "$PYTHON" -m benchmarks full --device cuda --sizes 256x128 4096x512 64x8192 --budget 0.5 \
+    --without "torchdeq Broyden" --json "$folder/full.json"
+  "$PYTHON" -m benchmarks solve --device cuda --kinds conv --sizes 64x16384 --budget 0.5 \
+    --without "torchdeq Broyden" --json "$folder/conv.json"
 }
 
 for stage in "${@:-all}"; do
