@@ -15,8 +15,7 @@ build() {
 }
 
 tests() {
-  "$PYTHON" -m pytest -q --require-backend native:cpu --require-backend native:cuda \
-    --require-backend reference:cuda
+  "$PYTHON" -m pytest -q --require-backend native:cpu --require-backend native:cuda
 }
 
 # Slow, so the kernels alone and for two minutes each; where the tool is not found, a line says so.
