@@ -303,11 +303,12 @@ def kernels(options: Options) -> list[Row]:
 
 
 def step_vectors(device: str, row_bytes: int, m: int) -> dict[str, int]:
-    """Vectors of N that a step moves; csrc/*/kernels/anderson_step.* say which."""
-    anderson = 2 * m + 4
-    if device.startswith("cuda"):
-        anderson += -1 if row_bytes <= 16384 else 1
-    return {"Anderson": anderson, "Picard": 3}
+    """Vectors of N that a step moves; docs/design.md says which."""
+    if not device.startswith("cuda"):
+        return {"Anderson": 2 * m + 4, "Picard": 3}
+    if row_bytes <= 16384:
+        return {"Anderson": 2 * m + 3, "Picard": 3}
+    return {"Anderson": 2 * m + 5, "Picard": 4}
 
 
 def kernels_at(options: Options, batch: int, size: int, dtype: str) -> list[Row]:
