@@ -21,23 +21,18 @@ void anderson_step_cuda(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor
     using T = typename decltype(tag)::type;
     using Acc = accumulate_t<T>;
     const int m = static_cast<int>(values.size(1));
+    T* const value_data = static_cast<T*>(values.mutable_data_ptr());
+    T* const residual_data = static_cast<T*>(residuals.mutable_data_ptr());
     const Launch<T> launch({x, gx, out, counters, scalars, tally, index, floor, rtol, offset,
                             rounding, patience, max_iterations, beta},
-                           anderson_sums(m), m, {values, residuals});
-    const Window<T> window{static_cast<T*>(values.mutable_data_ptr()),
-                           static_cast<T*>(residuals.mutable_data_ptr()),
-                           static_cast<Acc*>(gram.mutable_data_ptr()), m};
-    const AndersonMove<T> second{launch.step(), window};
-    // Small windows need few registers, which leaves room for more rows at a time.
-    if (m - 1 <= kGroup) {
-      launch.run(AndersonStep<T, 1>{launch.step(), window, static_cast<Acc>(ridge),
-                                    static_cast<Acc>(restart)},
-                 second);
-    } else {
-      launch.run(AndersonStep<T, 4>{launch.step(), window, static_cast<Acc>(ridge),
-                                    static_cast<Acc>(restart)},
-                 second);
-    }
+                           anderson_sums(m), m, {value_data, residual_data});
+    const Window<T> window{value_data, residual_data, static_cast<Acc*>(gram.mutable_data_ptr()),
+                           m};
+    with_groups(m, [&](auto groups) {
+      launch.run(AndersonStep<T, groups.value>{launch.step(), window, static_cast<Acc>(ridge),
+                                               static_cast<Acc>(restart)},
+                 AndersonMove<T>{launch.step(), window});
+    });
   });
 }
 

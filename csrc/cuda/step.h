@@ -6,12 +6,11 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdint>
 #include <initializer_list>
 #include <optional>
 
 #include "../checks.h"
-#include "kernels/rows.cuh"
+#include "layout.h"
 
 namespace fpi::cuda {
 
@@ -30,75 +29,53 @@ inline cudaStream_t current_stream(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// A step of x's rows, with the scratch memory that holds what its blocks tell each other.
+struct Start {
+  cudaStream_t stream;
+
+  template <typename Body>
+  void operator()(const Body& body, int64_t blocks, size_t shared_bytes) const {
+    launch(body, blocks, shared_bytes, stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+// A step of x's rows on the current stream, with its scratch memory.
 template <typename T>
 class Launch {
  public:
   using Acc = accumulate_t<T>;
 
-  // m: Anderson's history, 1 if none. sums: of a row. vectors: tensors of n values a row, beside x,
-  // gx and out.
-  Launch(const StepArguments& a, int sums, int m, std::initializer_list<Tensor> vectors)
-      : stream_(current_stream(a.x)) {
-    const int64_t rows = a.x.size(0), n = a.x.size(1);
-    const Plan plan = plan_of(n, sizeof(T));
-    const Desk desk = desk_of(plan, n, sizeof(T), sizeof(Acc), sums, m);
-    const Scratch scratch = scratch_of(plan, rows, sizeof(Acc), sums, m);
-    memory_ = torch::stable::new_empty(a.x, {scratch.bytes}, torch::headeronly::ScalarType::Byte);
-    char* memory = static_cast<char*>(memory_.mutable_data_ptr());
-    STD_CUDA_CHECK(cudaMemsetAsync(memory, 0, scratch.zeroed, stream_));
-
-    bool aligned = n % kWidth<T> == 0;
-    const auto check = [&](const Tensor& v) {
-      aligned = aligned && reinterpret_cast<std::uintptr_t>(v.const_data_ptr()) % kPackBytes == 0;
-    };
-    check(a.x), check(a.gx), check(a.out);
-    for (const Tensor& v : vectors) {
-      check(v);
-    }
-    step_ = {
-        static_cast<T*>(a.x.mutable_data_ptr()),
-        static_cast<const T*>(a.gx.const_data_ptr()),
-        static_cast<T*>(a.out.mutable_data_ptr()),
-        rows,
-        n,
-        static_cast<Acc>(a.beta),
-        {static_cast<int32_t*>(a.counters.mutable_data_ptr()),
-         static_cast<Acc*>(a.scalars.mutable_data_ptr()),
-         a.floor ? static_cast<const Acc*>(a.floor->const_data_ptr()) : nullptr,
-         a.index ? static_cast<const int64_t*>(a.index->const_data_ptr()) : nullptr,
-         {static_cast<Acc>(a.rtol), static_cast<Acc>(a.offset), static_cast<Acc>(a.rounding),
-          static_cast<int32_t>(a.patience), static_cast<int32_t>(a.max_iterations)},
-         0},
-        static_cast<int32_t*>(a.tally.mutable_data_ptr()),
-        aligned,
-        plan,
-        desk,
-        sums,
-        reinterpret_cast<int32_t*>(memory),
-        reinterpret_cast<int32_t*>(memory + scratch.arrivals),
-        reinterpret_cast<Move*>(memory + scratch.moves),
-        reinterpret_cast<Acc*>(memory + scratch.gamma),
-        reinterpret_cast<Acc*>(memory + scratch.partials),
-    };
+  // vectors: tensors of n values a row beside x, gx and out.
+  Launch(const StepArguments& a, int sums, int m, std::initializer_list<const T*> vectors)
+      : stream_(current_stream(a.x)), layout_(a.x.size(0), a.x.size(1), sums, m) {
+    const int64_t size[] = {layout_.scratch.bytes};
+    memory_ = torch::stable::new_empty(a.x, size, torch::headeronly::ScalarType::Byte);
+    auto* memory = static_cast<unsigned char*>(memory_.mutable_data_ptr());
+    STD_CUDA_CHECK(cudaMemsetAsync(memory, 0, layout_.scratch.zeroed, stream_));
+    const Record<Acc> record = {
+        static_cast<int32_t*>(a.counters.mutable_data_ptr()),
+        static_cast<Acc*>(a.scalars.mutable_data_ptr()),
+        a.floor ? static_cast<const Acc*>(a.floor->const_data_ptr()) : nullptr,
+        a.index ? static_cast<const int64_t*>(a.index->const_data_ptr()) : nullptr,
+        {static_cast<Acc>(a.rtol), static_cast<Acc>(a.offset), static_cast<Acc>(a.rounding),
+         static_cast<int32_t>(a.patience), static_cast<int32_t>(a.max_iterations)},
+        0};
+    step_ = layout_.step(
+        static_cast<T*>(a.x.mutable_data_ptr()), static_cast<const T*>(a.gx.const_data_ptr()),
+        static_cast<T*>(a.out.mutable_data_ptr()), static_cast<Acc>(a.beta), record,
+        static_cast<int32_t*>(a.tally.mutable_data_ptr()), memory, vectors);
   }
 
   const Step<T>& step() const { return step_; }
 
-  // The first launch is all there is unless several blocks share a row.
   template <typename First, typename Second>
   void run(const First& first, const Second& second) const {
-    const int64_t blocks = blocks_of(step_.plan, step_.rows);
-    launch(first, blocks, shared_bytes(step_.plan, step_.desk), stream_);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    if (step_.plan.parts > 1 && step_.rows > 0) {
-      launch(second, blocks, 0, stream_);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    }
+    layout_.run(first, second, Start{stream_});
   }
 
  private:
   cudaStream_t stream_;
+  Layout<T> layout_;
   Tensor memory_;  // back to the stream's pool with this object; the kernels run in its order
   Step<T> step_;
 };

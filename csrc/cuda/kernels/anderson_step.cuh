@@ -13,6 +13,8 @@
 // that; one that has ended costs nothing.
 #pragma once
 
+#include <type_traits>
+
 #include "../../math/least_squares.h"
 #include "rows.cuh"
 
@@ -391,5 +393,16 @@ struct AndersonMove {
     }
   }
 };
+
+// Calls run with the kGroups for a history of m, as a constant: small windows need few registers,
+// which leaves room for more rows at a time.
+template <typename Run>
+void with_groups(int m, const Run& run) {
+  if (m - 1 <= kGroup) {
+    run(std::integral_constant<int, 1>{});
+  } else {
+    run(std::integral_constant<int, 4>{});
+  }
+}
 
 }  // namespace fpi::cuda

@@ -1,0 +1,74 @@
+// A step laid over blocks and scratch memory. Free of torch, so that the tests' emulation launches
+// what the operators launch.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "kernels/rows.cuh"
+
+namespace fpi::cuda {
+
+template <typename T>
+struct Layout {
+  using Acc = accumulate_t<T>;
+
+  int64_t rows, n;
+  int sums;  // of a row
+  Plan plan;
+  Desk desk;
+  Scratch scratch;
+
+  // m: Anderson's history, 1 if none.
+  Layout(int64_t rows, int64_t n, int sums, int m)
+      : rows(rows),
+        n(n),
+        sums(sums),
+        plan(plan_of(n, sizeof(T))),
+        desk(desk_of(plan, n, sizeof(T), sizeof(Acc), sums, m)),
+        scratch(scratch_of(plan, rows, sizeof(Acc), sums, m)) {}
+
+  // memory: scratch.bytes, the first scratch.zeroed of them zero. vectors: those of n values a row
+  // that the step touches beside x, gx and out.
+  Step<T> step(T* x, const T* gx, T* out, Acc beta, const Record<Acc>& record, int32_t* tally,
+               unsigned char* memory, std::initializer_list<const T*> vectors) const {
+    bool aligned = n % kWidth<T> == 0;
+    const auto check = [&](const T* v) {
+      aligned = aligned && reinterpret_cast<std::uintptr_t>(v) % kPackBytes == 0;
+    };
+    check(x), check(gx), check(out);
+    for (const T* v : vectors) {
+      check(v);
+    }
+    return {x,
+            gx,
+            out,
+            rows,
+            n,
+            beta,
+            record,
+            tally,
+            aligned,
+            plan,
+            desk,
+            sums,
+            reinterpret_cast<int32_t*>(memory),
+            reinterpret_cast<int32_t*>(memory + scratch.arrivals),
+            reinterpret_cast<Move*>(memory + scratch.moves),
+            reinterpret_cast<Acc*>(memory + scratch.gamma),
+            reinterpret_cast<Acc*>(memory + scratch.partials)};
+  }
+
+  // start(body, blocks, shared bytes) launches. The first launch is all there is unless several
+  // blocks share a row.
+  template <typename First, typename Second, typename Start>
+  void run(const First& first, const Second& second, const Start& start) const {
+    const int64_t blocks = blocks_of(plan, rows);
+    start(first, blocks, shared_bytes(plan, desk));
+    if (plan.parts > 1 && rows > 0) {
+      start(second, blocks, size_t{0});
+    }
+  }
+};
+
+}  // namespace fpi::cuda
