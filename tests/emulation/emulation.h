@@ -93,6 +93,12 @@ FPI_DEVICE T shuffle_xor(T value, int mask) {
   return shuffle(value, (thread_index() % kWarp) ^ mask);
 }
 
+template <typename Value>
+FPI_DEVICE void store_16(void* address, const Value& value) {
+  static_assert(sizeof(Value) == 16);
+  *static_cast<Value*>(address) = value;
+}
+
 template <typename T>
 FPI_DEVICE T load_uncached(const T* address) {
   const emulation::Uncached reading;
