@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "../../math/accumulate.h"
+#include "../../math/norm.h"
 #include "../../math/progress.h"
 #include "../capability.h"
 
@@ -132,9 +133,7 @@ FPI_HOST_DEVICE void for_vectors(int64_t n, const Body& body) {
 // so that tiny and huge states are measured too. value(i) gives entry i.
 template <typename Acc, typename Value>
 FPI_HOST_DEVICE Acc norm_from(Acc squares, int64_t n, const Value& value) {
-  const Acc tiny = sizeof(Acc) == 4 ? Acc(1e-30) : Acc(1e-290);
-  const Acc huge = sizeof(Acc) == 4 ? Acc(1e30) : Acc(1e290);
-  if (squares > tiny && squares < huge) {
+  if (is_trusted(squares)) {
     return square_root(squares);
   }
   Acc largest = 0;
