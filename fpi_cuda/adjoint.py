@@ -9,11 +9,9 @@ higher order is asked for, g is linearised once and only its vector-Jacobian pro
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import inspect
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -26,7 +24,7 @@ from torch.autograd import Function
 from . import backends
 from .backends.progress import STATUS, Limits, Progress, accumulate_dtype
 from .drivers import eager, graph
-from .modules import Binding, bindable
+from .evaluation import Adjoint, AdjointStep, Forward, MappedStep, PerSample, Step, UserStep
 from .operators import legacy_batched, over_legacy_batch, partial_bound, transforming
 from .solution import (
     MASKED,
@@ -41,8 +39,6 @@ from .solvers import Anderson, Picard, Solver
 from .solvers.iterate import iterate
 
 __all__ = ["ImplicitAdjoint"]
-
-Bound = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,294 +84,6 @@ def check_max_iterations(owner: str, value: Any) -> None:
     """Raise unless value is a whole number >= 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{owner}: max_iterations must be a whole number >= 1 (got {value!r})")
-
-
-# --- steps: g with its tensors made explicit -------------------------------------------------
-
-
-class Step:
-    """A step g(x, *inputs, *params) whose every tensor is explicit.
-
-    `bind(params)` does what depends on the shared tensors alone, once, and returns f(x, *inputs).
-    """
-
-    n_inputs: int
-
-    def bind(self, params: Sequence[Tensor]) -> Bound:
-        """The step with its shared tensors put in."""
-        raise NotImplementedError
-
-    def __call__(self, x: Tensor, *tensors: Tensor) -> Tensor:
-        """The step at x; tensors are the inputs, then the params."""
-        n = self.n_inputs
-        return self.bind(tensors[n:])(x, *tensors[:n])
-
-
-class UserStep(Step):
-    """The user's g, checked at every call.
-
-    Args:
-        g: a callable g(x, *inputs, *params).
-        n_inputs, n_params: how many of each the user passed; a module's own parameters follow.
-        pack, unpack: between the user's state (a tensor or a tuple) and the solver's one tensor.
-    """
-
-    def __init__(
-        self,
-        g: Callable[..., Any],
-        n_inputs: int,
-        n_params: int,
-        pack: Callable[[Any], Tensor],
-        unpack: Callable[[Tensor], Any],
-    ) -> None:
-        self.g, self.n_inputs, self.n_params = g, n_inputs, n_params
-        self.pack, self.unpack = pack, unpack
-        self.binding = Binding(g) if bindable(g) else None  # type: ignore[arg-type]
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """The snapshot of the module's buffers."""
-        return self.binding.buffers if self.binding else []
-
-    def around(self, buffers: Sequence[Tensor]) -> UserStep:
-        """The same step with this snapshot of the buffers."""
-        other = copy.copy(self)
-        other.binding = self.binding.around(buffers) if self.binding else None
-        return other
-
-    def bind(self, params: Sequence[Tensor]) -> Bound:
-        """g with the user's params appended and the module's own put in."""
-        shared = params[: self.n_params]
-        g = self.binding.bind(params[self.n_params :]) if self.binding else self.g
-        pack, unpack = self.pack, self.unpack
-
-        def bound(x: Tensor, *inputs: Tensor) -> Tensor:
-            return pack(g(unpack(x), *inputs, *shared))
-
-        return bound
-
-
-class AdjointStep(Step):
-    """c ↦ (∂g/∂x)ᵀ c + v at x: the backward layer's step (paper eq. 10). Inputs: x, v, then g's."""
-
-    def __init__(self, inner: Step) -> None:
-        self.inner = inner
-        self.n_inputs = 2 + inner.n_inputs
-
-    def bind(self, params: Sequence[Tensor]) -> Bound:
-        """The affine step at these params."""
-        g = self.inner.bind(params)
-
-        def bound(c: Tensor, x: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
-            if transforming():
-                return torch.func.vjp(lambda q: g(q, *inputs), x)[1](c)[0] + v  # type: ignore[no-any-return]
-            # x is a leaf of an independent graph here, as everything is inside a node's forward.
-            graph = torch.is_grad_enabled()
-            with torch.enable_grad():
-                leaf = x if x.requires_grad else x.detach().requires_grad_()
-                y = g(leaf, *inputs)
-                jc = _vjp(y, leaf, c, graph)
-            return jc + v
-
-        return bound
-
-
-class MappedStep(Step):
-    """torch.vmap of a step over a new first dimension of x and of the tensors that have it."""
-
-    def __init__(self, inner: Step, dims: Sequence[int | None]) -> None:
-        self.inner, self.dims, self.n_inputs = inner, tuple(dims), inner.n_inputs
-
-    def bind(self, params: Sequence[Tensor]) -> Bound:
-        """The mapped step at these params."""
-        mapped = torch.vmap(self.inner, in_dims=(0, *self.dims))
-
-        def bound(x: Tensor, *inputs: Tensor) -> Tensor:
-            return mapped(x, *inputs, *params)
-
-        return bound
-
-
-def _vjp(y: Tensor, x: Tensor, c: Tensor, graph: bool) -> Tensor:
-    if not y.requires_grad:
-        return torch.zeros_like(x)
-    (out,) = torch.autograd.grad(y, x, c, retain_graph=True, create_graph=graph, allow_unused=True)
-    return torch.zeros_like(x) if out is None else out
-
-
-# --- evaluations: what the loop calls --------------------------------------------------------
-
-# Whether g treats samples independently, found out once a g (and a training state of it).
-_PER_SAMPLE: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
-
-
-class _PerSample:
-    """Whether finished samples may be left out of the batch given to one g."""
-
-    def __init__(self, setting: bool | str, step: Step) -> None:
-        self.known: bool | None = None if setting == "auto" else bool(setting)
-        while not isinstance(step, UserStep):
-            step = step.inner  # type: ignore[attr-defined]
-        g = step.g
-        self._g = g
-        modules = g.modules() if isinstance(g, torch.nn.Module) else ()
-        self._key = tuple(m.training for m in modules)
-        if self.known is None:
-            with contextlib.suppress(TypeError):  # g takes no weak reference: look each time
-                self.known = _PER_SAMPLE.get(g, {}).get(self._key)
-
-    def learn(self, part: Callable[[], Tensor], whole: Tensor) -> bool:
-        """Compare g on the compacted rows with those rows of g on the whole batch."""
-        try:
-            rows = part()
-        except Exception:
-            self.known = False
-        else:
-            self.known = self._agree(rows, whole)
-        with contextlib.suppress(TypeError):
-            _PER_SAMPLE.setdefault(self._g, {})[self._key] = self.known
-        if not self.known:
-            warn(
-                "fpi_cuda: g does not treat the samples of a batch independently (batch norm, "
-                "attention across it, or a captured tensor with the batch dimension?): finished "
-                "samples are frozen but stay in the batch given to g. Pass captured tensors as "
-                "inputs, or per_sample=False to say so and silence this.",
-                UserWarning,
-            )
-        return self.known
-
-    @staticmethod
-    def _agree(part: Tensor, whole: Tensor) -> bool:
-        eps = torch.finfo(part.dtype).eps
-        # A library GEMM's or convolution's rows differ in the last bits with the batch's size.
-        slack = (16 if eps > 1e-5 else 256) * eps
-        part, whole = (t.reshape(len(t), -1).double() for t in (part, whole))
-        scale = torch.maximum(torch.linalg.vector_norm(whole, dim=1), part.new_tensor(1e-300))
-        worst = torch.linalg.vector_norm(part - whole, dim=1) / scale
-        # Rows that hold NaN or Inf say nothing.
-        return not bool((worst > slack).any())
-
-
-class _Forward:
-    """x ↦ g(x, *inputs) on the rows it holds."""
-
-    def __init__(
-        self, problem: Problem, g: Bound, inputs: Sequence[Tensor], per_sample: _PerSample | None
-    ) -> None:
-        self.problem, self.g, self.inputs, self.per_sample = problem, g, inputs, per_sample
-        # On a device a smaller batch costs a dozen launches, and a small one saves no time.
-        below = 0.8 if problem.device_type == "cpu" else 0.5
-        self.compact_below = 0.0 if per_sample is None or per_sample.known is False else below
-        self.first = True
-        self.wide = problem.autocast_dtype is None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.problem.calls += 1
-        if self.first:
-            self.first = False
-            return self._first(x)
-        if self.wide:
-            return check_output(self.g(x, *self.inputs), x)
-        with self.problem.autocast():
-            return check_output(self.g(x, *self.inputs), x)
-
-    def _first(self, x: Tensor) -> Tensor:
-        """The first call also finds what g captures, and whether it writes to its argument."""
-        version = None if x.is_inference() else x._version
-        with torch.set_grad_enabled(self.problem.grad_enabled), self.problem.autocast():
-            gx = check_output(self.g(x, *self.inputs), x)
-        if version is not None and x._version != version:
-            raise RuntimeError(
-                "fixed_point: g must not change its argument x in place; write x * 2, not x.mul_(2)"
-            )
-        if gx.requires_grad:
-            self.problem.captured = True
-        return gx.detach()
-
-    def select(self, positions: Tensor, x: Tensor) -> _Forward | None:
-        assert self.per_sample is not None
-        inputs = [t.index_select(0, positions) for t in self.inputs]
-        part = _Forward(self.problem, self.g, inputs, self.per_sample)
-        part.first = False
-        if self.per_sample.known is None:
-            whole = self(x).index_select(0, positions)
-            if not self.per_sample.learn(lambda: part(x.index_select(0, positions)), whole):
-                return None
-        return part
-
-
-class _Adjoint:
-    """c ↦ (∂g/∂x)ᵀ c + v, linearised once at x."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        g: Bound,
-        x: Tensor,
-        v: Tensor,
-        inputs: Sequence[Tensor],
-        per_sample: _PerSample | None,
-    ) -> None:
-        self.problem, self.g, self.v, self.inputs = problem, g, v, inputs
-        self.per_sample = per_sample
-        # A smaller batch costs one more linearisation: it must save more than that.
-        self.compact_below = 0.0 if per_sample is None or per_sample.known is False else 0.5
-        problem.calls += 1
-        with torch.enable_grad(), problem.autocast():
-            self.x = x.detach().requires_grad_()
-            self.y = check_output(g(self.x, *inputs), self.x)
-
-    def __call__(self, c: Tensor) -> Tensor:
-        return _vjp(self.y, self.x, c, False) + self.v
-
-    def select(self, positions: Tensor, c: Tensor) -> _Adjoint | None:
-        del c
-        assert self.per_sample is not None
-
-        def rows(t: Tensor) -> Tensor:
-            return t.detach().index_select(0, positions)
-
-        def smaller() -> _Adjoint:
-            inputs = [rows(t) for t in self.inputs]
-            return _Adjoint(
-                self.problem, self.g, rows(self.x), rows(self.v), inputs, self.per_sample
-            )
-
-        if self.per_sample.known is not None:
-            return smaller()
-        made: list[_Adjoint] = []
-
-        def part() -> Tensor:
-            made.append(smaller())
-            return made[0].y.detach()
-
-        return made[0] if self.per_sample.learn(part, rows(self.y)) else None
-
-
-def check_output(gx: Any, x: Tensor) -> Tensor:
-    """g's value, or an error that says what it must be."""
-    if not isinstance(gx, Tensor):
-        raise TypeError(f"fixed_point: g must return a tensor like x (got {type(gx).__name__})")
-    if gx.shape != x.shape:
-        raise ValueError(
-            f"fixed_point: g must return the shape of x, {tuple(x.shape)} (got {tuple(gx.shape)}); "
-            "where g broadcasts, give x0 the full shape"
-        )
-    if gx.device != x.device:
-        raise ValueError(
-            f"fixed_point: g must return a tensor on x's device, {x.device} (got {gx.device})"
-        )
-    if gx.dtype != x.dtype:
-        if torch.is_autocast_enabled(x.device.type) and gx.is_floating_point():
-            return gx.to(x.dtype)
-        raise TypeError(
-            f"fixed_point: g must return x's dtype, {x.dtype} (got {gx.dtype}); convert x0, the "
-            "inputs or the parameters to one dtype"
-        )
-    return gx
-
-
-# --- the problem and its node ----------------------------------------------------------------
 
 
 class Report:
@@ -463,13 +171,13 @@ class Problem:
         self.calls = 0
         n = self.step.n_inputs
         inputs, params = tensors[:n], tensors[n:]
-        per_sample = _PerSample(self.per_sample, self.step) if self.batch_dims == 1 else None
+        per_sample = PerSample(self.per_sample, self.step) if self.batch_dims == 1 else None
         with torch.no_grad(), self._full_precision():
             if self.linear:
                 assert isinstance(self.step, AdjointStep)
                 g = self.step.inner.bind(params)
                 x, v = inputs[:2]
-                linear = _Adjoint(self, g, x, v, inputs[2:], per_sample)
+                linear = Adjoint(self, g, x, v, inputs[2:], per_sample)
                 return self._iterate(linear, x0, v)
             if self.driver != "eager" and x0.device.type in graph.RECORDERS:
                 solved = self._solve_captured(x0, inputs, params)
@@ -477,7 +185,7 @@ class Problem:
                     return solved
             with self.autocast():
                 g = self.step.bind(params)
-            forward = _Forward(self, g, inputs, per_sample)
+            forward = Forward(self, g, inputs, per_sample)
             return self._iterate(forward, x0, None)
 
     def _full_precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -486,13 +194,13 @@ class Problem:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, enabled=False)
 
-    def solve_adjoint(self, linear: _Adjoint, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    def solve_adjoint(self, linear: Adjoint, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """c and the samples to keep, for a linearisation made by the caller."""
-        self.calls = linear.problem.calls
+        self.calls = linear.owner.calls
         return self._iterate(linear, v, v)
 
     def _iterate(
-        self, evaluate: _Forward | _Adjoint, x0: Tensor, v: Tensor | None
+        self, evaluate: Forward | Adjoint, x0: Tensor, v: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         b = self.batch_dims
         acc = accumulate_dtype(x0.dtype)
@@ -560,7 +268,7 @@ class Problem:
         self,
         given: Sequence[Tensor],
         params: Sequence[Tensor],
-        begin: Callable[[Problem, Sequence[Tensor], Sequence[Tensor]], _Forward | _Adjoint],
+        begin: Callable[[Problem, Sequence[Tensor], Sequence[Tensor]], Forward | Adjoint],
         end: Callable[[Any, Tensor, Progress], Sequence[Tensor | None]] | None = None,
         options: tuple[Any, ...] = (),
     ) -> graph.Solved | None:
@@ -584,7 +292,7 @@ class Problem:
         own = [t.detach() for t in params[m:]]
         alone = dataclasses.replace(self, report=Report())  # this call's problem stays as it is
 
-        def begin_static(static: Sequence[Tensor]) -> _Forward | _Adjoint:
+        def begin_static(static: Sequence[Tensor]) -> Forward | Adjoint:
             alone.step = step.around(static[n + m :])
             return begin(alone, static[:n], [*static[n : n + m], *own])
 
@@ -614,10 +322,10 @@ class Problem:
     def _solve_captured(
         self, x0: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None] | None:
-        def begin(problem: Problem, given: Sequence[Tensor], params: Sequence[Tensor]) -> _Forward:
+        def begin(problem: Problem, given: Sequence[Tensor], params: Sequence[Tensor]) -> Forward:
             with problem.autocast():
                 g = problem.step.bind(params)
-            return _Forward(problem, g, given[1:], None)
+            return Forward(problem, g, given[1:], None)
 
         solved = self.captured_solve([x0, *inputs], params, begin)
         if solved is None:
@@ -770,7 +478,7 @@ def _first_order(
         solved = _captured_first_order(adjoint, x, v, tensors, need)
         if solved is not None:
             return solved
-    per_sample = _PerSample(problem.per_sample, problem.step) if problem.batch_dims == 1 else None
+    per_sample = PerSample(problem.per_sample, problem.step) if problem.batch_dims == 1 else None
     n = problem.step.n_inputs
     with adjoint._full_precision():
         linear, wanted = _linearise(adjoint, x, v, tensors[:n], tensors[n:], need, per_sample)
@@ -790,8 +498,8 @@ def _linearise(
     inputs: Sequence[Tensor],
     params: Sequence[Tensor],
     need: Sequence[int],
-    per_sample: _PerSample | None,
-) -> tuple[_Adjoint, list[Tensor]]:
+    per_sample: PerSample | None,
+) -> tuple[Adjoint, list[Tensor]]:
     """g linearised at x, and the leaves of it that need gradients."""
     step = adjoint.step
     assert isinstance(step, AdjointStep)
@@ -801,10 +509,10 @@ def _linearise(
         leaves[i].requires_grad_()
     with torch.enable_grad(), adjoint.autocast():
         g = step.inner.bind(leaves[n:])
-    return _Adjoint(adjoint, g, x, v, leaves[:n], per_sample), [leaves[i] for i in need]
+    return Adjoint(adjoint, g, x, v, leaves[:n], per_sample), [leaves[i] for i in need]
 
 
-def _pulled_back(linear: _Adjoint, wanted: Sequence[Tensor], c: Tensor) -> Sequence[Tensor | None]:
+def _pulled_back(linear: Adjoint, wanted: Sequence[Tensor], c: Tensor) -> Sequence[Tensor | None]:
     """(∂g/∂leaf)ᵀ c for each."""
     if not wanted or not linear.y.requires_grad:
         return [None] * len(wanted)
@@ -818,13 +526,13 @@ def _captured_first_order(
     n = adjoint.step.n_inputs - 2
     wanted: list[Tensor] = []
 
-    def begin(problem: Problem, given: Sequence[Tensor], params: Sequence[Tensor]) -> _Adjoint:
+    def begin(problem: Problem, given: Sequence[Tensor], params: Sequence[Tensor]) -> Adjoint:
         v, x, *inputs = given
         problem.step = AdjointStep(problem.step)
         linear, wanted[:] = _linearise(problem, x, v, inputs, params, need, None)
         return linear
 
-    def end(linear: _Adjoint, c: Tensor, progress: Progress) -> Sequence[Tensor | None]:
+    def end(linear: Adjoint, c: Tensor, progress: Progress) -> Sequence[Tensor | None]:
         keep = adjoint.kept(progress.counters[:, STATUS] - 1, progress.floor)
         if keep is not None:
             c = torch.where(_like(keep, c), c, 0)

@@ -44,9 +44,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import backends, operators
-from .adjoint import FixedPoint, ImplicitAdjoint, Problem, Report, UserStep
+from .adjoint import FixedPoint, ImplicitAdjoint, Problem, Report
 from .backends.progress import ACTIVE_ROWS, Limits, Progress
-from .fixed_point import _attach_captured, _captures_transformed
+from .evaluation import UserStep
+from .fixed_point import attach_captured, captures_transformed
 from .modules import has_stateful_buffers
 from .operators import transforming
 from .solution import FixedPointWarning, Tolerance, warn
@@ -174,14 +175,14 @@ def fixed_point_iteration(
     )
     packed = step.pack(x0).detach()
     tensors = (*y, *param, *(step.binding.params if step.binding else ()))
-    if transforming() and _captures_transformed(step, packed, tensors):
+    if transforming() and captures_transformed(step, packed, tensors):
         raise RuntimeError(
             "compat: g must take every tensor that torch.func transforms from y or param (it "
             "captures one)"
         )
     x, keep = FixedPoint.apply(problem, packed, None, *tensors)  # type: ignore[no-untyped-call]
     if problem.captured:
-        x = _attach_captured(problem, x.detach(), keep, packed, tensors)
+        x = attach_captured(problem, x.detach(), keep, packed, tensors)
     out: Tensors = step.unpack(x)
     if has_stateful_buffers(g) and not transforming():
         with torch.no_grad():

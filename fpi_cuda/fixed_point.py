@@ -15,10 +15,9 @@ from .adjoint import (
     ImplicitAdjoint,
     Problem,
     Report,
-    UserStep,
     check_max_iterations,
-    check_output,
 )
+from .evaluation import UserStep, check_output
 from .modules import has_stateful_buffers
 from .operators import transforming
 from .solution import Solution, State, Tolerance
@@ -129,7 +128,7 @@ def fixed_point(
         parts=tuple(tuple(part.shape[1:]) for part in x0) if isinstance(x0, (tuple, list)) else (),
     )
     tensors = (*inputs, *params, *own)
-    if transforming() and _captures_transformed(step, packed, tensors):
+    if transforming() and captures_transformed(step, packed, tensors):
         raise RuntimeError(
             "fixed_point: g must take every tensor that torch.func transforms as an argument (it "
             "captures one); pass it in `inputs` (per sample) or `params` (shared)"
@@ -144,7 +143,7 @@ def fixed_point(
     else:
         x, keep = problem.solve(packed.detach(), tensors)  # no node where nothing asks for one
     if problem.captured:
-        x = _attach_captured(problem, x.detach(), keep, packed, tensors)
+        x = attach_captured(problem, x.detach(), keep, packed, tensors)
     if has_stateful_buffers(g) and not transforming():
         # The solve ran on a snapshot: running statistics move once a call, at the solution.
         with torch.no_grad():
@@ -284,7 +283,7 @@ def _check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], x: Tenso
             )
 
 
-def _captures_transformed(step: UserStep, x: Tensor, tensors: Sequence[Tensor]) -> bool:
+def captures_transformed(step: UserStep, x: Tensor, tensors: Sequence[Tensor]) -> bool:
     """Whether g's value depends on a tensor that a torch.func transform tracks and g captured."""
     plain = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (x, *tensors)]
     try:
@@ -298,7 +297,7 @@ def _captures_transformed(step: UserStep, x: Tensor, tensors: Sequence[Tensor]) 
     return False
 
 
-def _attach_captured(
+def attach_captured(
     problem: Problem, x: Tensor, keep: Tensor | None, x0: Tensor, tensors: Sequence[Tensor]
 ) -> Tensor:
     """First derivatives for tensors that g captured: the gradient at g(x̂) is c itself (eq. 11)."""

@@ -16,6 +16,7 @@ RANK = {
     "modules": 2,
     "operators": 3,
     "solvers": 4,
+    "evaluation": 5,
     "drivers": 5,
     "adjoint": 6,
     "fixed_point": 7,
