@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import Net, contraction, linear, row_tanh
+from helpers import TIGHT, TIGHT_ADJOINT, Net, contraction, linear, row_tanh
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -960,6 +960,31 @@ def test_cuda_graph_in_other_dtypes(dtype):
     _, expected = forward_backward(g, z, driver="eager", on_failure="return")
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def derivatives_are_right(device, driver, solver):
+    w = contraction(3, 0.6).to(device).requires_grad_()
+    z = torch.randn(2, 3, dtype=torch.float64, device=device, requires_grad=True)
+
+    def g(x, z, w):
+        return torch.tanh(x @ w.mT + z)
+
+    def solved(z, w):
+        options = {"solver": solver, "tolerance": TIGHT, "adjoint": TIGHT_ADJOINT}
+        return fixed_point(g, torch.zeros_like(z), z, params=(w,), driver=driver, **options).x
+
+    assert torch.autograd.gradcheck(solved, (z, w))
+    assert torch.autograd.gradgradcheck(solved, (z, w))
+
+
+def test_the_check_of_derivatives_holds_on_the_cpu(solver):
+    derivatives_are_right("cpu", "eager", solver)
+
+
+@on_cuda
+@pytest.mark.parametrize("driver", ["eager", "graph"])
+def test_cuda_derivatives(driver, solver):
+    derivatives_are_right("cuda", driver, solver)
 
 
 @on_cuda
