@@ -93,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         families=tuple(given.families),
         budget=given.budget,
         without=tuple(given.without),
+        peers_at=tuple(given.peers_at),
     )
     known = facts(given.device)
     rows: list[suites.Row] = []

@@ -48,6 +48,7 @@ class Options:
     rounds: tuple[int, int] = (5, 31)
     instances: int = problems.INSTANCES
     without: tuple[str, ...] = ()  # methods to leave out
+    peers_at: tuple[Size, ...] = ()  # where `quick` runs torchdeq
 
 
 # --- solve: whole solves, forward and with the backward ---------------------------------------

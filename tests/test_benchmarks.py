@@ -207,6 +207,17 @@ def test_the_command_on_a_tiny_size(tmp_path, capsys):
     assert "plain loop, compacted" in printed
 
 
+def test_quick_runs_to_its_end(monkeypatch, capsys):
+    for name in ("kernels", "importing"):  # their sizes are their own
+        monkeypatch.setattr(suites, name, lambda _: [])
+    size = ["64x32"]
+    arguments = ["quick", "--sizes", *size, "--peers-at", *size, "--budget", "0.001"]
+    assert command.main([*arguments, "--kinds", "easy"]) == 0
+    printed = capsys.readouterr().out
+    assert "plain loop, compacted" in printed
+    assert ("torchdeq Anderson" in printed) == (methods.absent("torchdeq") is None)
+
+
 def test_list_names_every_method(capsys):
     assert command.main(["--list"]) == 0
     printed = capsys.readouterr().out
