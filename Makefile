@@ -46,7 +46,8 @@ lint: venv
 
 # Compiles the CUDA kernels, with registers and spills, under any torch; nvcc is all it needs.
 cuda-compile: venv
-	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build/cuda-compile -G Ninja \
+	PATH="$(abspath $(VENV))/bin:$$PATH" TORCH_CUDA_ARCH_LIST="8.0 9.0 9.0a" \
+		cmake -S . -B build/cuda-compile -G Ninja \
 		-DPython_EXECUTABLE=$(abspath $(PY)) -DFPI_CUDA_BUILD=cpu -DFPI_CUDA_OBJECTS=ON
 	PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/cuda-compile --target cuda_objects
 
