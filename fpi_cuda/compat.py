@@ -164,6 +164,7 @@ def fixed_point_iteration(
         backend="auto",
         on_failure="warn",
         per_sample=False,
+        driver="eager",  # the conditions are Python: no device can ask them
         report=Report(),
         unpack=step.unpack,
         name="compat.fixed_point_iteration",

@@ -31,6 +31,7 @@ from fpi_cuda import (
     Status,
     Tolerance,
     backends,
+    compat,
     fixed_point,
 )
 from fpi_cuda.drivers import eager, graph
@@ -56,6 +57,9 @@ class Tardy:
     def ready(self):
         self.left -= 1
         return self.left < 0
+
+    def wait(self):
+        self.left = 0
 
     def values(self):
         return self.copy
@@ -777,6 +781,27 @@ def test_a_g_that_is_wrong_says_so(tape):
         pytest.raises(RuntimeError, match="must not change its argument"),
     ):
         fixed_point(in_place, problem() * 0, problem(), driver="graph")
+
+
+@pytest.mark.parametrize("m_anderson", [0, 3])
+def test_compats_conditions_decide_on_a_device_too(tape, m_anderson):
+    """A graph stops by the tally, so it must never run what a condition is to stop."""
+    w, z = contraction(3, 0.7), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    asked = []
+
+    def cond(count, x, previous):
+        asked.append(count)
+        return count < 40
+
+    def g(x, y):
+        return (torch.tanh(x[0] @ y[1].mT) + y[0],)
+
+    for _ in range(4):
+        (x,) = compat.fixed_point_iteration((z, w), (z * 0,), g, cond, cond, m_anderson)
+        x.sum().backward()
+        torch.testing.assert_close(x, g((x,), (z, w))[0], rtol=1e-5, atol=1e-5)
+    assert asked.count(40) == 8
+    assert captures() == 0
 
 
 def test_old_drivers_and_the_reference_backend_are_eager(tape, monkeypatch):

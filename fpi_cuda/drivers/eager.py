@@ -8,7 +8,6 @@ finished samples are frozen.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -32,6 +31,9 @@ class Slot(Protocol):
     def ready(self) -> bool:
         """Whether it has arrived."""
 
+    def wait(self) -> None:
+        """Return once it has."""
+
     def values(self) -> list[int]:
         """What has arrived."""
 
@@ -51,6 +53,10 @@ class PinnedSlot:
     def ready(self) -> bool:
         """Whether the event has passed."""
         return bool(self._event.query())
+
+    def wait(self) -> None:
+        """Until the event has passed; other threads may run meanwhile."""
+        self._event.synchronize()
 
     def values(self) -> list[int]:
         """The copy."""
@@ -82,11 +88,10 @@ class LateRead:
         ahead = self._ahead if self._left > 0 else 0
         while self._under_way:
             oldest = self._under_way[0]
-            if not oldest.ready():
-                if len(self._under_way) <= ahead:
-                    break
-                time.sleep(0)  # other threads may run; the device still has work in its queue
-                continue
+            if len(self._under_way) > ahead:
+                oldest.wait()  # the steps after it are still in the device's queue
+            elif not oldest.ready():
+                break
             self._known = oldest.values()
             self._free.append(self._under_way.popleft())
         return self._known
