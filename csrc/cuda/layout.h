@@ -32,13 +32,9 @@ struct Layout {
   // that the step touches beside x, gx and out.
   Step<T> step(T* x, const T* gx, T* out, Acc beta, const Record<Acc>& record, int32_t* tally,
                unsigned char* memory, std::initializer_list<const T*> vectors) const {
-    bool aligned = n % kWidth<T> == 0;
-    const auto check = [&](const T* v) {
-      aligned = aligned && reinterpret_cast<std::uintptr_t>(v) % kPackBytes == 0;
-    };
-    check(x), check(gx), check(out);
+    bool aligned = n % kWidth<T> == 0 && is_aligned(x) && is_aligned(gx) && is_aligned(out);
     for (const T* v : vectors) {
-      check(v);
+      aligned = aligned && is_aligned(v);
     }
     return {x,
             gx,

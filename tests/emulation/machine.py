@@ -95,13 +95,19 @@ class Machine:
         for t in tensors:
             stdin.write(ctypes.string_at(t.data_ptr(), t.numel() * t.element_size()))
         stdin.flush()
-        answer = stdout.readline().decode().split("\t")
+        answer = stdout.readline().decode().rstrip("\n").split("\t")
         if answer[0] != "done":
             raise EOFError
         self.reached.update((int(w.split()[-1]), w.rsplit(" ", 1)[0]) for w in answer[1:])
         for t in tensors:
             data = stdout.read(t.numel() * t.element_size())
             ctypes.memmove(t.data_ptr(), data, len(data))
+
+    def damped_update(self, x: Tensor, gx: Tensor, beta: float, blocks: int) -> None:
+        """The operator's body on a grid of that many blocks."""
+        dtype = str(x.dtype).removeprefix("torch.")
+        numbers = {"beta": beta, "count": x.numel(), "blocks": blocks}
+        self.call(f"damped_update.{dtype}", {"x": x, "gx": gx}, **numbers)
 
     def picard_step(self, p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
         self._step("picard_step", p, x, gx, {}, beta=beta)

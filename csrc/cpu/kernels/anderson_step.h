@@ -4,20 +4,12 @@
 
 #include "../../math/accumulate.h"
 #include "../../math/progress.h"
+#include "../../math/window.h"
 #include "../capability.h"
 
 namespace fpi {
 
 constexpr int kMaxHistory = 64;
-
-// The window of every sample: rings of m iterates, newest at counters[kHead].
-template <typename T>
-struct Window {
-  T* values;              // g(x), [B, m, n]
-  T* residuals;           // g(x) − x, [B, m, n]
-  accumulate_t<T>* gram;  // d_i · d_j by slot, [B, m, m]; d_i = r_i − r_{i−1}
-  int m;
-};
 
 }  // namespace fpi
 

@@ -16,18 +16,10 @@
 #include <type_traits>
 
 #include "../../math/least_squares.h"
+#include "../../math/window.h"
 #include "rows.cuh"
 
 namespace fpi::cuda {
-
-// The window of every sample: rings of m iterates, newest at counters[kHead].
-template <typename T>
-struct Window {
-  T* values;              // g(x), [B, m, n]
-  T* residuals;           // g(x) − x, [B, m, n]
-  accumulate_t<T>* gram;  // d_i · d_j by slot, [B, m, m]; d_i = r_i − r_{i−1}
-  int m;
-};
 
 // One sample's window.
 template <typename T>
@@ -117,13 +109,7 @@ struct AndersonStep {
   Acc ridge, restart;
 
   FPI_DEVICE void operator()() const {
-    const Team team = step.team();
-    const Row<T> row = step.row_of(team, block_index());
-    Outcome outcome = {};
-    if (row.number < step.rows) {
-      outcome = step.counters(row)[kStatus] == kActive ? advance(team, row) : step.leave(team, row);
-    }
-    step.count(team, outcome);
+    step.each_row([&](const Team& team, const Row<T>& row) { return advance(team, row); });
   }
 
   FPI_DEVICE Outcome advance(const Team& team, const Row<T>& row) const {

@@ -3,9 +3,15 @@
 
 #include <cstdint>
 
+#include "../../math/accumulate.h"
+#include "../../math/update.h"
 #include "team.cuh"
 
 namespace fpi::cuda {
+
+inline bool is_aligned(const void* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % kPackBytes == 0;
+}
 
 template <typename T>
 constexpr int kWidth = kPackBytes / static_cast<int>(sizeof(T));
@@ -23,6 +29,19 @@ FPI_DEVICE Pack<Acc, kCount> widened(const Pack<T, kCount>& pack) {
     wide.values[l] = static_cast<Acc>(pack.values[l]);
   }
   return wide;
+}
+
+// x + β (g − x)
+template <typename T, int kCount>
+FPI_DEVICE Pack<T, kCount> damped(Pack<T, kCount> x, const Pack<T, kCount>& gx,
+                                  accumulate_t<T> beta) {
+  using Acc = accumulate_t<T>;
+#pragma unroll
+  for (int l = 0; l < kCount; ++l) {
+    x.values[l] = static_cast<T>(
+        damped_update(static_cast<Acc>(x.values[l]), static_cast<Acc>(gx.values[l]), beta));
+  }
+  return x;
 }
 
 // kCount values in one access, at a multiple of their bytes.

@@ -1,9 +1,8 @@
 // One Picard step.
 //
 // Vectors of n that a row moves:
-//   one launch (plans a, b)  reads x, g(x); writes x: 3 at any β. The second pass reads the copies
-//   in
-//                            shared memory.
+//   one launch (plans a, b)  reads x, g(x); writes x: 3 at any β. The second pass reads the
+//                            copies in shared memory.
 //   two launches (plan c)    reads x, g(x); then reads g(x), writes x: 4 at β = 1, else reads x
 //                            too: 5.
 // A row that ends writes out too; one that has ended costs nothing.
@@ -22,13 +21,7 @@ struct PicardStep {
   Step<T> step;
 
   FPI_DEVICE void operator()() const {
-    const Team team = step.team();
-    const Row<T> row = step.row_of(team, block_index());
-    Outcome outcome = {};
-    if (row.number < step.rows) {
-      outcome = step.counters(row)[kStatus] == kActive ? advance(team, row) : step.leave(team, row);
-    }
-    step.count(team, outcome);
+    step.each_row([&](const Team& team, const Row<T>& row) { return advance(team, row); });
   }
 
   FPI_DEVICE Outcome advance(const Team& team, const Row<T>& row) const {

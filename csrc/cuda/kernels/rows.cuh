@@ -1,10 +1,8 @@
 // What the step kernels do with their rows, whatever the solver.
 #pragma once
 
-#include "../../math/accumulate.h"
 #include "../../math/norm.h"
 #include "../../math/progress.h"
-#include "../../math/update.h"
 #include "pack.cuh"
 
 namespace fpi::cuda {
@@ -65,6 +63,18 @@ struct Step {
   Acc* partials;
 
   FPI_DEVICE Team team() const { return Team::of(plan.team); }
+
+  // A first launch: advance(team, row) if the row is active; what comes of it goes to the tally.
+  template <typename Advance>
+  FPI_DEVICE void each_row(const Advance& advance) const {
+    const Team team = this->team();
+    const Row<T> row = row_of(team, block_index());
+    Outcome outcome = {};
+    if (row.number < rows) {
+      outcome = counters(row)[kStatus] == kActive ? advance(team, row) : leave(team, row);
+    }
+    count(team, outcome);
+  }
 
   // The row of this team; its number is beyond the last if there is none.
   FPI_DEVICE Row<T> row_of(const Team& team, int64_t block) const {
@@ -215,14 +225,7 @@ struct Step {
       return;
     }
     for_packs<T>(team, row.begin, row.end, aligned, [&](int64_t i, auto access) {
-      auto pack = access.load(old + i);
-      const auto next = access.load(value + i);
-#pragma unroll
-      for (int l = 0; l < access.kValues; ++l) {
-        pack.values[l] = static_cast<T>(damped_update(static_cast<Acc>(pack.values[l]),
-                                                      static_cast<Acc>(next.values[l]), beta));
-      }
-      access.store(row.x + i, pack);
+      access.store(row.x + i, damped(access.load(old + i), access.load(value + i), beta));
     });
   }
 
