@@ -19,8 +19,8 @@ void anderson_step_cpu(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor 
   dispatch_floating(op, "x", x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = accumulate_t<T>;
-    const auto record = record_of<Acc>(counters, scalars, tally, index, floor, rtol, offset,
-                                       rounding, patience, max_iterations);
+    const auto record = record_of<Acc>(counters, scalars, index, floor, rtol, offset, rounding,
+                                       patience, max_iterations);
     const int m = static_cast<int>(values.size(1));
     const Window<T> window{static_cast<T*>(values.mutable_data_ptr()),
                            static_cast<T*>(residuals.mutable_data_ptr()),

@@ -15,8 +15,8 @@ void picard_step_cpu(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor sc
   check_step("_picard_step", x, gx, out, counters, scalars, tally, index, floor);
   dispatch_floating("_picard_step", "x", x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto record = record_of<accumulate_t<T>>(counters, scalars, tally, index, floor, rtol,
-                                                   offset, rounding, patience, max_iterations);
+    const auto record = record_of<accumulate_t<T>>(counters, scalars, index, floor, rtol, offset,
+                                                   rounding, patience, max_iterations);
     T* x_data = static_cast<T*>(x.mutable_data_ptr());
     const T* gx_data = static_cast<const T*>(gx.const_data_ptr());
     T* out_data = static_cast<T*>(out.mutable_data_ptr());

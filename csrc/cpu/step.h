@@ -15,7 +15,7 @@ namespace fpi {
 constexpr int64_t kStepGrain = 8192;
 
 template <typename Acc>
-Record<Acc> record_of(const Tensor& counters, const Tensor& scalars, const Tensor& tally,
+Record<Acc> record_of(const Tensor& counters, const Tensor& scalars,
                       const std::optional<Tensor>& index, const std::optional<Tensor>& floor,
                       double rtol, double offset, double rounding, int64_t patience,
                       int64_t max_iterations) {
@@ -24,8 +24,7 @@ Record<Acc> record_of(const Tensor& counters, const Tensor& scalars, const Tenso
           floor ? static_cast<const Acc*>(floor->const_data_ptr()) : nullptr,
           index ? static_cast<const int64_t*>(index->const_data_ptr()) : nullptr,
           {static_cast<Acc>(rtol), static_cast<Acc>(offset), static_cast<Acc>(rounding),
-           static_cast<int32_t>(patience), static_cast<int32_t>(max_iterations)},
-          static_cast<const int32_t*>(tally.const_data_ptr())[kIteration] + 1};
+           static_cast<int32_t>(patience), static_cast<int32_t>(max_iterations)}};
 }
 
 // Runs rows(begin, end), which returns their Tally, over all rows of x. tally is brought up

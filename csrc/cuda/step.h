@@ -58,8 +58,7 @@ class Launch {
         a.floor ? static_cast<const Acc*>(a.floor->const_data_ptr()) : nullptr,
         a.index ? static_cast<const int64_t*>(a.index->const_data_ptr()) : nullptr,
         {static_cast<Acc>(a.rtol), static_cast<Acc>(a.offset), static_cast<Acc>(a.rounding),
-         static_cast<int32_t>(a.patience), static_cast<int32_t>(a.max_iterations)},
-        0};
+         static_cast<int32_t>(a.patience), static_cast<int32_t>(a.max_iterations)}};
     step_ = layout_.step(
         static_cast<T*>(a.x.mutable_data_ptr()), static_cast<const T*>(a.gx.const_data_ptr()),
         static_cast<T*>(a.out.mutable_data_ptr()), static_cast<Acc>(a.beta), record,

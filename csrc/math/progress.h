@@ -51,7 +51,6 @@ struct Record {
   const Acc* floor;      // [B], or null: 0
   const int64_t* index;  // [R]: the sample that each row holds, or null: row r holds sample r
   Limits<Acc> limits;
-  int32_t k;  // this iteration, from 1
 };
 
 // What a step left of the rows it worked on.
@@ -65,6 +64,12 @@ FPI_HOST_DEVICE int64_t sample_of(int64_t row, const Record<Acc>& record) {
   return record.index == nullptr ? row : record.index[row];
 }
 
+// The number of an active sample's iteration that a step is about to end, from 1.
+template <typename Acc>
+FPI_HOST_DEVICE int32_t iteration_of(int64_t sample, const Record<Acc>& record) {
+  return record.counters[sample * kCounters + kIterations] + 1;
+}
+
 // Of a vector: a mask, lane by lane.
 template <typename V>
 FPI_HOST_DEVICE auto is_finite(V a) {
@@ -74,14 +79,14 @@ FPI_HOST_DEVICE auto is_finite(V a) {
 FPI_HOST_DEVICE float square_root(float a) { return sqrtf(a); }
 FPI_HOST_DEVICE double square_root(double a) { return sqrt(a); }
 
-// The sample's status after iteration k, and its counters and reference brought up to date.
+// The sample's status after this iteration, and its counters and reference brought up to date.
 // CONVERGED: ‖r‖ ≤ atol √N + rtol max(‖g(x)‖, floor), with offset = atol √N.
 template <typename Acc>
 FPI_HOST_DEVICE int32_t stop(Acc residual, Acc value, int64_t sample, const Record<Acc>& record) {
   int32_t* counters = record.counters + sample * kCounters;
   Acc* scalars = record.scalars + sample * kScalars;
   const Limits<Acc>& limits = record.limits;
-  const int32_t k = record.k;
+  const int32_t k = counters[kIterations] + 1;
 
   Acc reference = scalars[kReference];
   int32_t since = counters[kReferenceIteration];

@@ -1,17 +1,21 @@
-// Anderson's window, as the step operators of both devices see it.
+// Anderson's windows, as the kernels of both devices see them.
 #pragma once
 
 #include "accumulate.h"
 
 namespace fpi {
 
-// The window of every sample: rings of m iterates, newest at counters[kHead].
+// A ring of m iterates for every sample, or for every row where samples take turns in the rows;
+// newest at counters[kHead].
 template <typename T>
 struct Window {
-  T* values;              // g(x), [B, m, n]
-  T* residuals;           // g(x) − x, [B, m, n]
-  accumulate_t<T>* gram;  // d_i · d_j by slot, [B, m, m]; d_i = r_i − r_{i−1}
+  T* values;              // g(x), [B or R, m, n]
+  T* residuals;           // g(x) − x, [B or R, m, n]
+  accumulate_t<T>* gram;  // d_i · d_j by slot, [B or R, m, m]; d_i = r_i − r_{i−1}
   int m;
+  bool by_row = false;
+
+  FPI_HOST_DEVICE int64_t place(int64_t row, int64_t sample) const { return by_row ? row : sample; }
 };
 
 }  // namespace fpi

@@ -48,8 +48,7 @@ class Run {
         r.array<int64_t>("index"),
         {static_cast<Acc>(r.number("rtol")), static_cast<Acc>(r.number("offset")),
          static_cast<Acc>(r.number("rounding")), static_cast<int32_t>(r.integer("patience")),
-         static_cast<int32_t>(r.integer("max_iterations"))},
-        0};
+         static_cast<int32_t>(r.integer("max_iterations"))}};
     step = layout_.step(r.array<T>("x"), r.array<T>("gx"), r.array<T>("out"),
                         static_cast<Acc>(r.number("beta")), record, r.array<int32_t>("tally"),
                         memory_.bytes(), {r.array<T>("values"), r.array<T>("residuals")});

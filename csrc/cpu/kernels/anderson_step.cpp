@@ -174,8 +174,8 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
   const int m = window.m, size = m - 1;
   Vector<Acc> gamma[kMaxSize], system[kMaxSize * kMaxSize];
   struct {
-    int64_t row, sample;
-    int count;  // differences in its window
+    int64_t row, sample, place;  // in x, in the record, of its window
+    int count;                   // differences in its window
   } team[kTeam];
   for (int i = 0; i < size * size; ++i) {
     system[i] = Vector<Acc>{};
@@ -197,19 +197,20 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
       }
       T* x_row = x + row * n;
       const T* g_row = gx + row * n;
-      T* residuals = window.residuals + sample * m * n;
+      const int64_t place = window.place(row, sample);
+      T* residuals = window.residuals + place * m * n;
       if (n * static_cast<int64_t>(sizeof(T)) <= kShortRow) {
-        prefetch(window.values + sample * m * n, m * n * sizeof(T));  // for the mixture
+        prefetch(window.values + place * m * n, m * n * sizeof(T));  // for the mixture
         if (row + 1 < end) {
-          const int64_t next = sample_of(row + 1, record);
+          const int64_t next = window.place(row + 1, sample_of(row + 1, record));
           prefetch(window.residuals + next * m * n, m * n * sizeof(T));
         }
       }
       Acc* scalars = record.scalars + sample * kScalars;
-      const Pushed<T> pushed = push(x_row, g_row, window.values + sample * m * n, residuals, n, m,
-                                    counters, scalars + kRing + (record.k - 2) % kRingLength);
-      const bool grown =
-          record.k > 1 && pushed.residual > static_cast<Acc>(restart) * scalars[kReference];
+      const int32_t k = iteration_of(sample, record);
+      const Pushed<T> pushed = push(x_row, g_row, window.values + place * m * n, residuals, n, m,
+                                    counters, scalars + kRing + (k - 2) % kRingLength);
+      const bool grown = k > 1 && pushed.residual > static_cast<Acc>(restart) * scalars[kReference];
       const int32_t status = stop(pushed.residual, pushed.value, sample, record);
       if (status != kActive) {
         freeze_row(x_row, g_row, out + sample * n, status, n);
@@ -225,14 +226,14 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
       const int count = pairs - 1;
       counters[kHead] = head;
       counters[kWindow] = pairs;
-      team[lane] = {row, sample, count};
+      team[lane] = {row, sample, place, count};
 
       // One row of the Gram matrix is new; it is kept by slot, so nothing else moves.
       Acc gram_row[kMaxHistory], rhs[kMaxHistory];
       if (count > 0) {
         all_dots(Aged<T>(residuals, head, pairs, m, n).rows, count, n, gram_row, rhs);
       }
-      Acc* gram = window.gram + sample * m * m;
+      Acc* gram = window.gram + place * m * m;
       Acc sum = 0;
       for (int i = 0; i < size; ++i) {
         const bool there = i < count;
@@ -259,7 +260,7 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
                                 static_cast<Acc>(ridge), noise)
                   : ridge_solve(size, system, gamma, trace, static_cast<Acc>(ridge), noise);
     for (int lane = 0; lane < members; ++lane) {
-      const auto [at, sample, count] = team[lane];
+      const auto [at, sample, place, count] = team[lane];
       int32_t* counters = record.counters + sample * kCounters;
       T* x_row = x + at * n;
       if (count == 0 || !solved[lane]) {
@@ -272,8 +273,8 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
         weights[j] = gamma[j][lane];
       }
       const int head = counters[kHead];
-      const Aged<T> values(window.values + sample * m * n, head, count + 1, m, n);
-      const Aged<T> residuals(window.residuals + sample * m * n, head, count + 1, m, n);
+      const Aged<T> values(window.values + place * m * n, head, count + 1, m, n);
+      const Aged<T> residuals(window.residuals + place * m * n, head, count + 1, m, n);
       if (beta != 1.0) {
         mix<true>(x_row, values.rows, residuals.rows, count, weights, static_cast<Acc>(beta), n);
       } else if (count == 4) {

@@ -34,7 +34,8 @@ Tally picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
     const Acc value =
         norm_from(square[1], n, [&](int64_t i) { return static_cast<Acc>(g_row[i]); });
 
-    record.scalars[sample * kScalars + kRing + (record.k - 1) % kRingLength] = residual;
+    const int32_t k = iteration_of(sample, record);
+    record.scalars[sample * kScalars + kRing + (k - 1) % kRingLength] = residual;
     const int32_t status = stop(residual, value, sample, record);
     if (status == kActive) {
       damped_row(x_row, g_row, static_cast<Acc>(beta), n);

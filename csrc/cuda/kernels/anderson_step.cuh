@@ -37,7 +37,7 @@ struct Ring {
 
 template <typename T>
 FPI_DEVICE Ring<T> ring_of(const Window<T>& window, const Row<T>& row, int64_t n, int head) {
-  const int64_t offset = row.sample * window.m * n;
+  const int64_t offset = window.place(row.number, row.sample) * window.m * n;
   return {window.values + offset, window.residuals + offset, n, window.m, head};
 }
 
@@ -146,10 +146,14 @@ struct AndersonStep {
     return {1, move.status == kActive, move.status > kConverged};
   }
 
+  FPI_DEVICE Acc* gram_of(const Row<T>& row) const {
+    return window.gram + window.place(row.number, row.sample) * window.m * window.m;
+  }
+
   // The older rows of the Gram matrix, to the desk: its row of this iterate is yet to come.
   FPI_DEVICE void gather(const Team& team, const Row<T>& row, const Ring<T>& ring,
                          int count) const {
-    const Acc* gram = window.gram + row.sample * window.m * window.m;
+    const Acc* gram = gram_of(row);
     Acc* system = step.template on_desk<Acc>(team, step.desk.system);
     for (int e = team.rank; e < count * count; e += team.size) {
       const int i = e / count, j = e % count;
@@ -291,21 +295,21 @@ struct AndersonStep {
   // The record after this step, the new row of the Gram matrix, and the weights, by one thread.
   FPI_DEVICE Move decision(const Team& team, const Row<T>& row, const Ring<T>& ring, int seen,
                            int count, Acc residual, Acc value) const {
-    const Record<Acc> record = step.record_now();
+    const int32_t k = iteration_of(row.sample, step.record);
     const Acc* sums = step.sums_on_desk(team);
     Acc* scalars = step.scalars(row);
     int32_t* counters = step.counters(row);
     if (seen > 0) {
-      scalars[kRing + (record.k - 2) % kRingLength] = square_root(sums[2]) / square_root(sums[3]);
+      scalars[kRing + (k - 2) % kRingLength] = square_root(sums[2]) / square_root(sums[3]);
     }
-    const bool grown = record.k > 1 && residual > restart * scalars[kReference];
-    const int32_t status = stop(residual, value, row.sample, record);
+    const bool grown = k > 1 && residual > restart * scalars[kReference];
+    const int32_t status = stop(residual, value, row.sample, step.record);
     if (status != kActive) {
       return {status, 0};
     }
 
     const int used = grown ? 0 : count;
-    Acc* gram = window.gram + row.sample * window.m * window.m;
+    Acc* gram = gram_of(row);
     Acc* gamma = step.template on_desk<Acc>(team, step.desk.gamma);
     Acc* system = step.template on_desk<Acc>(team, step.desk.system);
     for (int j = 0; j < used; ++j) {

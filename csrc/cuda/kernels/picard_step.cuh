@@ -54,9 +54,9 @@ struct PicardStep {
     const Acc residual = step.residual_norm(team, row, sums[0]);
     const Acc value = step.value_norm(team, row, sums[1]);
     if (team.rank == 0) {
-      const Record<Acc> record = step.record_now();
-      step.scalars(row)[kRing + (record.k - 1) % kRingLength] = residual;
-      step.decide(team, row, {stop(residual, value, row.sample, record), 0});
+      const int32_t k = iteration_of(row.sample, step.record);
+      step.scalars(row)[kRing + (k - 1) % kRingLength] = residual;
+      step.decide(team, row, {stop(residual, value, row.sample, step.record), 0});
     }
     team.barrier();
     const int32_t status = step.move_on_desk(team)->status;

@@ -49,7 +49,7 @@ struct Step {
   T* out;       // [B, n]
   int64_t rows, n;
   Acc beta;
-  Record<Acc> record;  // but k, which the tally on the device has
+  Record<Acc> record;
   int32_t* tally;
   bool aligned;  // every vector begins at a multiple of 16 bytes and ends with a whole pack
   Plan plan;
@@ -93,12 +93,6 @@ struct Step {
   }
   FPI_DEVICE Acc* scalars(const Row<T>& row) const {
     return record.scalars + row.sample * kScalars;
-  }
-
-  FPI_DEVICE Record<Acc> record_now() const {
-    Record<Acc> now = record;
-    now.k = tally[kIteration] + 1;
-    return now;
   }
 
   FPI_DEVICE static Notes* notes() { return reinterpret_cast<Notes*>(shared_memory()); }
@@ -229,7 +223,7 @@ struct Step {
     });
   }
 
-  // Brings the tally up to date once all rows are done, which is after every block has read it.
+  // Brings the tally up to date once all rows are done.
   // All threads of the block call it.
   FPI_DEVICE void count(const Team& team, Outcome outcome) const {
     if (team.rank == 0) {
