@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "math/dense.h"
 #include "math/progress.h"
 
 // Unlike STD_TORCH_CHECK, the message starts with the operator, not with a source file.
@@ -195,6 +196,77 @@ inline void check_window(const char* op, const Tensor& x, const Tensor& out, con
   check_same_dtype(op, "values", values, "x", x);
   check_same_dtype(op, "residuals", residuals, "x", x);
   check_same_dtype(op, "gram", gram, "scalars", scalars);
+}
+
+// u of a dense layer: [B, size], or [size] for all samples.
+inline void check_per_sample(const char* op, const char* name, const std::optional<Tensor>& u,
+                             const Tensor& x, int64_t samples, int64_t size, bool shared) {
+  if (!u) {
+    return;
+  }
+  if (shared && u->dim() == 1) {
+    check_sizes(op, name, *u, {size});
+  } else {
+    check_sizes(op, name, *u, {samples, size});
+  }
+  check_same_dtype(op, name, *u, "x", x);
+  check_same_device(op, name, *u, "x", x);
+}
+
+inline void check_weight(const char* op, const char* name, const Tensor& weight, const Tensor& x,
+                         int64_t in) {
+  FPI_CHECK(weight.dim() == 2 && weight.size(1) == in, op, ": ", name, " must have shape [·, ", in,
+            "] (got ", detail::shape(weight), ")");
+  check_same_dtype(op, name, weight, "x", x);
+  check_same_device(op, name, weight, "x", x);
+}
+
+struct DenseArguments {
+  const Tensor &x0, &out, &counters, &scalars, &tally;
+  const std::optional<Tensor>& floor;
+  const Tensor& weight;
+  const std::optional<Tensor>&u, &scale, &hidden_weight, &hidden_u, &hidden_scale;
+  int64_t activation, hidden_activation, history;
+};
+
+inline void check_activation(const char* op, const char* name, int64_t activation) {
+  FPI_CHECK(0 <= activation && activation < kActivations, op, ": ", name, " must be 0 to ",
+            kActivations - 1, " (got ", activation, ")");
+}
+
+inline void check_dense_solve(const DenseArguments& a, int64_t max_history) {
+  constexpr const char* op = "_dense_solve";
+  check_not_differentiated(op, {a.x0, a.weight});
+  check_step(op, a.x0, a.x0, a.out, a.counters, a.scalars, a.tally, std::nullopt, a.floor);
+  const int64_t samples = a.x0.size(0), n = a.x0.size(1);
+  int64_t last = n;
+  if (a.hidden_weight) {
+    check_weight(op, "hidden_weight", *a.hidden_weight, a.x0, n);
+    last = a.hidden_weight->size(0);
+  }
+  check_weight(op, "weight", a.weight, a.x0, last);
+  FPI_CHECK(a.weight.size(0) == n, op, ": weight must have shape [", n, ", ", last, "] (got ",
+            detail::shape(a.weight), ")");
+  check_per_sample(op, "u", a.u, a.x0, samples, n, true);
+  check_per_sample(op, "scale", a.scale, a.x0, samples, n, false);
+  check_per_sample(op, "hidden_u", a.hidden_u, a.x0, samples, last, true);
+  check_per_sample(op, "hidden_scale", a.hidden_scale, a.x0, samples, last, false);
+  check_activation(op, "activation", a.activation);
+  check_activation(op, "hidden_activation", a.hidden_activation);
+  FPI_CHECK(1 <= a.history && a.history <= max_history, op, ": history must be 1 to ", max_history,
+            " (got ", a.history, ")");
+}
+
+inline void check_dense_map(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& u,
+                            const Tensor& out) {
+  constexpr const char* op = "_dense_map";
+  check_not_differentiated(op, {x, weight});
+  FPI_CHECK(x.dim() == 2, op, ": x must have shape [B, K] (got ", detail::shape(x), ")");
+  check_contiguous(op, "x", x);
+  check_weight(op, "weight", weight, x, x.size(1));
+  check_per_sample(op, "u", u, x, x.size(0), weight.size(0), true);
+  check_sizes(op, "out", out, {x.size(0), weight.size(0)});
+  check_same_dtype(op, "out", out, "x", x);
 }
 
 }  // namespace fpi

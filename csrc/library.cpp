@@ -28,4 +28,27 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
         ", float ridge, float restart, Tensor(f!) values, Tensor(g!) residuals, Tensor(h!) gram)"
         " -> ()");
 #undef FPI_STEP
+
+  // A whole solve of a step of dense layers: every sample of x0 iterated to its own end. With
+  // t = scale ∘ x, or t = x:
+  //   one layer    g(x) = φ(residual t + t Wᵀ + u)
+  //   two layers   g(x) = φ(residual t + h Wᵀ + u),  h = φ₁(t W₁ᵀ + u₁) or d ∘ (t W₁ᵀ + u₁)
+  //   x0, out             [B, N]
+  //   counters ... floor  as above; tally[2] grows by the most iterations that a sample took
+  //   history             Anderson's; 1: Picard
+  //   weight W            [N, K], K = N or H;  u, hidden_u: [B, ·], or [·] for all samples, or none
+  //   activation          of csrc/math/activation.h
+  //   hidden_weight W₁    [H, N];  hidden_scale d: [B, H]
+  //   tf32                products of tensor cores instead of float32's (CUDA)
+  //   slots               rows that a thread or block iterates at a time; 0: as fits the machine
+  m.def(
+      "_dense_solve(Tensor x0, Tensor(a!) out, Tensor(b!) counters, Tensor(c!) scalars, "
+      "Tensor(d!) tally, Tensor? floor, float rtol, float offset, float rounding, int patience, "
+      "int max_iterations, float beta, float ridge, float restart, int history, "
+      "Tensor weight, Tensor? u, int activation, float residual, Tensor? scale, "
+      "Tensor? hidden_weight, Tensor? hidden_u, int hidden_activation, Tensor? hidden_scale, "
+      "bool tf32, int slots) -> ()");
+  // out = x Wᵀ + u by the same products in the same order;  x [B, K], weight [N, K], u [N], out [B,
+  // N]
+  m.def("_dense_map(Tensor x, Tensor weight, Tensor? u, Tensor(a!) out, bool tf32) -> ()");
 }
