@@ -30,6 +30,9 @@ using Vector = typename VectorOf<Acc>::type;
 template <typename Acc>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Acc));
 
+template <typename Pointer>
+using value_t = std::remove_cv_t<std::remove_pointer_t<Pointer>>;
+
 template <typename T, typename Acc = accumulate_t<T>>
 FPI_HOST_DEVICE Vector<Acc> load(const T* p) {
   Vector<Acc> v;
@@ -110,22 +113,28 @@ FPI_HOST_DEVICE void sums(Vector<Acc>* v, Acc* out) {
   }
 }
 
-// Runs body(i, load, store) over [0, n) a vector at a time, the last one partial.
-template <typename T, typename Body>
+// Runs body(i, load, store) over [0, n) a vector at a time, the last one partial. Loads and stores
+// take pointers to T and to Acc.
+template <typename T, typename Acc = accumulate_t<T>, typename Body>
 FPI_HOST_DEVICE void for_vectors(int64_t n, const Body& body) {
-  using Acc = accumulate_t<T>;
   int64_t i = 0;
   for (; i + kLanes<Acc> <= n; i += kLanes<Acc>) {
     body(
-        i, [](const T* p) __attribute__((always_inline)) { return load<T>(p); },
-        [](T* p, Vector<Acc> v) __attribute__((always_inline)) { store<T>(p, v); });
+        i,
+        [](const auto* p)
+            __attribute__((always_inline)) { return load<value_t<decltype(p)>, Acc>(p); },
+        [](auto* p, Vector<Acc> v)
+            __attribute__((always_inline)) { store<value_t<decltype(p)>, Acc>(p, v); });
   }
   if (i < n) {
     const int64_t count = n - i;
     body(
-        i, [count](const T* p) __attribute__((always_inline)) { return load_tail<T>(p, count); },
-        [count](T* p, Vector<Acc> v)
-            __attribute__((always_inline)) { store_tail<T>(p, v, count); });
+        i,
+        [count](const auto* p) __attribute__((always_inline)) {
+          return load_tail<value_t<decltype(p)>, Acc>(p, count);
+        },
+        [count](auto* p, Vector<Acc> v)
+            __attribute__((always_inline)) { store_tail<value_t<decltype(p)>, Acc>(p, v, count); });
   }
 }
 

@@ -1,0 +1,72 @@
+// A dense layer's arguments as the CPU kernels take them, and its packed weights.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "../checks.h"
+#include "kernels/dense_map.h"
+
+namespace fpi {
+
+template <typename T>
+PerSample<T> per_sample(const std::optional<Tensor>& u) {
+  if (!u) {
+    return {nullptr, 0};
+  }
+  return {static_cast<const T*>(u->const_data_ptr()), u->dim() == 1 ? 0 : u->size(1)};
+}
+
+template <typename T>
+DenseLayer<T> layer_of(const Tensor& weight, const std::optional<Tensor>& u, int64_t activation,
+                       const std::optional<Tensor>& scale) {
+  return {static_cast<const T*>(weight.const_data_ptr()),
+          weight.size(1),
+          weight.size(0),
+          weight.stride(0),
+          weight.stride(1),
+          per_sample<T>(u),
+          per_sample<T>(scale),
+          static_cast<Activation>(activation)};
+}
+
+// So many bytes; undefined values.
+inline Tensor memory_like(const Tensor& x, int64_t bytes) {
+  const int64_t size[] = {bytes};
+  return torch::stable::new_empty(x, size, torch::headeronly::ScalarType::Byte);
+}
+
+template <typename T>
+class PackedWeights {
+ public:
+  using Acc = accumulate_t<T>;
+
+  PackedWeights(const Tensor& like, const DenseLayer<T>& layer) {
+    const int64_t panels = FPI_CPU_DISPATCH(dense_panels<T>)(layer);
+    const int64_t values = FPI_CPU_DISPATCH(dense_panel_values<T>)(layer);
+    memory_ = memory_like(like, panels * values * static_cast<int64_t>(sizeof(Acc)));
+    const auto kernel = FPI_CPU_DISPATCH(dense_pack<T>);
+    constexpr int64_t kGrain = 32768;  // values; a thread costs more than it saves below
+    torch::stable::parallel_for(
+        0, panels, kGrain / (values > 0 ? values : 1) + 1,
+        [&](int64_t begin, int64_t end) { kernel(layer, data(), begin, end); });
+  }
+
+  Acc* data() const { return static_cast<Acc*>(memory_.mutable_data_ptr()); }
+
+ private:
+  Tensor memory_;
+};
+
+// Runs work(worker) for each of `workers`, on as many threads as there are.
+template <typename Work>
+void on_workers(int64_t workers, const Work& work) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      work(worker);
+    }
+  });
+}
+
+}  // namespace fpi

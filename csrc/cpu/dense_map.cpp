@@ -1,0 +1,42 @@
+#include "kernels/dense_map.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "../dispatch.h"
+#include "dense.h"
+
+namespace fpi {
+namespace {
+
+void dense_map_cpu(Tensor x, Tensor weight, std::optional<Tensor> u, Tensor out, bool tf32) {
+  check_dense_map(x, weight, u, out);
+  FPI_CHECK(!tf32, "_dense_map: tf32 must be false on the CPU");
+  dispatch_floating("_dense_map", "x", x, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Acc = accumulate_t<T>;
+    const DenseLayer<T> layer = layer_of<T>(weight, u, kIdentity, std::nullopt);
+    const PackedWeights<T> packed(x, layer);
+    const int64_t rows = x.size(0), blocks = (rows + kMapRows - 1) / kMapRows;
+    const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
+    const int64_t values = kMapRows * layer.in;
+    const Tensor memory = memory_like(x, workers * values * static_cast<int64_t>(sizeof(Acc)));
+    auto* buffers = static_cast<Acc*>(memory.mutable_data_ptr());
+    const auto* x_data = static_cast<const T*>(x.const_data_ptr());
+    auto* out_data = static_cast<T*>(out.mutable_data_ptr());
+    const auto kernel = FPI_CPU_DISPATCH(dense_map<T>);
+    on_workers(workers, [&](int64_t worker) {
+      const int64_t begin = worker * blocks / workers * kMapRows;
+      const int64_t end = std::min((worker + 1) * blocks / workers * kMapRows, rows);
+      kernel(layer, packed.data(), x_data, out_data, buffers + worker * values, begin, end);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fpi
+
+STABLE_TORCH_LIBRARY_IMPL(fpi_cuda, CPU, m) {
+  m.impl("_dense_map", TORCH_BOX(&fpi::dense_map_cpu));
+}

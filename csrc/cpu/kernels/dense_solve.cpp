@@ -1,0 +1,145 @@
+#include "dense_solve.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "anderson_step.h"
+#include "layer.h"
+#include "picard_step.h"
+
+namespace fpi::FPI_CPU_NAMESPACE {
+namespace {
+
+// The samples that a thread iterates, one a slot.
+template <typename T>
+struct Tile {
+  using Acc = accumulate_t<T>;
+
+  T *x, *gx;              // [slots, n]
+  Acc* operand;           // [slots, n]: t, where x itself can't serve
+  Acc* hidden;            // [slots, hidden outputs]
+  T *values, *residuals;  // [slots, history, n]
+  Acc* gram;              // [slots, history, history]
+  int64_t bytes = 0;      // of all this
+  unsigned char* memory;
+
+  Tile(const DenseSolve<T>& s, unsigned char* memory) : memory(memory) {
+    const int64_t rows = s.slots, n = s.step.n, m = s.history == 1 ? 0 : s.history;
+    take(x, rows * n);
+    take(gx, rows * n);
+    take(operand, rows * n);
+    take(hidden, s.step.has_hidden ? rows * s.step.hidden.out : 0);
+    take(values, rows * m * n);
+    take(residuals, rows * m * n);
+    take(gram, rows * m * m);
+  }
+
+ private:
+  template <typename Value>
+  void take(Value*& array, int64_t count) {
+    array = reinterpret_cast<Value*>(memory + bytes);
+    bytes += (count * static_cast<int64_t>(sizeof(Value)) + 63) / 64 * 64;
+  }
+};
+
+// g at the x of the tile's slots [count].
+template <typename T>
+void evaluate(const DenseSolve<T>& solve, const Tile<T>& tile, const int* slots,
+              const int64_t* samples, int count) {
+  using Acc = accumulate_t<T>;
+  const DenseStep<T>& step = solve.step;
+  const Acc* t[kMaxSlots];
+  const Acc* hidden[kMaxSlots];
+  Acc* to_hidden[kMaxSlots];
+  T* gx[kMaxSlots];
+  for (int i = 0; i < count; ++i) {
+    const int64_t slot = slots[i];
+    t[i] = operand(tile.x + slot * step.n, step.scale.of(samples[i]), step.n,
+                   tile.operand + slot * step.n);
+    hidden[i] = to_hidden[i] = tile.hidden + slot * step.hidden.out;
+    gx[i] = tile.gx + slot * step.n;
+  }
+  if (step.has_hidden) {
+    apply<T, Acc>(step.hidden, solve.packed_hidden, 0.0, {count, t, nullptr, to_hidden, samples});
+  }
+  apply<T, T>(step.output, solve.packed_output, step.residual,
+              {count, step.has_hidden ? hidden : t, step.residual == 0 ? nullptr : t, gx, samples});
+}
+
+}  // namespace
+
+template <typename T>
+int64_t dense_solve_bytes(const DenseSolve<T>& solve) {
+  return Tile<T>(solve, nullptr).bytes;
+}
+
+template <typename T>
+Ended dense_solve(const DenseSolve<T>& solve, int64_t* next, unsigned char* memory) {
+  using Acc = accumulate_t<T>;
+  const Tile<T> tile(solve, memory);
+  const int64_t n = solve.step.n;
+  int64_t sample_of_slot[kMaxSlots];
+  Record<Acc> record = solve.record;
+  record.index = sample_of_slot;
+  const Window<T> window{tile.values, tile.residuals, tile.gram, solve.history, true};
+  const auto status_of = [&](int64_t sample) {
+    return record.counters[sample * kCounters + kStatus];
+  };
+  const auto refill = [&](int slot) {
+    for (;;) {
+      const int64_t sample = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+      if (sample >= solve.samples) {
+        return false;
+      }
+      if (status_of(sample) == kActive) {  // else it has its result already
+        sample_of_slot[slot] = sample;
+        memcpy(tile.x + slot * n, solve.x0 + sample * n, n * sizeof(T));
+        return true;
+      }
+    }
+  };
+
+  Ended ended;
+  int used = 0;  // slots; those after them never had a sample
+  while (used < solve.slots && refill(used)) {
+    ++used;
+  }
+  int slots[kMaxSlots];
+  int64_t samples[kMaxSlots];
+  for (;;) {
+    int active = 0;
+    for (int slot = 0; slot < used; ++slot) {
+      if (status_of(sample_of_slot[slot]) == kActive) {
+        slots[active] = slot;
+        samples[active++] = sample_of_slot[slot];
+      }
+    }
+    if (active == 0) {
+      return ended;
+    }
+    evaluate(solve, tile, slots, samples, active);
+    const Tally tally =
+        solve.history == 1 ? picard_step(tile.x, tile.gx, solve.out, n, solve.beta, record, 0, used)
+                           : anderson_step(tile.x, tile.gx, solve.out, n, solve.beta, solve.ridge,
+                                           solve.restart, window, record, 0, used);
+    ended.failed += tally.failed;
+    for (int i = 0; i < active && tally.active < active; ++i) {
+      if (status_of(samples[i]) != kActive) {
+        const int32_t took = record.counters[samples[i] * kCounters + kIterations];
+        ended.iterations = took > ended.iterations ? took : ended.iterations;
+        refill(slots[i]);
+      }
+    }
+  }
+}
+
+#define FPI_INSTANTIATE(T)                                  \
+  template int64_t dense_solve_bytes(const DenseSolve<T>&); \
+  template Ended dense_solve(const DenseSolve<T>&, int64_t*, unsigned char*);
+FPI_INSTANTIATE(torch::headeronly::Half)
+FPI_INSTANTIATE(torch::headeronly::BFloat16)
+FPI_INSTANTIATE(float)
+FPI_INSTANTIATE(double)
+#undef FPI_INSTANTIATE
+
+}  // namespace fpi::FPI_CPU_NAMESPACE
