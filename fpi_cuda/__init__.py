@@ -4,6 +4,7 @@ from . import backends, compat, contraction, operators
 from ._build import build_info
 from ._version import __version__
 from .adjoint import ImplicitAdjoint
+from .dense import DenseEnergy, DenseStep
 from .fixed_point import fixed_point
 from .layer import FixedPointLayer
 from .solution import (
@@ -18,6 +19,8 @@ from .steps import GradientStep, NeuralStep
 
 __all__ = [
     "Anderson",
+    "DenseEnergy",
+    "DenseStep",
     "FixedPointError",
     "FixedPointLayer",
     "FixedPointWarning",

@@ -23,7 +23,8 @@ from torch.autograd import Function
 
 from . import backends
 from .backends.progress import STATUS, Limits, Progress, accumulate_dtype
-from .drivers import eager, graph
+from .dense_form import DenseForm
+from .drivers import eager, graph, whole
 from .evaluation import Adjoint, AdjointStep, Forward, MappedStep, PerSample, Step, UserStep
 from .operators import legacy_batched, over_legacy_batch, partial_bound, transforming
 from .solution import (
@@ -179,14 +180,60 @@ class Problem:
                 x, v = inputs[:2]
                 linear = Adjoint(self, g, x, v, inputs[2:], per_sample)
                 return self._iterate(linear, x0, v)
-            if self.driver != "eager" and x0.device.type in graph.RECORDERS:
+            form = self.form(x0, inputs, params)
+            if form is not None and self._takes_whole(form, x0):
+                return self._solve_whole(form, x0, None)
+            if self.driver not in ("eager", "whole") and x0.device.type in graph.RECORDERS:
                 solved = self._solve_captured(x0, inputs, params)
                 if solved is not None:
                     return solved
-            with self.autocast():
-                g = self.step.bind(params)
+            if form is not None:
+                g, inputs = form.opened()  # what does not depend on x stays out of the loop
+                per_sample = PerSample(True, self.step)
+            else:
+                with self.autocast():
+                    g = self.step.bind(params)
             forward = Forward(self, g, inputs, per_sample)
             return self._iterate(forward, x0, None)
+
+    def form(
+        self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]
+    ) -> DenseForm | None:
+        """The step as dense layers, where it is no more than that and nothing stands around it."""
+        if self.driver == "graph" or self.autocast_dtype is not None:
+            return None
+        if x.dim() != 2 or self.batch_dims != 1 or self.parts or transforming():
+            return None
+        return self.step.form(x, inputs, params) if isinstance(self.step, UserStep) else None
+
+    def _takes_whole(self, form: DenseForm, x0: Tensor) -> bool:
+        """Whether one kernel solves it; else the record will say why not."""
+        if self.driver not in ("auto", "whole"):
+            return False
+        refusal = whole.refusal(form, x0, self.backend, self.solver)
+        if refusal is None:
+            return True
+        self.eagerly_because = f"not whole: {refusal}"
+        return False
+
+    def _solve_whole(
+        self, form: DenseForm, x0: Tensor, v: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The solve by one kernel; v as `_iterate` takes it."""
+        floor, skip = self._floor(v)
+        limits = self.limits(x0, adjoint=v is not None)
+        x, record = whole.solve(form, x0, self.solver, limits, floor, skip)
+        return x, self._finish(x, record, floor)
+
+    def _floor(self, v: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """An adjoint's ‖v‖, and the samples where that is zero; None: there are none."""
+        if v is None:
+            return None, None
+        b = self.batch_dims
+        rows = v.reshape(v.shape[:b].numel(), v.shape[b:].numel()).to(accumulate_dtype(v.dtype))
+        floor = torch.linalg.vector_norm(rows, dim=1)
+        skip = floor == 0
+        return floor, skip if bool(skip.any()) else None
 
     def _full_precision(self) -> contextlib.AbstractContextManager[Any]:
         # The loop's own arithmetic stays out of the user's autocast.
@@ -202,22 +249,13 @@ class Problem:
     def _iterate(
         self, evaluate: Forward | Adjoint, x0: Tensor, v: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        b = self.batch_dims
-        acc = accumulate_dtype(x0.dtype)
-        size = x0.shape[b:].numel()
         limits = self.limits(x0, adjoint=v is not None)
         backend = backends.choose(self.backend, x0)
-        floor = skip = None
-        if v is not None:
-            rows = v.reshape(x0.shape[:b].numel(), size).to(acc)
-            floor = torch.linalg.vector_norm(rows, dim=1)
-            skip = floor == 0
-            if not bool(skip.any()):
-                skip = None
+        floor, skip = self._floor(v)
         x, record = iterate(
             evaluate,
             x0,
-            b,
+            self.batch_dims,
             self.solver,
             backend,
             limits,
@@ -474,7 +512,10 @@ def _first_order(
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """The gradients by one linearisation of g: one call, then vector-Jacobian products only."""
     adjoint = problem.transposed()
-    if adjoint.driver != "eager" and v.device.type in graph.RECORDERS:
+    solved = _whole_first_order(adjoint, x, v, tensors, need)
+    if solved is not None:
+        return solved
+    if adjoint.driver not in ("eager", "whole") and v.device.type in graph.RECORDERS:
         solved = _captured_first_order(adjoint, x, v, tensors, need)
         if solved is not None:
             return solved
@@ -489,6 +530,29 @@ def _first_order(
     if keep is not None:
         c = torch.where(_like(keep, c), c, 0)
     return c, _pulled_back(linear, wanted, c)
+
+
+def _whole_first_order(
+    adjoint: Problem, x: Tensor, v: Tensor, tensors: Sequence[Tensor], need: Sequence[int]
+) -> tuple[Tensor, Sequence[Tensor | None]] | None:
+    """The same for a step of dense layers, by one kernel; None where that can't be."""
+    assert isinstance(adjoint.step, AdjointStep)
+    n = adjoint.step.inner.n_inputs
+    leaves = [t.detach() for t in tensors]
+    for i in need:
+        leaves[i].requires_grad_()
+    inner = dataclasses.replace(adjoint, step=adjoint.step.inner)
+    with torch.enable_grad():
+        form = inner.form(x, leaves[:n], leaves[n:])
+        if form is None or not adjoint._takes_whole(form, v):
+            return None
+        y, transposed = form.linearised(x.detach().requires_grad_())
+    with torch.no_grad():
+        c, keep = adjoint._solve_whole(dataclasses.replace(transposed, u=v), v, v)
+        if keep is not None:
+            c = torch.where(_like(keep, c), c, 0)
+    wanted = [leaves[i] for i in need]
+    return c, torch.autograd.grad(y, wanted, c, allow_unused=True) if wanted else []
 
 
 def _linearise(

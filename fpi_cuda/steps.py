@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dense import DenseEnergy
+from .dense_form import DenseForm
 from .operators import partial
 
 __all__ = ["GradientStep", "NeuralStep"]
@@ -52,6 +54,18 @@ class GradientStep(nn.Module):
             raise ValueError(f"GradientStep: step_size must be > 0 (got {value!r})")
         self.energy = energy
         self.step_size = step_size
+
+    @property
+    def state_shape(self) -> Any:
+        """The energy's, where it has one."""
+        return getattr(self.energy, "state_shape", None)
+
+    def dense_form(self, x: Tensor, *inputs: Tensor) -> DenseForm | None:
+        """The step as dense layers where the energy is a `DenseEnergy`."""
+        energy = self.energy
+        if not isinstance(energy, DenseEnergy) or type(energy).forward is not DenseEnergy.forward:
+            return None
+        return energy.gradient_form(self.step_size, x, *inputs)
 
     def forward(self, x: Any, *inputs: Tensor) -> Any:
         """x − γ ∂f/∂x, shaped like x."""

@@ -11,6 +11,7 @@ PACKAGE = Path(fpi_cuda.__file__).parent
 RANK = {
     "_version": 0,
     "_build": 1,
+    "dense_form": 1,
     "solution": 3,  # reads the record that backends fill
     "backends": 2,
     "modules": 2,
@@ -18,6 +19,7 @@ RANK = {
     "solvers": 4,
     "evaluation": 5,
     "drivers": 5,
+    "dense": 7,
     "adjoint": 6,
     "fixed_point": 7,
     "_uncompiled": 8,

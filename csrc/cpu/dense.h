@@ -24,8 +24,8 @@ DenseLayer<T> layer_of(const Tensor& weight, const std::optional<Tensor>& u, int
   return {static_cast<const T*>(weight.const_data_ptr()),
           weight.size(1),
           weight.size(0),
-          weight.stride(0),
           weight.stride(1),
+          weight.stride(0),
           per_sample<T>(u),
           per_sample<T>(scale),
           static_cast<Activation>(activation)};

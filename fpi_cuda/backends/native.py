@@ -11,23 +11,39 @@ import torch
 from torch import Tensor
 
 from .. import _build  # noqa: F401 - loads the library
+from ..dense_form import ACTIVATIONS, DenseForm
 from .progress import Progress
 
 NAME = "native"
 # By device type: csrc/cpu/kernels/anderson_step.h, csrc/cuda/plan.h.
 MAX_HISTORY = {"cpu": 64, "cuda": 32}
 
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # csrc/math/activation.h
+
 _ops = torch.ops.fpi_cuda
 _picard_step = _ops._picard_step.default
 _anderson_step = _ops._anderson_step.default
+_dense_map = _ops._dense_map.default
+_dense_solve = _ops._dense_solve.default
 
 
 @cache
 def devices() -> tuple[str, ...]:
     """Device types that every step operator has a kernel for."""
-    steps = ("fpi_cuda::_picard_step", "fpi_cuda::_anderson_step")
+    return tuple(
+        d for d in ("cpu", "cuda") if _has(d, "_picard_step") and _has(d, "_anderson_step")
+    )
+
+
+@cache
+def dense_devices() -> tuple[str, ...]:
+    """Device types that dense steps are solved whole on."""
+    return tuple(d for d in ("cpu", "cuda") if _has(d, "_dense_solve"))
+
+
+def _has(device: str, operator: str) -> bool:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return tuple(d for d in ("cpu", "cuda") if all(has_kernel(step, d.upper()) for step in steps))
+    return has_kernel(f"fpi_cuda::{operator}", device.upper())
 
 
 def damped_update(x: Tensor, gx: Tensor, beta: float) -> None:
@@ -90,3 +106,71 @@ def anderson_step(
         residuals,
         gram,
     )
+
+
+def dense_refusal(form: DenseForm, x0: Tensor, history: int) -> str | None:
+    """Why `dense_solve` does not take this form, of right shapes, or None."""
+    most = MAX_HISTORY[x0.device.type]
+    if history > most:
+        return f"a history of {history}, above {most}"
+    return None
+
+
+def dense_solve(
+    p: Progress,
+    x0: Tensor,
+    form: DenseForm,
+    beta: float,
+    history: int,
+    ridge: float,
+    restart: float,
+    slots: int = 0,
+) -> None:
+    """Iterate every active sample of x0, [B, N], to its end; its result is in p.out.
+
+    Args:
+        p: the per-sample record; updated, its tally too.
+        x0: contiguous; only read.
+        form: the step; plain tensors, α a number.
+        beta: as the step operators take it.
+        history: iterates in the window; 1: Picard.
+        ridge: as `anderson_step` takes it.
+        restart: likewise.
+        slots: rows that a thread or block iterates at a time; 0: as fits the machine.
+    """
+    lim = p.limits
+    _dense_solve(
+        x0,
+        p.out,
+        p.counters,
+        p.scalars,
+        p.tally,
+        p.floor,
+        lim.rtol,
+        lim.offset,
+        lim.rounding,
+        lim.patience,
+        lim.max_iterations,
+        beta,
+        ridge,
+        restart,
+        history,
+        form.weight,
+        form.u,
+        CODES[form.activation],
+        float(form.residual),
+        form.scale,
+        form.hidden_weight,
+        form.hidden_u,
+        CODES[form.hidden_activation],
+        form.hidden_scale,
+        False,
+        slots,
+    )
+
+
+def dense_map(x: Tensor, weight: Tensor, u: Tensor | None) -> Tensor:
+    """X Wᵀ + u, [B, N], with `dense_solve`'s order of sums: x [B, K], weight [N, K], u [N]."""
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    _dense_map(x.contiguous(), weight, u, out, False)
+    return out

@@ -1,14 +1,17 @@
-"""Who decides that a solve goes on: the host (eager), or the device by itself (graph)."""
+"""Who decides that a solve goes on.
+
+The host (eager), the device by itself (graph), or one kernel that knows g (whole).
+"""
 
 from __future__ import annotations
 
 import torch
 
-from . import eager, graph
+from . import eager, graph, whole
 
-__all__ = ["NAMES", "check", "eager", "graph"]
+__all__ = ["NAMES", "check", "eager", "graph", "whole"]
 
-NAMES = ("auto", "eager", "graph")
+NAMES = ("auto", "eager", "graph", "whole")
 
 
 def check(name: str, device: torch.device) -> None:

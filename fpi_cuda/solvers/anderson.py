@@ -60,13 +60,17 @@ class Anderson:
         """Iterations without progress before a sample at the rounding level counts as stalled."""
         return max(10, 2 * self.history)
 
+    def ridge_for(self, dtype: torch.dtype) -> float:
+        """The ridge that holds for a state of this dtype."""
+        return _RIDGE[dtype] if self.ridge is None else self.ridge
+
     def start(self, backend: Any, progress: Progress, x: Tensor) -> Step:
         """The step `(x, gx) -> None` that moves x [R, N] in place; owns the window."""
         if self.history == 1:
             return Picard(self.beta).start(backend, progress, x)
         b, n = x.shape
         m = self.history
-        ridge = _RIDGE[x.dtype] if self.ridge is None else self.ridge
+        ridge = self.ridge_for(x.dtype)
         # Rings by sample, not by row: compaction moves no history.
         scratch = Scratch()
         values = scratch.empty((b, m, n), x.dtype, x.device)

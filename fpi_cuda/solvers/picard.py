@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Picard:
     """
 
     beta: float = 1.0
+    history: ClassVar[int] = 1  # iterates it looks at
 
     def __post_init__(self) -> None:
         check_beta("Picard", self.beta)

@@ -261,8 +261,8 @@ def scenarios():
 REDUNDANT = {
     "rows.cuh: device_fence(); #2": "parts are read past the cache, behind the barrier that "
     "follows; the fence makes it an acquire in the memory model's own terms",
-    "rows.cuh: device_fence(); #3": "puts a thread's atomics on several counts in their order, which "
-    "they always have in the emulation",
+    "rows.cuh: device_fence(); #3": "puts a thread's atomics on several counts in their order, "
+    "which they always have in the emulation",
     "rows.cuh: device_fence(); #4": "counts are read past the cache, by the thread whose atomic "
     "was the last; likewise",
     "warp_barrier(); < team.cuh: barrier(); #1 < rows.cuh: team.reduce(largest": "of one value "

@@ -1,0 +1,314 @@
+"""Steps and energies of dense layers: modules like any other, which the solver takes whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from .backends import native
+from .dense_form import ACTIVATIONS, DenseForm
+from .operators import transforming
+
+__all__ = ["DenseEnergy", "DenseStep"]
+
+# ‖W‖₂ of a fresh step: a contraction for activations of slope at most 1.
+NORM = 0.8
+
+
+def _normal(rows: int, columns: int, norm: float) -> nn.Parameter:
+    """Gaussian, with a spectral norm that is about `norm` in large matrices."""
+    return nn.Parameter(
+        torch.randn(rows, columns) * (norm / (math.sqrt(rows) + math.sqrt(columns)))
+    )
+
+
+def _check_sizes(owner: str, **sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"{owner}: {name} must be a whole number >= 1 (got {size!r})")
+
+
+def _check_activation(owner: str, name: str, activation: str, allowed: tuple[str, ...]) -> None:
+    if activation not in allowed:
+        raise ValueError(f"{owner}: {name} must be one of {allowed} (got {activation!r})")
+
+
+def _check_last(owner: str, name: str, t: Tensor, size: int) -> None:
+    if t.dim() == 0 or t.shape[-1] != size:
+        raise ValueError(
+            f"{owner}: the last dimension of {name} must be {size} (got shape {tuple(t.shape)})"
+        )
+
+
+class _Inputs(nn.Module):
+    """u = z Uᵀ + b: what a step takes of z, which does not depend on x."""
+
+    input_weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, input_features: int, features: int, bias: bool, exact: bool) -> None:
+        super().__init__()
+        self.exact = exact
+        self.input_weight = nn.Parameter(
+            torch.randn(features, input_features) / math.sqrt(input_features)
+        )
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+
+    def _u(self, z: Tensor) -> Tensor:
+        if self.exact and z.dim() == 2 and not transforming():
+            return _ExactLinear.apply(z, self.input_weight, self.bias)  # type: ignore[no-any-return,no-untyped-call]
+        return F.linear(z, self.input_weight, self.bias)
+
+
+class _ExactLinear(Function):
+    """z Uᵀ + b with sums in one order: the bits of a row do not depend on the batch around it."""
+
+    @staticmethod
+    def forward(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return native.dense_map(z, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])  # type: ignore[attr-defined]
+
+    @staticmethod
+    def backward(ctx: object, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        return c @ weight, c.mT @ z, c.sum(0)
+
+
+class DenseStep(_Inputs):
+    """One or two dense layers as a step g(x, z), solved whole by one kernel where that exists.
+
+    hidden None:  x⁺ = φ(α x + x Wᵀ + u),           u = z Uᵀ + b
+    else:         x⁺ = φ₂(α x + φ(x W₁ᵀ + u) W₂ᵀ + b₂),   u = z Uᵀ + b
+
+    In `fixed_point` and `FixedPointLayer` u is computed once a solve, and the iteration, its
+    stop test and Anderson's mixing run in one call (`Solution.path` says "whole"); so does the
+    adjoint. Anywhere else it is a module like any other. Fresh weights make a contraction with
+    every activation whose slope is at most 1 (all but gelu, 1.13) where |α| < 0.2.
+
+    Args:
+        state_features: N; x is [..., N].
+        input_features: values of z; z is [..., input_features].
+        hidden: H, the width between two layers; None: one layer.
+        activation: φ: "tanh", "relu", "sigmoid", "softplus", "gelu" or "identity".
+        output_activation: φ₂ of two layers; None: "identity".
+        residual: α.
+        bias: whether there are b and b₂.
+        exact: u too is computed with sums in an order that does not depend on the batch, so that
+            the bits of a sample's solution do not depend on the samples beside it.
+
+    Attributes:
+        state_weight: W [N, N], or W₁ [H, N].
+        input_weight: U [N or H, input_features].
+        bias: b [N or H], or None.
+        output_weight: W₂ [N, H], or None; output_bias: b₂ [N], or None.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> layer = FixedPointLayer(DenseStep(16, 8))
+        >>> layer(torch.randn(4, 8)).shape
+        torch.Size([4, 16])
+    """
+
+    output_weight: nn.Parameter | None
+    output_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        state_features: int,
+        input_features: int,
+        hidden: int | None = None,
+        activation: str = "tanh",
+        output_activation: str | None = None,
+        residual: float = 0.0,
+        bias: bool = True,
+        exact: bool = False,
+    ) -> None:
+        owner = "DenseStep"
+        _check_sizes(owner, state_features=state_features, input_features=input_features)
+        _check_sizes(owner, hidden=hidden)
+        _check_activation(owner, "activation", activation, tuple(ACTIVATIONS))
+        if output_activation is not None:
+            if hidden is None:
+                raise ValueError(
+                    f"{owner}: output_activation belongs to two layers (got "
+                    f"{output_activation!r} with hidden=None); name φ by activation"
+                )
+            _check_activation(owner, "output_activation", output_activation, tuple(ACTIVATIONS))
+        if not math.isfinite(residual):
+            raise ValueError(f"{owner}: residual must be a finite number (got {residual!r})")
+        super().__init__(input_features, hidden or state_features, bias, exact)
+        self.state_features, self.input_features = state_features, input_features
+        self.hidden, self.activation = hidden, activation
+        self.output_activation = output_activation or "identity"
+        self.residual = float(residual)
+        if hidden is None:
+            self.state_weight = _normal(state_features, state_features, NORM)
+            self.output_weight = self.output_bias = None
+        else:
+            self.state_weight = _normal(hidden, state_features, math.sqrt(NORM))
+            self.output_weight = _normal(state_features, hidden, math.sqrt(NORM))
+            self.output_bias = nn.Parameter(torch.zeros(state_features)) if bias else None
+
+    @property
+    def state_shape(self) -> tuple[int]:
+        """One sample's state, (N,)."""
+        return (self.state_features,)
+
+    def dense_form(self, x: Tensor, z: Tensor) -> DenseForm:
+        """The step at z; x is only looked at."""
+        _check_last("DenseStep", "x", x, self.state_features)
+        _check_last("DenseStep", "z", z, self.input_features)
+        u = self._u(z)
+        if self.output_weight is None:
+            return DenseForm(self.state_weight, u, self.activation, self.residual)
+        return DenseForm(
+            self.output_weight,
+            self.output_bias,
+            self.output_activation,
+            self.residual,
+            hidden_weight=self.state_weight,
+            hidden_u=u,
+            hidden_activation=self.activation,
+        )
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x⁺, shaped like x."""
+        return self.dense_form(x, z)(x)
+
+    def extra_repr(self) -> str:
+        """What the constructor was given."""
+        text = f"{self.state_features}, {self.input_features}, activation={self.activation!r}"
+        if self.hidden is not None:
+            text += f", hidden={self.hidden}, output_activation={self.output_activation!r}"
+        return text + f", residual={self.residual:g}, bias={self.bias is not None}"
+
+
+def _log_cosh(p: Tensor) -> Tensor:
+    return p.abs() + F.softplus(-2 * p.abs()) - math.log(2)
+
+
+def _gelu_integral(p: Tensor) -> Tensor:
+    density = torch.exp(-p * p / 2) / math.sqrt(2 * math.pi)
+    integral: Tensor = ((p * p - 1) * torch.special.ndtr(p) + p * density) / 2
+    return integral
+
+
+# ψ with ψ′ = φ, by φ's name; convex where φ does not fall.
+_PSI: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": _log_cosh,
+    "relu": lambda p: torch.relu(p) ** 2 / 2,
+    "sigmoid": F.softplus,
+    "identity": lambda p: p * p / 2,
+    "gelu": _gelu_integral,
+}
+_CONVEX = ("tanh", "relu", "sigmoid", "identity")
+_STEEPEST = {"tanh": 1.0, "relu": 1.0, "sigmoid": 0.25, "identity": 1.0, "gelu": 1.13}  # max |φ′|
+
+
+class DenseEnergy(_Inputs):
+    """f(x, z) = ½ λ ‖x‖² + Σ a ψ(x W₁ᵀ + u), u = z Uᵀ + b: an energy for `GradientStep`.
+
+    ψ is the integral of φ, so a step of gradient descent is two dense layers with W₂ = −γ W₁ᵀ
+    and α = 1 − γ λ, and is solved whole like a `DenseStep`; W₁ is one parameter.
+
+    Args:
+        state_features: N.
+        input_features: values of z.
+        hidden: H, the number of terms.
+        activation: φ = ψ′: "tanh" (ψ = log cosh), "relu", "sigmoid", "identity", or "gelu", which
+            is not convex.
+        curvature: λ ≥ 0.
+        convex: a = 1, and a ψ that is convex: so is f, strongly where λ > 0. False: a is a
+            parameter, `term_weight` [H], of either sign.
+        bias, exact: as in `DenseStep`.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> energy = DenseEnergy(16, 8, hidden=32)
+        >>> step = GradientStep(energy, step_size=1 / energy.smoothness())
+        >>> FixedPointLayer(step)(torch.randn(4, 8)).shape
+        torch.Size([4, 16])
+    """
+
+    term_weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        state_features: int,
+        input_features: int,
+        hidden: int,
+        activation: str = "tanh",
+        curvature: float = 1.0,
+        convex: bool = True,
+        bias: bool = True,
+        exact: bool = False,
+    ) -> None:
+        owner = "DenseEnergy"
+        _check_sizes(owner, state_features=state_features, input_features=input_features)
+        _check_sizes(owner, hidden=hidden)
+        _check_activation(owner, "activation", activation, _CONVEX if convex else tuple(_PSI))
+        if not 0 <= curvature < math.inf:
+            raise ValueError(f"{owner}: curvature must be a finite number >= 0 (got {curvature!r})")
+        super().__init__(input_features, hidden, bias, exact)
+        self.state_features, self.input_features = state_features, input_features
+        self.hidden, self.activation, self.curvature = hidden, activation, float(curvature)
+        self.state_weight = _normal(hidden, state_features, 1.0)
+        signs = torch.ones(hidden)
+        signs[1::2] = -1
+        self.term_weight = None if convex else nn.Parameter(signs)
+
+    @property
+    def state_shape(self) -> tuple[int]:
+        """One sample's state, (N,)."""
+        return (self.state_features,)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """The energy of each sample, [...]."""
+        terms = _PSI[self.activation](F.linear(x, self.state_weight) + self._u(z))
+        if self.term_weight is not None:
+            terms = terms * self.term_weight
+        energy: Tensor = self.curvature / 2 * (x * x).sum(-1) + terms.sum(-1)
+        return energy
+
+    def gradient_form(self, step_size: float | Tensor, x: Tensor, z: Tensor) -> DenseForm:
+        """x − γ ∂f/∂x as dense layers."""
+        _check_last("DenseEnergy", "x", x, self.state_features)
+        _check_last("DenseEnergy", "z", z, self.input_features)
+        weight: Tensor = self.state_weight
+        if self.term_weight is not None:
+            weight = self.term_weight[:, None] * weight
+        return DenseForm(
+            (-step_size * weight).mT,
+            None,
+            residual=1 - step_size * self.curvature,
+            hidden_weight=self.state_weight,
+            hidden_u=self._u(z),
+            hidden_activation=self.activation,
+        )
+
+    @torch.no_grad()
+    def smoothness(self) -> float:
+        """A bound L on the curvature of f in x: any γ < 2/L makes a convex f's step contract."""
+        norm = float(torch.linalg.matrix_norm(self.state_weight.double(), 2))
+        most = 1.0 if self.term_weight is None else float(self.term_weight.abs().amax())
+        return self.curvature + most * _STEEPEST[self.activation] * norm**2
+
+    def extra_repr(self) -> str:
+        """What the constructor was given."""
+        return (
+            f"{self.state_features}, {self.input_features}, hidden={self.hidden}, "
+            f"activation={self.activation!r}, curvature={self.curvature:g}, "
+            f"convex={self.term_weight is None}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,134 @@
+"""What a step of dense layers tells the solver of itself, so that it can be solved whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "DenseForm"]
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+# In the order of csrc/math/activation.h.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": _identity,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "gelu": F.gelu,
+}
+
+
+@dataclass(frozen=True)
+class DenseForm:
+    """A step of one or two dense layers with all that does not depend on x computed.
+
+    With t = scale ∘ x, or t = x:
+
+        one layer    g(x) = φ(residual t + t Wᵀ + u)
+        two layers   g(x) = φ(residual t + h Wᵀ + u),  h = φ₁(t W₁ᵀ + u₁) or d ∘ (t W₁ᵀ + u₁)
+
+    Attributes:
+        weight: W, [N, N] or [N, H].
+        u: [B, N], or [N] for all samples, or None.
+        activation: φ, a name of `ACTIVATIONS`.
+        residual: α, a number or a tensor without dimensions.
+        hidden_weight: W₁, [H, N], or None: one layer.
+        hidden_u: u₁, [B, H], [H] or None.
+        hidden_activation: φ₁.
+        scale: s, [B, N], or None.
+        hidden_scale: d, [B, H]: in place of φ₁.
+    """
+
+    weight: Tensor
+    u: Tensor | None
+    activation: str = "identity"
+    residual: float | Tensor = 0.0
+    hidden_weight: Tensor | None = None
+    hidden_u: Tensor | None = None
+    hidden_activation: str = "identity"
+    scale: Tensor | None = None
+    hidden_scale: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """g(x), [B, N], in plain torch."""
+        return self._layers(x)[-1]
+
+    def _layers(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """What the hidden activation takes and gives, and what the last one takes and gives."""
+        t = x if self.scale is None else self.scale * x
+        before, h = None, t
+        if self.hidden_weight is not None:
+            before = F.linear(t, self.hidden_weight)
+            before = before if self.hidden_u is None else before + self.hidden_u
+            if self.hidden_scale is None:
+                h = ACTIVATIONS[self.hidden_activation](before)
+            else:
+                h = self.hidden_scale * before
+        after = F.linear(h, self.weight)
+        after = after if self.u is None else after + self.u
+        if isinstance(self.residual, Tensor) or self.residual != 0:
+            after = after + self.residual * t
+        return h, before, after, ACTIVATIONS[self.activation](after)
+
+    def linearised(self, x: Tensor) -> tuple[Tensor, DenseForm]:
+        """g(x), attached to what it depends on, and c ↦ (∂g/∂x)ᵀ c as a form of this kind.
+
+        Args:
+            x: [B, N], a leaf that requires gradients.
+        """
+        assert self.scale is None and self.hidden_scale is None
+        h, before, after, y = self._layers(x)
+        residual = self.residual
+        if isinstance(residual, Tensor):
+            residual = float(residual.detach())
+        slope = _slope(self.activation, y, after)
+        if self.hidden_weight is None:
+            return y, DenseForm(self.weight.detach().mT, None, residual=residual, scale=slope)
+        assert before is not None
+        return y, DenseForm(
+            self.hidden_weight.detach().mT,
+            None,
+            residual=residual,
+            hidden_weight=self.weight.detach().mT,
+            scale=slope,
+            hidden_scale=_slope(self.hidden_activation, h, before),
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All it holds."""
+        found = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return [t for t in found if isinstance(t, Tensor)]
+
+    def opened(self) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
+        """g(x, *per_sample) and those tensors: the loop may leave samples of them out."""
+        names = [
+            name
+            for name in ("u", "hidden_u", "scale", "hidden_scale")
+            if (t := getattr(self, name)) is not None and t.dim() == 2
+        ]
+
+        def g(x: Tensor, *per_sample: Tensor) -> Tensor:
+            given: Any = dict(zip(names, per_sample, strict=True))
+            return dataclasses.replace(self, **given)(x)
+
+        return g, [getattr(self, name) for name in names]
+
+
+def _slope(activation: str, value: Tensor, at: Tensor) -> Tensor | None:
+    """φ′ there; None: 1 everywhere."""
+    if activation == "identity":
+        return None
+    (slope,) = torch.autograd.grad(value, at, torch.ones_like(value), retain_graph=True)
+    return slope
