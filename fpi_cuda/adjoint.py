@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -181,7 +181,7 @@ class Problem:
                 linear = Adjoint(self, g, x, v, inputs[2:], per_sample)
                 return self._iterate(linear, x0, v)
             form = self.form(x0, inputs, params)
-            if form is not None and self._takes_whole(form, x0):
+            if self._takes_whole(form, x0):
                 return self._solve_whole(form, x0, None)
             if self.driver not in ("eager", "whole") and x0.device.type in graph.RECORDERS:
                 solved = self._solve_captured(x0, inputs, params)
@@ -206,14 +206,21 @@ class Problem:
             return None
         return self.step.form(x, inputs, params) if isinstance(self.step, UserStep) else None
 
-    def _takes_whole(self, form: DenseForm, x0: Tensor) -> bool:
+    def _takes_whole(self, form: DenseForm | None, x0: Tensor) -> TypeGuard[DenseForm]:
         """Whether one kernel solves it; else the record will say why not."""
         if self.driver not in ("auto", "whole"):
             return False
-        refusal = whole.refusal(form, x0, self.backend, self.solver)
+        refusal = (
+            "g is not of dense layers alone"
+            if form is None
+            else whole.refusal(form, x0, self.backend, self.solver)
+        )
         if refusal is None:
             return True
-        self.eagerly_because = f"not whole: {refusal}"
+        if form is not None:
+            self.eagerly_because = f"not whole: {refusal}"
+        if self.driver == "whole":
+            warn(f'{self.name}: driver="whole" is not possible: {refusal}', UserWarning)
         return False
 
     def _solve_whole(
@@ -544,7 +551,7 @@ def _whole_first_order(
     inner = dataclasses.replace(adjoint, step=adjoint.step.inner)
     with torch.enable_grad():
         form = inner.form(x, leaves[:n], leaves[n:])
-        if form is None or not adjoint._takes_whole(form, v):
+        if not adjoint._takes_whole(form, v):
             return None
         y, transposed = form.linearised(x.detach().requires_grad_())
     with torch.no_grad():

@@ -48,18 +48,23 @@ def _check_last(owner: str, name: str, t: Tensor, size: int) -> None:
 class _Inputs(nn.Module):
     """u = z Uᵀ + b: what a step takes of z, which does not depend on x."""
 
-    input_weight: nn.Parameter
+    input_weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, input_features: int, features: int, bias: bool, exact: bool) -> None:
+    def __init__(self, input_features: int | None, features: int, bias: bool, exact: bool) -> None:
         super().__init__()
         self.exact = exact
-        self.input_weight = nn.Parameter(
-            torch.randn(features, input_features) / math.sqrt(input_features)
-        )
+        self.input_weight = None
+        if input_features is not None:
+            weight = torch.randn(features, input_features) / math.sqrt(input_features)
+            self.input_weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+        self._expects = features if input_features is None else input_features
 
     def _u(self, z: Tensor) -> Tensor:
+        _check_last(type(self).__name__, "z", z, self._expects)
+        if self.input_weight is None:
+            return z if self.bias is None else z + self.bias
         if self.exact and z.dim() == 2 and not transforming():
             return _ExactLinear.apply(z, self.input_weight, self.bias)  # type: ignore[no-any-return,no-untyped-call]
         return F.linear(z, self.input_weight, self.bias)
@@ -85,7 +90,7 @@ class _ExactLinear(Function):
 class DenseStep(_Inputs):
     """One or two dense layers as a step g(x, z), solved whole by one kernel where that exists.
 
-    hidden None:  x⁺ = φ(α x + x Wᵀ + u),           u = z Uᵀ + b
+    hidden None:  x⁺ = φ(α x + x Wᵀ + u),                 u = z Uᵀ + b
     else:         x⁺ = φ₂(α x + φ(x W₁ᵀ + u) W₂ᵀ + b₂),   u = z Uᵀ + b
 
     In `fixed_point` and `FixedPointLayer` u is computed once a solve, and the iteration, its
@@ -95,7 +100,7 @@ class DenseStep(_Inputs):
 
     Args:
         state_features: N; x is [..., N].
-        input_features: values of z; z is [..., input_features].
+        input_features: values of z; z is [..., input_features]. None: z itself stands for z Uᵀ.
         hidden: H, the width between two layers; None: one layer.
         activation: φ: "tanh", "relu", "sigmoid", "softplus", "gelu" or "identity".
         output_activation: φ₂ of two layers; None: "identity".
@@ -106,7 +111,7 @@ class DenseStep(_Inputs):
 
     Attributes:
         state_weight: W [N, N], or W₁ [H, N].
-        input_weight: U [N or H, input_features].
+        input_weight: U [N or H, input_features], or None.
         bias: b [N or H], or None.
         output_weight: W₂ [N, H], or None; output_bias: b₂ [N], or None.
 
@@ -125,7 +130,7 @@ class DenseStep(_Inputs):
     def __init__(
         self,
         state_features: int,
-        input_features: int,
+        input_features: int | None,
         hidden: int | None = None,
         activation: str = "tanh",
         output_activation: str | None = None,
@@ -164,13 +169,14 @@ class DenseStep(_Inputs):
         """One sample's state, (N,)."""
         return (self.state_features,)
 
-    def dense_form(self, x: Tensor, z: Tensor) -> DenseForm:
-        """The step at z; x is only looked at."""
+    def dense_form(self, x: Tensor, z: Tensor, gain: Tensor | None = None) -> DenseForm:
+        """The step at z as the solver takes it; of x only the shape is looked at."""
         _check_last("DenseStep", "x", x, self.state_features)
-        _check_last("DenseStep", "z", z, self.input_features)
+        if gain is not None:
+            _check_last("DenseStep", "gain", gain, 1)
         u = self._u(z)
         if self.output_weight is None:
-            return DenseForm(self.state_weight, u, self.activation, self.residual)
+            return DenseForm(self.state_weight, u, self.activation, self.residual, gain=gain)
         return DenseForm(
             self.output_weight,
             self.output_bias,
@@ -179,11 +185,18 @@ class DenseStep(_Inputs):
             hidden_weight=self.state_weight,
             hidden_u=u,
             hidden_activation=self.activation,
+            gain=gain,
         )
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """x⁺, shaped like x."""
-        return self.dense_form(x, z)(x)
+    def forward(self, x: Tensor, z: Tensor, gain: Tensor | None = None) -> Tensor:
+        """x⁺, shaped like x.
+
+        Args:
+            x: [..., N].
+            z: [..., input_features].
+            gain: [..., 1], a number for each sample that its x is multiplied by before all else.
+        """
+        return self.dense_form(x, z, gain)(x)
 
     def extra_repr(self) -> str:
         """What the constructor was given."""
@@ -223,7 +236,7 @@ class DenseEnergy(_Inputs):
 
     Args:
         state_features: N.
-        input_features: values of z.
+        input_features: values of z; None: z itself stands for z Uᵀ.
         hidden: H, the number of terms.
         activation: φ = ψ′: "tanh" (ψ = log cosh), "relu", "sigmoid", "identity", or "gelu", which
             is not convex.
@@ -247,7 +260,7 @@ class DenseEnergy(_Inputs):
     def __init__(
         self,
         state_features: int,
-        input_features: int,
+        input_features: int | None,
         hidden: int,
         activation: str = "tanh",
         curvature: float = 1.0,
@@ -285,7 +298,6 @@ class DenseEnergy(_Inputs):
     def gradient_form(self, step_size: float | Tensor, x: Tensor, z: Tensor) -> DenseForm:
         """x − γ ∂f/∂x as dense layers."""
         _check_last("DenseEnergy", "x", x, self.state_features)
-        _check_last("DenseEnergy", "z", z, self.input_features)
         weight: Tensor = self.state_weight
         if self.term_weight is not None:
             weight = self.term_weight[:, None] * weight

@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class DenseForm:
     """A step of one or two dense layers with all that does not depend on x computed.
 
-    With t = scale ∘ x, or t = x:
+    With t = gain · scale ∘ x:
 
         one layer    g(x) = φ(residual t + t Wᵀ + u)
         two layers   g(x) = φ(residual t + h Wᵀ + u),  h = φ₁(t W₁ᵀ + u₁) or d ∘ (t W₁ᵀ + u₁)
@@ -46,7 +46,8 @@ class DenseForm:
         hidden_weight: W₁, [H, N], or None: one layer.
         hidden_u: u₁, [B, H], [H] or None.
         hidden_activation: φ₁.
-        scale: s, [B, N], or None.
+        gain: [B, 1], or None: 1.
+        scale: s, [B, N], or None: 1.
         hidden_scale: d, [B, H]: in place of φ₁.
     """
 
@@ -57,6 +58,7 @@ class DenseForm:
     hidden_weight: Tensor | None = None
     hidden_u: Tensor | None = None
     hidden_activation: str = "identity"
+    gain: Tensor | None = None
     scale: Tensor | None = None
     hidden_scale: Tensor | None = None
 
@@ -66,7 +68,8 @@ class DenseForm:
 
     def _layers(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """What the hidden activation takes and gives, and what the last one takes and gives."""
-        t = x if self.scale is None else self.scale * x
+        t = x if self.gain is None else self.gain * x
+        t = t if self.scale is None else self.scale * t
         before, h = None, t
         if self.hidden_weight is not None:
             before = F.linear(t, self.hidden_weight)
@@ -92,15 +95,18 @@ class DenseForm:
         residual = self.residual
         if isinstance(residual, Tensor):
             residual = float(residual.detach())
+        gain = None if self.gain is None else self.gain.detach()
         slope = _slope(self.activation, y, after)
         if self.hidden_weight is None:
-            return y, DenseForm(self.weight.detach().mT, None, residual=residual, scale=slope)
+            weight = self.weight.detach().mT
+            return y, DenseForm(weight, None, residual=residual, gain=gain, scale=slope)
         assert before is not None
         return y, DenseForm(
             self.hidden_weight.detach().mT,
             None,
             residual=residual,
             hidden_weight=self.weight.detach().mT,
+            gain=gain,  # one number a sample: before the product as good as after it
             scale=slope,
             hidden_scale=_slope(self.hidden_activation, h, before),
         )
@@ -115,7 +121,7 @@ class DenseForm:
         """g(x, *per_sample) and those tensors: the loop may leave samples of them out."""
         names = [
             name
-            for name in ("u", "hidden_u", "scale", "hidden_scale")
+            for name in ("u", "hidden_u", "gain", "scale", "hidden_scale")
             if (t := getattr(self, name)) is not None and t.dim() == 2
         ]
 

@@ -110,9 +110,6 @@ def anderson_step(
 
 def dense_refusal(form: DenseForm, x0: Tensor, history: int) -> str | None:
     """Why `dense_solve` does not take this form, of right shapes, or None."""
-    most = MAX_HISTORY[x0.device.type]
-    if history > most:
-        return f"a history of {history}, above {most}"
     return None
 
 
@@ -156,17 +153,27 @@ def dense_solve(
         restart,
         history,
         form.weight,
-        form.u,
+        _dense(form.u),
         CODES[form.activation],
         float(form.residual),
-        form.scale,
+        _dense(_scale(form, x0)),
         form.hidden_weight,
-        form.hidden_u,
+        _dense(form.hidden_u),
         CODES[form.hidden_activation],
-        form.hidden_scale,
+        _dense(form.hidden_scale),
         False,
         slots,
     )
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _scale(form: DenseForm, x: Tensor) -> Tensor | None:
+    if form.gain is None:
+        return form.scale
+    return form.gain.expand_as(x) if form.scale is None else form.gain * form.scale
 
 
 def dense_map(x: Tensor, weight: Tensor, u: Tensor | None) -> Tensor:

@@ -1,0 +1,583 @@
+"""Dense steps solved whole: against the reference in float64, and bit by bit against themselves."""
+
+import copy
+import dataclasses
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from helpers import DTYPES, TIGHT, TIGHT_ADJOINT, assert_close, assert_solved
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fpi_cuda import (
+    Anderson,
+    DenseEnergy,
+    DenseStep,
+    FixedPointLayer,
+    GradientStep,
+    Picard,
+    Status,
+    Tolerance,
+    fixed_point,
+)
+from fpi_cuda.backends import native
+from fpi_cuda.backends.progress import Limits
+from fpi_cuda.dense_form import ACTIVATIONS, DenseForm
+from fpi_cuda.drivers import whole
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NEAR = {torch.float64: (1e-9, 1e-11)}  # of solves that stop at the same iteration
+LAYERS = {"one layer": None, "two layers": 11}
+
+
+def step(n, d=3, hidden=None, dtype=torch.float64, seed=0, **options):
+    """A contraction of rate about 0.6, whatever the activation."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if hidden is not None:
+            options.setdefault("output_activation", "tanh")
+        made = DenseStep(n, d, hidden, **options).double()
+        with torch.no_grad():
+            for weight in filter(lambda w: w is not None, (made.state_weight, made.output_weight)):
+                weight.mul_(0.7 / torch.linalg.matrix_norm(weight, 2).clamp(min=1e-9))
+            for bias in filter(lambda b: b is not None, (made.bias, made.output_bias)):
+                bias.normal_()
+    return made.to(dtype)
+
+
+def solve(g, z, *more, n=None, backward=True, **options):
+    """x̂, its record, and the gradients of a loss that weighs every value differently."""
+    n = g.state_shape[0] if n is None else n
+    z = z.clone().requires_grad_()
+    x0 = torch.zeros(len(z), n, dtype=z.dtype)
+    solution = fixed_point(g, x0, z, *more, on_failure="return", **options)
+    gradients = ()
+    if backward:
+        loss = (solution.x * torch.linspace(-1, 1, n, dtype=z.dtype)).sum()
+        wanted = (z, *g.parameters())
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+    return solution, gradients
+
+
+def same_bits(a, b):
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+def assert_same_record(a, b):
+    assert a.iterations.tolist() == b.iterations.tolist()
+    assert a.status.tolist() == b.status.tolist()
+
+
+# --- against the reference -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("hidden", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("n", [1, 7, 31, 33, 159, 257])
+def test_the_kernel_agrees_with_the_reference_in_float64(activation, hidden, n, solver):
+    g = step(n, hidden=hidden, activation=activation, residual=0.1)
+    z = torch.randn(5, 3, dtype=torch.float64)
+    ours, gradients = solve(g, z, solver=solver)
+    theirs, expected = solve(g, z, solver=solver, backend="reference")
+    assert ours.path == ours.adjoint.path == "native, whole"
+    assert "reference, eager" in theirs.path
+    assert_same_record(ours, theirs)
+    assert_same_record(ours.adjoint, theirs.adjoint)
+    assert_close(ours.residual_norm, theirs.residual_norm, {torch.float64: (1e-3, 1e-14)})
+    if n > 1:  # of one value Anderson's secants soon are of rounding alone
+        torch.testing.assert_close(
+            ours.contraction, theirs.contraction, rtol=1e-3, atol=0, equal_nan=True
+        )
+    assert ours.evaluations == int(ours.iterations.max())
+    for mine, other in zip((ours.x, *gradients), (theirs.x, *expected), strict=True):
+        assert_close(mine, other, NEAR)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("hidden", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("n", [7, 33, 257])
+def test_every_dtype_solves_to_its_tolerance(activation, hidden, n, dtype, solver):
+    g = step(n, hidden=hidden, dtype=dtype, activation=activation)
+    z = torch.randn(5, 3).to(dtype)
+    ours, gradients = solve(g, z, solver=solver)
+    exact = copy.deepcopy(g).double()
+    true, expected = solve(exact, z.double(), solver=solver, tolerance=TIGHT, adjoint=TIGHT_ADJOINT)
+    assert ours.path == "native, whole"
+    assert bool(ours.converged.all())
+    assert_solved(ours.x, true.x)
+    for mine, other in zip(gradients, expected, strict=True):
+        assert_solved(mine.reshape(1, -1), other.reshape(1, -1), factor=12)
+
+
+SLOTS = 24  # of csrc/cpu/dense_solve.cpp
+
+
+@pytest.mark.parametrize("b", [0, 1, 5, SLOTS - 1, SLOTS, SLOTS + 1, 2 * SLOTS + 1, 150])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_number_of_samples(b, threads, solver):
+    torch.set_num_threads(threads)
+    g = step(9)
+    z = torch.randn(b, 3, dtype=torch.float64)
+    ours, gradients = solve(g, z, solver=solver)
+    theirs, expected = solve(g, z, solver=solver, backend="reference")
+    assert_same_record(ours, theirs)
+    for mine, other in zip((ours.x, *gradients), (theirs.x, *expected), strict=True):
+        assert_close(mine, other, NEAR)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.2])
+def test_damping_histories_and_tolerances(beta):
+    g = step(17, hidden=5, residual=-0.2)
+    z = torch.randn(11, 3, dtype=torch.float64)
+    for solver in (Picard(beta), *(Anderson(m, beta) for m in (1, 2, 3, 9, 30))):
+        options = dict(solver=solver, tolerance=Tolerance(1e-9, 0.0), max_iterations=60)
+        assert_same_record(
+            solve(g, z, **options)[0], solve(g, z, backend="reference", **options)[0]
+        )
+
+
+def test_gain_weighs_a_sample_and_has_a_gradient():
+    for hidden in (None, 6):
+        g = step(8, hidden=hidden)
+        z = torch.randn(20, 3, dtype=torch.float64)
+        gain = torch.linspace(0.1, 1.3, 20, dtype=torch.float64)[:, None].requires_grad_()
+        found = []
+        for backend in ("native", "reference"):
+            sol, gradients = solve(g, z, gain, backend=backend)
+            again, _ = solve(g, z, gain, backend=backend, backward=False)
+            (at_gain,) = torch.autograd.grad(again.x.sum(), gain)
+            found.append((sol, *gradients, at_gain))
+        assert found[0][0].path == found[0][0].adjoint.path == "native, whole"
+        assert_same_record(found[0][0], found[1][0])
+        assert_same_record(found[0][0].adjoint, found[1][0].adjoint)
+        for mine, other in zip(found[0][1:], found[1][1:], strict=True):
+            assert_close(mine, other, NEAR)
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": 0.15}, {"bias": False}, {"d": None}], ids=str)
+@pytest.mark.parametrize("hidden", LAYERS.values(), ids=LAYERS)
+def test_derivatives_of_first_and_second_order(hidden, options, solver):
+    g = step(4, **{"d": 3, "hidden": hidden} | options)
+    width = 3 if "d" not in options else (hidden or 4)
+    z = torch.randn(3, width, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in g.named_parameters()]
+    values = [p.detach().clone().requires_grad_() for p in g.parameters()]
+
+    def f(z, *values):
+        module = copy.copy(g)
+        module._parameters = dict(g._parameters) | dict(zip(names, values, strict=True))
+        x0 = torch.zeros(3, 4, dtype=torch.float64)
+        sol = fixed_point(module, x0, z, solver=solver, tolerance=TIGHT, adjoint=TIGHT_ADJOINT)
+        assert sol.path == "native, whole"
+        return sol.x
+
+    assert torch.autograd.gradcheck(f, (z, *values), fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, (z, *values), fast_mode=True)
+
+
+# --- bits ------------------------------------------------------------------------------------
+
+
+def limits(dtype, n, max_iterations=40):
+    rtol, atol = Tolerance().resolve(dtype)
+    return Limits(rtol, atol * n**0.5, 0.0, 10**6, max_iterations)
+
+
+def form_of(case, dtype):
+    """A form of random kind, with samples of very different difficulty."""
+    g = torch.Generator().manual_seed(case["seed"])
+    b, n, h = case["b"], case["n"], case["hidden"]
+
+    def normal(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
+
+    gain = torch.rand(b, 1, generator=g, dtype=torch.float64).to(dtype)
+    kind = dict(activation=case["activation"], residual=case["residual"], gain=gain)
+    if case["scale"]:
+        kind["scale"] = normal(b, n)
+    if h == 0:
+        return DenseForm(normal(n, n, scale=0.4 / n**0.5), normal(b, n), **kind)
+    return DenseForm(
+        normal(n, h, scale=0.5 / h**0.5),
+        normal(n) if case["shared"] else normal(b, n),
+        hidden_weight=normal(h, n, scale=0.6 / n**0.5),
+        hidden_u=normal(h) if case["shared"] else normal(b, h),
+        hidden_activation="gelu",
+        hidden_scale=normal(b, h) if case["scale"] else None,
+        **kind,
+    )
+
+
+def taken(form, rows):
+    """The same for these samples only."""
+    names = ("u", "hidden_u", "gain", "scale", "hidden_scale")
+    tensors = {name: getattr(form, name) for name in names}
+    parts = {k: t[rows] for k, t in tensors.items() if t is not None and t.dim() == 2}
+    return dataclasses.replace(form, **parts)
+
+
+cases = st.fixed_dictionaries(
+    {
+        "b": st.integers(1, 60),
+        "n": st.integers(1, 40),
+        "hidden": st.sampled_from([0, 0, 1, 9, 34]),
+        "activation": st.sampled_from(sorted(ACTIVATIONS)),
+        "residual": st.sampled_from([0.0, 0.2]),
+        "scale": st.booleans(),
+        "shared": st.booleans(),
+        "seed": st.integers(0, 10**6),
+        "dtype": st.sampled_from(DTYPES),
+        "history": st.integers(1, 6),
+        "slots": st.sampled_from([1, 2, 5, 7, 12, 64]),
+        "threads": st.integers(1, 2),
+    }
+)
+
+
+@given(case=cases)
+def test_bits_depend_on_neither_batch_order_slots_nor_threads(case):
+    dtype = case["dtype"]
+    form = form_of(case, dtype)
+    solver = Anderson(case["history"]) if case["history"] > 1 else Picard()
+    lim = limits(dtype, case["n"])
+    x0 = torch.randn(case["b"], case["n"], dtype=torch.float64).to(dtype)
+    x, record = whole.solve(form, x0, solver, lim)
+    order = torch.randperm(case["b"])[: max(1, case["b"] // 2)]
+    torch.set_num_threads(case["threads"])
+    y, again = whole.solve(taken(form, order), x0[order], solver, lim, slots=case["slots"])
+    torch.set_num_threads(1)
+    assert same_bits(x[order], y)
+    assert torch.equal(record.progress.counters[order], again.progress.counters)
+    assert same_bits(record.progress.scalars[order], again.progress.scalars)
+    one, _ = whole.solve(taken(form, order[:1]), x0[order[:1]], solver, lim)
+    assert same_bits(one[0], y[0])
+
+
+@pytest.mark.parametrize("hidden", LAYERS.values(), ids=LAYERS)
+def test_an_exact_layer_has_a_samples_bits_in_any_batch(hidden):
+    g = step(33, d=21, hidden=hidden, dtype=torch.float32, exact=True)
+    z = torch.randn(100, 21)
+    x, _ = solve(g, z, backward=False)
+    for rows in (torch.arange(1), torch.arange(7, 50), torch.randperm(100)):
+        part, _ = solve(g, z[rows], backward=False)
+        assert torch.equal(part.x, x.x[rows])
+    loose = step(33, d=21, hidden=hidden, dtype=torch.float32)
+    (ours, a), (theirs, b) = solve(g, z), solve(loose, z)
+    assert_close(ours.x, theirs.x)
+    for mine, other in zip(a, b, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+# --- what ends a sample ends it alone --------------------------------------------------------
+
+
+def test_a_nan_ends_its_sample_and_no_bit_of_another(solver):
+    g = step(19, hidden=8, dtype=torch.float32)
+    z = torch.randn(70, 3)
+    clean, clean_gradients = solve(g, z, solver=solver)
+    z[31, 1] = float("nan")
+    sol, (at_z, *_) = solve(g, z, solver=solver)
+    others = torch.arange(70) != 31
+    assert torch.equal(sol.x[others], clean.x[others])
+    assert torch.equal(at_z[others], clean_gradients[0][others])
+    assert sol.status[31] == Status.NONFINITE
+    assert sol.iterations[31] == 1
+    assert not sol.x[31].any(), "the last finite iterate is returned"
+    assert not at_z[31].any(), "its gradient is masked"
+
+
+def test_a_sample_that_is_no_contraction_ends_alone():
+    g = step(12, activation="identity")
+    z = torch.randn(40, 3, dtype=torch.float64)
+    gain = torch.full((40, 1), 0.5, dtype=torch.float64)
+    clean, _ = solve(g, z, gain, solver=Picard())
+    gain[17] = 10.0
+    sol, _ = solve(g, z, gain, solver=Picard())
+    reference, _ = solve(g, z, gain, solver=Picard(), backend="reference")
+    others = torch.arange(40) != 17
+    assert torch.equal(sol.x[others], clean.x[others])
+    assert sol.status[17] == reference.status[17] == Status.DIVERGED
+    assert_same_record(sol, reference)
+
+
+def test_all_may_fail_at_once_and_none_may_converge(solver):
+    g = step(6, activation="identity")
+    z = torch.full((130, 3), float("inf"), dtype=torch.float64)
+    sol, _ = solve(g, z, solver=solver)
+    assert sol.iterations.tolist() == [1] * 130
+    assert set(sol.status.tolist()) == {Status.NONFINITE}
+    z = torch.randn(130, 3, dtype=torch.float64)
+    for most in (1, 7):
+        sol, _ = solve(g, z, solver=solver, tolerance=Tolerance(0, 0), max_iterations=most)
+        assert sol.iterations.tolist() == [most] * 130
+        assert set(sol.status.tolist()) == {Status.MAX_ITERATIONS}
+        assert sol.evaluations == most
+
+
+def test_a_zero_gradient_costs_no_iteration():
+    g = step(5)
+    z = torch.randn(30, 3, dtype=torch.float64, requires_grad=True)
+    sol = fixed_point(g, torch.zeros(30, 5, dtype=torch.float64), z)
+    (at_z,) = torch.autograd.grad(sol.x[10:].sum(), z)
+    assert sol.adjoint.path == "native, whole"
+    assert sol.adjoint.iterations[:10].tolist() == [0] * 10
+    assert not at_z[:10].any() and at_z[10:].all()
+
+
+# --- where it is used ------------------------------------------------------------------------
+
+
+def test_a_layer_takes_it_as_any_step():
+    layer = FixedPointLayer(step(9, hidden=4, dtype=torch.float32))
+    z = torch.randn(6, 3)
+    x = layer(z)
+    assert x.shape == (6, 9)
+    assert layer.last.path == "native, whole"
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    assert torch.equal(twin(z), x)
+    twin.load_state_dict(layer.state_dict())
+    layer.double()
+    assert layer(z.double()).dtype == torch.float64
+
+
+def test_spectral_norm_is_taken_and_its_parameters_get_gradients():
+    g = step(9)
+    torch.nn.utils.parametrizations.spectral_norm(g, "state_weight")
+    z = torch.randn(4, 3, dtype=torch.float64)
+    g.eval()
+    sol, gradients = solve(g, z, tolerance=TIGHT, adjoint=TIGHT_ADJOINT)
+    _, expected = solve(g, z, backend="reference", tolerance=TIGHT, adjoint=TIGHT_ADJOINT)
+    assert sol.path == "native, whole"
+    for mine, other in zip(gradients, expected, strict=True):
+        assert_close(mine, other, NEAR)
+
+
+def doubled(module, arguments, output):
+    return 0.5 * output
+
+
+class Shifted(DenseStep):
+    def forward(self, x, z, gain=None):
+        return super().forward(x, z, gain) + 1
+
+
+def test_what_is_more_than_its_layers_is_called():
+    z = torch.randn(4, 3, dtype=torch.float64)
+    hooked = step(5)
+    hooked.register_forward_hook(doubled)
+    shifted = step(5)
+    shifted.__class__ = Shifted
+    for g in (hooked, shifted):
+        sol, _ = solve(g, z, backward=False, tolerance=TIGHT)
+        assert "whole" not in sol.path
+        assert_close(sol.x, g(sol.x, z))
+    captured = step(5)
+    sol = fixed_point(lambda x, z: 1 * captured(x, z), torch.zeros(4, 5, dtype=torch.float64), z)
+    assert sol.path.startswith("native, eager, ")
+
+
+def test_other_drivers_and_shapes_still_solve():
+    g = step(5)
+    z = torch.randn(4, 3, dtype=torch.float64)
+    tight = Tolerance(1e-11, 0)
+    expected, gradients = solve(g, z, tolerance=tight, adjoint=TIGHT_ADJOINT)
+    eager, found = solve(g, z, tolerance=tight, adjoint=TIGHT_ADJOINT, driver="eager")
+    assert "eager" in eager.path and "eager" in eager.adjoint.path
+    assert_close(eager.x, expected.x, NEAR)
+    for mine, other in zip(found, gradients, strict=True):
+        assert_close(mine, other, NEAR)
+    wide = fixed_point(
+        g, torch.zeros(2, 2, 5, dtype=torch.float64), z.view(2, 2, 3), tolerance=tight
+    )
+    assert "whole" not in wide.path
+    assert_close(wide.x.view(4, 5), expected.x, NEAR)
+    mapped = torch.vmap(lambda z: fixed_point(g, torch.zeros_like(wide.x[0]), z, tolerance=tight).x)
+    assert_close(mapped(z.view(2, 2, 3)).view(4, 5), expected.x, NEAR)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = fixed_point(g.float(), torch.zeros(4, 5), z.float())
+    assert "whole" not in cast.path
+
+
+def test_asking_for_whole_where_it_can_not_be_warns():
+    g = step(5)
+    z = torch.randn(4, 3, dtype=torch.float64)
+    x0 = torch.zeros(4, 5, dtype=torch.float64)
+    with pytest.warns(UserWarning, match='driver="whole".*not of dense layers'):
+        sol = fixed_point(lambda x, z: 1 * g(x, z), x0, z, driver="whole")
+    assert "eager" in sol.path
+    with pytest.warns(UserWarning, match='driver="whole".*backend "reference" has no whole solve'):
+        fixed_point(g, x0, z, driver="whole", backend="reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fixed_point(g, x0, z, driver="whole").path == "native, whole"
+
+
+def test_the_module_is_an_ordinary_one():
+    for hidden in (None, 7):
+        g = step(5, hidden=hidden, residual=0.3)
+        x, z = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
+        u = z @ g.input_weight.mT + g.bias
+        if hidden is None:
+            expected = torch.tanh(0.3 * x + x @ g.state_weight.mT + u)
+        else:
+            h = torch.tanh(x @ g.state_weight.mT + u)
+            expected = torch.tanh(0.3 * x + h @ g.output_weight.mT + g.output_bias)
+        assert_close(g(x, z), expected)
+        assert sum(p.numel() for p in g.parameters()) == sum(
+            t.numel() for t in g.state_dict().values()
+        )
+
+
+@pytest.mark.slow
+def test_the_module_compiles():
+    g = step(5, hidden=4, dtype=torch.float32)
+    x, z = torch.randn(6, 5), torch.randn(6, 3)
+    assert_close(torch.compile(g, fullgraph=True)(x, z), g(x, z))
+
+
+# --- energies --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid", "identity", "gelu"])
+@pytest.mark.parametrize("convex", [True, False])
+def test_an_energys_step_is_its_gradient_step(activation, convex, solver):
+    if convex and activation == "gelu":
+        with pytest.raises(ValueError, match="activation must be one of"):
+            DenseEnergy(6, 3, 9, activation)
+        return
+    energy = DenseEnergy(6, 3, 9, activation, curvature=0.8, convex=convex).double()
+    gradient_step = GradientStep(energy, step_size=1 / energy.smoothness())
+    x, z = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(energy(leaf, z).sum(), leaf)
+    assert_close(gradient_step(x, z), x - gradient / energy.smoothness())
+    assert_close(gradient_step.dense_form(x, z)(x), x - gradient / energy.smoothness())
+    options = dict(solver=solver, tolerance=TIGHT, adjoint=TIGHT_ADJOINT, max_iterations=2000)
+    ours, gradients = solve(gradient_step, z, **options)
+    theirs, expected = solve(gradient_step, z, **options, backend="reference")
+    assert ours.path == ours.adjoint.path == "native, whole"
+    assert_close(ours.x, theirs.x, {torch.float64: (1e-9, 1e-10)})
+    for mine, other in zip(gradients, expected, strict=True):
+        assert_close(mine, other, {torch.float64: (1e-7, 1e-9)})
+
+
+def test_a_step_size_may_be_learned():
+    energy = DenseEnergy(4, 3, 5).double()
+    g = GradientStep(energy, nn.Parameter(torch.tensor(0.3, dtype=torch.float64)))
+    z = torch.randn(4, 3, dtype=torch.float64)
+    one = dict(tolerance=Tolerance(0, 0), max_iterations=3, solver=Picard())
+    ours, gradients = solve(g, z, **one)
+    _, expected = solve(g, z, backend="reference", **one)
+    assert ours.path == "native, whole"
+    for mine, other in zip(gradients, expected, strict=True):
+        assert_close(mine, other, NEAR)
+
+
+def test_an_energy_of_its_own_is_called():
+    class Tilted(DenseEnergy):
+        def forward(self, x, z):
+            return super().forward(x, z) + x.sum(-1)
+
+    sol, _ = solve(GradientStep(Tilted(4, 3, 5).double(), 0.2), torch.randn(2, 3).double())
+    assert "whole" not in sol.path
+
+
+# --- the operator ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (25, 33, 31), (64, 159, 200)], ids=str)
+def test_products_match_float64(shape, dtype):
+    b, k, n = shape
+    x, weight, u = (torch.randn(*s).to(dtype) for s in ((b, k), (n, k), (n,)))
+    expected = x.double() @ weight.double().mT
+    for strided in (weight, weight.mT.contiguous().mT):
+        for found, right in (
+            (native.dense_map(x, strided, None), expected),
+            (native.dense_map(x, strided, u), expected + u.double()),
+        ):
+            rounding = 2 * torch.finfo(dtype).eps * (x.abs().double() @ weight.abs().double().mT)
+            assert ((found.double() - right).abs() <= rounding + torch.finfo(dtype).eps).all()
+
+
+def test_arguments_are_checked():
+    form = DenseForm(torch.randn(4, 4), torch.randn(3, 4))
+    lim, x0 = limits(torch.float32, 4), torch.zeros(3, 4)
+    for wrong, message in (
+        (dict(weight=torch.randn(4, 5)), r"weight must have shape \[·, 4\]"),
+        (dict(weight=torch.randn(5, 4)), r"weight must have shape \[4, 4\] \(got \[5, 4\]\)"),
+        (dict(weight=torch.randn(4, 4).double()), "weight must have the dtype of x"),
+        (dict(u=torch.randn(3, 5)), r"u must have shape \[3, 4\]"),
+        (dict(scale=torch.randn(4)), r"scale must have shape \[3, 4\]"),
+        (dict(hidden_weight=torch.randn(6, 3)), r"hidden_weight must have shape \[·, 4\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            whole.solve(dataclasses.replace(form, **wrong), x0, Picard(), lim)
+
+
+def test_bad_arguments_of_the_modules():
+    for make, message in (
+        (lambda: DenseStep(0, 3), "state_features must be a whole number >= 1"),
+        (lambda: DenseStep(4, 2.5), "input_features must be a whole number >= 1"),
+        (lambda: DenseStep(4, 3, hidden=True), "hidden must be a whole number >= 1"),
+        (lambda: DenseStep(4, 3, activation="swish"), "activation must be one of"),
+        (lambda: DenseStep(4, 3, output_activation="relu"), "output_activation belongs to two"),
+        (lambda: DenseStep(4, 3, residual=float("nan")), "residual must be a finite number"),
+        (lambda: DenseEnergy(4, 3, 5, "softplus"), "activation must be one of"),
+        (lambda: DenseEnergy(4, 3, 5, curvature=-1), "curvature must be a finite number >= 0"),
+        (lambda: DenseStep(4, 3)(torch.randn(2, 5), torch.randn(2, 3)), "dimension of x must be 4"),
+        (lambda: DenseStep(4, 3)(torch.randn(2, 4), torch.randn(2, 2)), "dimension of z must be 3"),
+        (
+            lambda: fixed_point(DenseStep(4, 3), torch.zeros(2, 5), torch.randn(2, 3)),
+            "dimension of x must be 4",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+POISONED = """
+import ctypes
+import torch
+from fpi_cuda import *
+M_PERTURB = -6
+assert ctypes.CDLL(None).mallopt(M_PERTURB, 1)
+torch.manual_seed(0)
+for hidden in (None, 21):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        g = DenseStep(37, 5, hidden, residual=0.1).to(dtype)
+        z = torch.randn(91, 5).to(dtype).requires_grad_()
+        for solver in (Picard(), Anderson()):
+            found = []
+            for backend in ("native", "reference"):
+                sol = fixed_point(g, torch.zeros(91, 37, dtype=dtype), z, solver=solver,
+                                  backend=backend)
+                found.append((sol, *torch.autograd.grad(sol.x.sum(), (z, g.state_weight))))
+            assert found[0][0].path == found[0][0].adjoint.path == "native, whole"
+            close = 0.1 if dtype == torch.bfloat16 else 1e-3
+            for a, b in zip((found[0][0].x, *found[0][1:]), (found[1][0].x, *found[1][1:])):
+                torch.testing.assert_close(a, b, rtol=close, atol=close)
+print("solved")
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_with_poisoned_memory(capability):
+    """What malloc gives holds -1.7e38: to read it before it is written would show."""
+    environment = os.environ | {"FPI_CPU_CAPABILITY": capability}
+    done = subprocess.run(
+        [sys.executable, "-c", POISONED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "must be one of" in done.stderr:
+        pytest.skip(f"this machine has no {capability}")
+    assert done.stdout == "solved\n", done.stderr
