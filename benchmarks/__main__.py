@@ -16,6 +16,7 @@ ABOUT = {
     "quick": "every suite, short: under 2.5 minutes on 2 cores",
     "full": "every suite, for the committed JSON",
     "solve": "whole solves, forward and with the backward, ours and the rivals'",
+    "dense": "steps of dense layers solved whole: the Bibtex shape, products, refill",
     "overhead": "time outside g, Anderson, at equal evaluations",
     "scale": "the state's and the loss's scale do not matter",
     "kernels": "the step kernels' bandwidth against a copy",

@@ -60,6 +60,44 @@ def ours(solver: Any, **more: Any) -> Callable[[Rule], Solve]:
     return build
 
 
+class Whole:
+    """The same problem told to the library as a step of dense layers, so that it is solved whole.
+
+    As solve(g, ...), but g is not called: the module stands for it.
+    """
+
+    def __init__(self, solver: Any, rule: Rule) -> None:
+        self.options = dict(
+            solver=solver,
+            tolerance=fpi_cuda.Tolerance(rule.rtol, rule.atol),
+            adjoint=fpi_cuda.ImplicitAdjoint(tolerance=fpi_cuda.Tolerance(rule.adjoint_rtol)),
+            max_iterations=rule.max_iterations,
+            on_failure="return",
+        )
+        self.steps: dict[torch.Size, Any] = {}
+        self.last: fpi_cuda.Solution | None = None
+
+    def __call__(self, g: Step, x0: Tensor, u: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+        if weight.shape not in self.steps:
+            self.steps[weight.shape] = structured(*weight.shape).to(weight.device)
+        step = self.steps[weight.shape]
+        owner = getattr(step, "energy", step)
+        owner._parameters["state_weight"] = weight  # this very tensor, which may need a gradient
+        gain = (s,) if bool((s != 1).any()) else ()
+        self.last = fpi_cuda.fixed_point(step, x0, u, *gain, **self.options)
+        if self.last.path != "native, whole":
+            raise RuntimeError(f"a whole solve was to be measured (got {self.last.path})")
+        return self.last.x
+
+
+def structured(rows: int, columns: int) -> torch.nn.Module:
+    """`problems.g` as a module, for a weight of this shape."""
+    if rows == columns:
+        return fpi_cuda.DenseStep(columns, None, bias=False)
+    energy = fpi_cuda.DenseEnergy(columns, None, rows, bias=False, curvature=problems.CURVATURE)
+    return fpi_cuda.GradientStep(energy, problems.STEP_SIZE)
+
+
 # --- plain torch -----------------------------------------------------------------------------
 
 
@@ -338,6 +376,7 @@ def absent(package: str) -> str | None:
 PLAIN = "plain loop"
 COMPACTED = "plain loop, compacted"
 COMPILED = "plain loop, compacted, compiled"
+WHOLE = ("Picard, whole", "Anderson, whole")
 SAME_TASK = (PLAIN, COMPACTED, COMPILED)  # as our Picard: tested in every iteration
 
 
@@ -354,6 +393,8 @@ def all_methods() -> list[Method]:
     return [
         Method("Picard", "ours", ours(fpi_cuda.Picard())),
         Method("Anderson", "ours", ours(fpi_cuda.Anderson(history=HISTORY))),
+        Method(WHOLE[0], "ours", functools.partial(Whole, fpi_cuda.Picard())),
+        Method(WHOLE[1], "ours", functools.partial(Whole, fpi_cuda.Anderson(history=HISTORY))),
         Method(PLAIN, "plain", plain(picard)),
         Method(COMPACTED, "plain", plain(picard_compacted, COMPACT)),
         Method("plain loop, compacted, test every 3rd", "plain", plain(seldom, COMPACT)),

@@ -1,4 +1,4 @@
-"""The problems: x ← tanh(s (W x) + u), easy, hard and conv, and what counts as solved.
+"""The problems: x ← tanh(s (W x) + u), easy, hard and conv; an energy; and what counts as solved.
 
 `g` is an opaque function to every method: nobody knows what W is. u = z Uᵀ + b does not
 depend on x and is hoisted out of the loop for all of them, as a per-sample input; so is s.
@@ -14,12 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIZES = ((256, 128), (1024, 256), (64, 1024), (4096, 64))
-KINDS = ("easy", "hard", "conv")
+BIBTEX = ((32, 159), (512, 159), (2515, 159))  # labels of that data set, three batches
+KINDS = ("easy", "hard", "conv", "energy")
 DENSE = KINDS[:2]
 INSTANCES = 3  # inputs of one problem that the timed calls rotate over
 
 
+HIDDEN = 200  # terms of the energy
+CURVATURE, STEP_SIZE, ENERGY_NORM = 1.0, 2 / 11, 3.0  # λ, γ and ‖W‖₂: a rate of at most 9/11
+
+
 def g(x: Tensor, u: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+    if u.shape[1] != x.shape[1]:  # gradient descent on λ/2 ‖x‖² + Σ log cosh(W x + u)
+        slope = torch.tanh(x @ weight.T + u) @ weight
+        return (1 - STEP_SIZE * CURVATURE) * x - STEP_SIZE * slope
     return torch.tanh(s * linear(x, weight) + u)
 
 
@@ -85,6 +93,7 @@ def make(
         samples take 9-12 iterations.
     hard: W symmetric Gaussian with ‖W‖₂ = 0.99, u small, s log-spaced from 0.1 to 0.99 over the
         batch and shuffled. A few samples take 80-200 iterations, the mean is 13-18.
+    energy: W Gaussian [200, N], 3 in norm, u of unit scale: about 40 iterations.
     conv: W a 3×3 convolution with Σ|w| = 0.9, so that ‖W‖₂ is at most that; else as easy.
     """
     random = torch.Generator().manual_seed(0)
@@ -92,6 +101,16 @@ def make(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
 
+    if kind == "energy":
+        weight = normal(HIDDEN, size)
+        weight *= ENERGY_NORM / spectral_norm(weight, device)
+        made = []
+        for _ in range(instances):
+            u, loss = normal(batch, HIDDEN), normal(batch, size)
+            ones = torch.ones(batch, 1)
+            instance = Instance(torch.zeros(batch, size), u, ones, weight, loss)
+            made.append(instance.to(device))
+        return Problem(kind, batch, size, tuple(made))
     if kind == "conv":
         if math.isqrt(size) ** 2 != size:
             raise ValueError(f"make: conv needs a square number of pixels (got {size})")

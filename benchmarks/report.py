@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .measure import ROOT, incomparable
-from .methods import SAME_TASK
-from .problems import SIZES
+from .methods import SAME_TASK, WHOLE
+from .problems import BIBTEX, SIZES
 
 Row = Mapping[str, Any]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -139,6 +139,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         plain = any(row["family"] == "plain" for row in group)
         if plain and picard and "median_s" in picard and batch * size >= 32_000:
             found.append(picard_verdict(picard, group, where))
+        found += whole_verdicts(rows, group, where)
         if anderson and "median_s" in anderson and size <= 256:
             if plain and kind == "hard":
                 ratio = against_plain(anderson, group)
@@ -147,6 +148,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
                 ratio = against(anderson, group, "torchdeq Anderson")
                 least = 6.0 if kind == "hard" else 3.0
                 found.append(speedup("torchdeq Anderson / Anderson", where, ratio, least))
+    found += refill_verdicts(rows)
     return found + overhead_verdicts(rows) + loop_verdicts(rows) + other_verdicts(rows)
 
 
@@ -159,6 +161,73 @@ def picard_verdict(picard: Row, group: Sequence[Row], where: str) -> Verdict:
         return verdict
     note = f"{best.against}: {best.value:.2f}"
     return replace(verdict, note="; ".join(filter(None, [verdict.note, note])))
+
+
+def whole_verdicts(rows: Sequence[Row], group: Sequence[Row], where: str) -> list[Verdict]:
+    """The faster of our two whole solves against each kind of rival."""
+    whole = [row for row in timed_rows(group, family="ours") if row["method"] in WHOLE]
+    if not whole:
+        return []
+    best = whole[0]
+    name, size = best["method"], (best["batch"], best["size"])
+    plain = against_plain(best, group)
+    peers = [compare(best, row) for row in timed_rows(group, family="torchdeq")]
+    shown = [ratio for ratio in peers if ratio.value is not None]
+    found = []
+    if best["problem"] == "hard":
+        found.append(speedup(f"best plain loop / {name}", where, plain, 2.0))
+        for ratio in peers:
+            least = 3.0
+            if ratio.against == "torchdeq Anderson":
+                least = 10.0 if size == (64, 1024) else 20.0
+            found.append(speedup(f"{ratio.against} / {name}", where, ratio, least))
+    elif best["problem"] == "easy" and best["mode"] == "forward+backward":
+        fastest = max([plain, *shown], key=lambda r: -1 if r.value is None else r.value)
+        seconds = {
+            row["method"]: row["median_s"]
+            for row in rows
+            if row["suite"] == "products" and (row["batch"], row["size"]) == size
+        }
+        if seconds:
+            part = seconds["product"] / seconds["plain loop's iteration"]
+            least = 1.3 if part < 0.75 else 0.9 / part
+            noted = f"product: {part:.0%} of a plain loop's iteration"
+            fastest = replace(fastest, note="; ".join(filter(None, [noted, fastest.note])))
+            found.append(speedup(f"fastest rival / {name}", where, fastest, round(least, 2)))
+    elif best["problem"] == "energy":
+        found.append(speedup(f"best plain loop / {name}", where, plain, 1.0))
+    return found
+
+
+def refill_verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    by = {r["method"]: r for r in rows if r["suite"] == "refill" and "skipped" not in r}
+    if not by:
+        return []
+    mixed, same, tile = by["mixed"], by["all slowest"], by["one tile"]
+    total, most, resident = mixed["iterations_sum"], mixed["iterations_max"], mixed["resident"]
+    where = f"{mixed['batch']} samples of {mixed['iterations_min']} to {most} iterations, "
+    where += f"{resident} slots"
+    a_pass = tile["median_s"] / tile["iterations_max"]  # every slot once
+    part = mixed["median_s"] / ((total / resident + most) * a_pass)
+    occupied = total / resident * a_pass / mixed["median_s"]
+    other = mixed["median_s"] / (total / same["iterations_sum"] * same["median_s"])
+    return [
+        Verdict(
+            "refill: time / ((Σ/S + max) passes of a full tile)",
+            where,
+            "≤ 1.2",
+            f"{part:.2f}",
+            part <= 1.2,
+            f"slots occupied {occupied:.0%} of the time",
+        ),
+        Verdict(
+            "refill: time / (Σ/(B max) of a batch of slowest samples)",
+            where,
+            "≤ 1.2",
+            f"{other:.2f}",
+            other <= 1.2,
+        ),
+    ]
 
 
 def at_most(what: str, where: str, ratio: Ratio, limit: float) -> Verdict:
@@ -384,7 +453,7 @@ def markdown_table(table: Table) -> str:
 def render(rows: Sequence[Row], table: Callable[[Table], str], heading: str) -> str:
     """All tables, the targets last."""
     parts = []
-    order = {size: i for i, size in enumerate(SIZES)}
+    order = {size: i for i, size in enumerate((*SIZES, *BIBTEX))}
     groups = sorted(
         cells(rows).items(),
         key=lambda item: (item[0][0], order.get(item[0][1:3], len(order)), item[0][3:]),

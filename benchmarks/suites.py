@@ -17,6 +17,8 @@ from tqdm import tqdm
 import fpi_cuda
 from fpi_cuda.backends import native
 from fpi_cuda.backends.progress import Limits, Progress
+from fpi_cuda.dense_form import DenseForm
+from fpi_cuda.drivers import whole
 
 from . import methods, problems
 from .measure import (
@@ -90,6 +92,8 @@ def solve_cell(
         }
         rows.append(row)
         reason = method.missing
+        if method.name in methods.WHOLE and problem.kind == "conv":
+            reason = "no dense layers"
         if method.name in options.without:
             reason = "left out"
         if reason:
@@ -128,6 +132,10 @@ def count(run: methods.Solve, problem: Problem, device: str) -> Row:
         for _ in range(2):  # the first call of all may look at g more often
             g.reset()
             run(g, *problem.instances[0].arguments)
+    if isinstance(run, methods.Whole):  # nobody calls g
+        assert run.last is not None
+        mean = float(run.last.iterations.double().mean())
+        return {"evaluations": run.last.evaluations, "iterations_mean": mean}
     return {"evaluations": g.calls, "iterations_mean": g.rows / problem.batch}
 
 
@@ -142,6 +150,96 @@ def timed_call(run: methods.Solve, problem: Problem, *, backward: bool) -> Calla
         gradients(run, problems.g, instances[i % len(instances)])
 
     return both if backward else forward
+
+
+# --- dense: steps of dense layers that one kernel solves whole --------------------------------
+
+
+def dense(options: Options) -> list[Row]:
+    """Whole solves of the Bibtex shape, the part that products take of a plain loop, and refill."""
+    bibtex = replace(options, sizes=problems.BIBTEX, kinds=("easy", "energy"))
+    return solve(bibtex) + products(options) + refill(options)
+
+
+def products(options: Options) -> list[Row]:
+    """A plain loop's iteration of the easy problem, and the product in it."""
+    rows = []
+    for batch, size in (*options.sizes, *problems.BIBTEX):
+        problem = problems.make("easy", batch, size, options.device, instances=2)
+        x, out = torch.randn(2, batch, size, device=options.device)
+        offset = problem.rule.atol * size**0.5
+
+        def product(i: int, x: Any = x, out: Any = out, problem: Problem = problem) -> None:
+            torch.mm(x, problem.instances[i % 2].weight.T, out=out)
+
+        def step(i: int, x: Any = x, problem: Problem = problem, offset: float = offset) -> None:
+            _, u, s, weight = problem.instances[i % 2].arguments
+            y = problems.g(x, u, s, weight)
+            bool(methods.finished(y - x, y, problem.rule.rtol, offset, None).all())
+
+        with torch.no_grad():
+            measured = interleave(
+                {"product": product, "plain loop's iteration": step},
+                device=options.device,
+                budget=options.budget / 2,
+                rounds=(21, 101),
+                label=f"product {batch}x{size}",
+            )
+        for name, times in measured.items():
+            row = {"suite": "products", "method": name, "batch": batch, "size": size}
+            rows.append(row | times.row())
+    return rows
+
+
+REFILL_SIZE, FEWEST, MOST = 128, 3, 300  # values a sample; iterations of the fastest, the slowest
+
+
+def refill(options: Options) -> list[Row]:
+    """Samples of 3 to 300 iterations in one batch, beside batches whose samples all take as long.
+
+    x ← s Q x + u with Q orthogonal: the residual falls by s in every iteration exactly, so each
+    sample's number of iterations is known.
+    """
+    if options.device.startswith("cuda"):
+        return [{"suite": "refill", "skipped": "resident slots of a device are not known here"}]
+    slots = 24  # a thread's: csrc/cpu/dense_solve.cpp
+    resident = slots * torch.get_num_threads()
+    batch, n, rtol = 16 * resident, REFILL_SIZE, 1e-6
+    v = torch.nn.functional.normalize(torch.randn(n), dim=0)
+    weight = 2 * torch.outer(v, v) - torch.eye(n)
+    counts = torch.linspace(FEWEST, MOST, batch)[torch.randperm(batch)]
+    # ‖r‖ is s^(k − 1) ‖u‖ in iteration k, and x̂ about as long as u.
+    spread = (rtol ** (1 / (counts - 1)))[:, None]
+    slowest = torch.full_like(spread, float(spread.max()))
+    u = torch.randn(batch, n)
+
+    def run(rows: int, gain: Any) -> Callable[[int], Any]:
+        form = DenseForm(weight, u[:rows], gain=gain[:rows])
+        x0 = torch.zeros(rows, n)
+        limits = Limits(rtol, 0.0, 0.0, 10**6, 4 * MOST)
+        return lambda _: whole.solve(form, x0, fpi_cuda.Picard(), limits, slots=slots)
+
+    calls = {
+        "mixed": run(batch, spread),
+        "all slowest": run(batch, slowest),
+        "one tile": run(resident, slowest),
+    }
+    measured = interleave(calls, budget=options.budget, rounds=(11, 51), label="refill")
+    totals = {name: call(0)[1].iterations for name, call in calls.items()}
+    return [
+        {
+            "suite": "refill",
+            "method": name,
+            "batch": len(totals[name]),
+            "size": n,
+            "resident": resident,
+            "iterations_sum": int(totals[name].sum()),
+            "iterations_min": int(totals[name].min()),
+            "iterations_max": int(totals[name].max()),
+            **times.row(),
+        }
+        for name, times in measured.items()
+    ]
 
 
 # --- overhead: what an iteration costs outside g ----------------------------------------------
@@ -545,6 +643,7 @@ def importing(options: Options) -> list[Row]:
 
 SUITES: dict[str, Callable[[Options], list[Row]]] = {
     "solve": solve,
+    "dense": dense,
     "overhead": overhead,
     "scale": scale,
     "kernels": kernels,

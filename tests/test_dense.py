@@ -401,7 +401,7 @@ def test_other_drivers_and_shapes_still_solve():
     mapped = torch.vmap(lambda z: fixed_point(g, torch.zeros_like(wide.x[0]), z, tolerance=tight).x)
     assert_close(mapped(z.view(2, 2, 3)).view(4, 5), expected.x, NEAR)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = fixed_point(g.float(), torch.zeros(4, 5), z.float())
+        cast = fixed_point(g.float(), torch.zeros(4, 5), z.float(), tolerance=Tolerance(0.02))
     assert "whole" not in cast.path
 
 

@@ -17,21 +17,70 @@ int64_t dense_panel_values(const DenseLayer<T>& layer) {
   return kPanel<accumulate_t<T>> * layer.in;
 }
 
+namespace {
+
+// A square of vectors turned over its diagonal.
+template <typename Acc, int kWidth = kLanes<Acc>>
+FPI_HOST_DEVICE void transpose(Vector<Acc>* v) {
+  if constexpr (kWidth > 1) {
+    constexpr int kHalf = kWidth / 2;
+    for (int first = 0; first < kLanes<Acc>; first += kWidth) {
+      for (int i = first; i < first + kHalf; ++i) {
+        const Vector<Acc> a = v[i], b = v[i + kHalf];
+        v[i] = halves<Acc, kWidth, false>(a, b);
+        v[i + kHalf] = halves<Acc, kWidth, true>(a, b);
+      }
+    }
+    transpose<Acc, kHalf>(v);
+  }
+}
+
+// A square of weights as vectors of outputs, one for each input from i on.
+template <typename T>
+FPI_HOST_DEVICE void load_square(const DenseLayer<T>& layer, int64_t o, int64_t i,
+                                 Vector<accumulate_t<T>>* square) {
+  using Acc = accumulate_t<T>;
+  constexpr int kSide = kLanes<Acc>;
+  const T* from = layer.weight + o * layer.out_stride + i * layer.in_stride;
+  const bool whole = o + kSide <= layer.out && i + kSide <= layer.in;
+  if (whole && layer.out_stride == 1) {
+    for (int j = 0; j < kSide; ++j) {
+      square[j] = load(from + j * layer.in_stride);
+    }
+  } else if (whole && layer.in_stride == 1) {
+    for (int j = 0; j < kSide; ++j) {
+      square[j] = load(from + j * layer.out_stride);
+    }
+    transpose<Acc>(square);
+  } else {
+    for (int j = 0; j < kSide; ++j) {
+      for (int l = 0; l < kSide; ++l) {
+        const bool there = o + l < layer.out && i + j < layer.in;
+        square[j][l] =
+            there ? static_cast<Acc>(from[l * layer.out_stride + j * layer.in_stride]) : Acc(0);
+      }
+    }
+  }
+}
+
+}  // namespace
+
 template <typename T>
 void dense_pack(const DenseLayer<T>& layer, accumulate_t<T>* packed, int64_t begin, int64_t end) {
   using Acc = accumulate_t<T>;
-  constexpr int64_t kTogether = 16;  // inputs: a cache line of a weight's row, read once
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t first = panel * kPanel<Acc>;
-    const int64_t outputs = layer.out - first < kPanel<Acc> ? layer.out - first : kPanel<Acc>;
-    Acc* to = packed + first * layer.in;
-    for (int64_t i = 0; i < layer.in; i += kTogether) {
-      const int64_t inputs = layer.in - i < kTogether ? layer.in - i : kTogether;
-      for (int64_t o = 0; o < kPanel<Acc>; ++o) {
-        const T* from = layer.weight + (first + o) * layer.out_stride + i * layer.in_stride;
+  constexpr int kSide = kLanes<Acc>;
+  constexpr int64_t kTogether = 4;  // panels: what follows in memory is read while it is at hand
+  for (int64_t first = begin; first < end; first += kTogether) {
+    const int64_t last = first + kTogether < end ? first + kTogether : end;
+    for (int64_t i = 0; i < layer.in; i += kSide) {
+      const int64_t inputs = layer.in - i < kSide ? layer.in - i : kSide;
+      for (int64_t o = first * kPanel<Acc>; o < last * kPanel<Acc>; o += kSide) {
+        Vector<Acc> square[kSide] = {};
+        load_square(layer, o, i, square);
+        const int64_t panel = o / kPanel<Acc>;
+        Acc* to = packed + (panel * layer.in + i) * kPanel<Acc> + o % kPanel<Acc>;
         for (int64_t j = 0; j < inputs; ++j) {
-          to[(i + j) * kPanel<Acc> + o] =
-              o < outputs ? static_cast<Acc>(from[j * layer.in_stride]) : Acc(0);
+          store<Acc>(to + j * kPanel<Acc>, square[j]);
         }
       }
     }
