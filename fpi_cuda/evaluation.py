@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .dense_form import DenseForm
+from .dense_form import DenseForm, form_of
 from .modules import Binding, bindable
 from .operators import transforming
 from .solution import warn
@@ -95,18 +95,9 @@ class UserStep(Step):
         self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]
     ) -> DenseForm | None:
         """g as dense layers, if that is all it is: x, [B, N], is what it would be called with."""
-        kind = type(self.g)
-        if self.binding is None or self.n_params or not hasattr(kind, "dense_form"):
+        if self.binding is None or self.n_params:
             return None
-        module = self.binding.bind(params)
-        # A forward of its own, or a hook, may do anything beside the form.
-        owners = [
-            next(c for c in kind.__mro__ if name in vars(c)) for name in ("forward", "dense_form")
-        ]
-        hooks = (m._forward_hooks or m._forward_pre_hooks for m in module.modules())  # type: ignore[attr-defined]
-        if owners[0] is not owners[1] or any(hooks):
-            return None
-        return module.dense_form(x, *inputs)  # type: ignore[attr-defined,no-any-return]
+        return form_of(self.binding.bind(params), "dense_form", x, *inputs)
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
         """g with the user's params appended and the module's own put in."""

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dense import DenseEnergy
-from .dense_form import DenseForm
+from .dense_form import DenseForm, form_of
 from .operators import partial
 
 __all__ = ["GradientStep", "NeuralStep"]
@@ -25,6 +24,15 @@ class NeuralStep(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+
+    @property
+    def state_shape(self) -> Any:
+        """The net's, where it has one."""
+        return getattr(self.net, "state_shape", None)
+
+    def dense_form(self, x: Tensor, *inputs: Tensor) -> DenseForm | None:
+        """The step as dense layers where the net is a `DenseStep`."""
+        return form_of(self.net, "dense_form", x, *inputs)
 
     def forward(self, x: Any, *inputs: Tensor) -> Any:
         """net(x, *inputs), shaped like x."""
@@ -62,10 +70,9 @@ class GradientStep(nn.Module):
 
     def dense_form(self, x: Tensor, *inputs: Tensor) -> DenseForm | None:
         """The step as dense layers where the energy is a `DenseEnergy`."""
-        energy = self.energy
-        if not isinstance(energy, DenseEnergy) or type(energy).forward is not DenseEnergy.forward:
+        if not isinstance(self.energy, nn.Module):
             return None
-        return energy.gradient_form(self.step_size, x, *inputs)
+        return form_of(self.energy, "gradient_form", self.step_size, x, *inputs)
 
     def forward(self, x: Any, *inputs: Tensor) -> Any:
         """x − γ ∂f/∂x, shaped like x."""
