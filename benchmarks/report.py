@@ -394,6 +394,20 @@ def kernels_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def products_table(rows: Sequence[Row]) -> Table:
+    names = ("product", "plain loop's iteration", "whole solve's iteration")
+    table = [["B", "N", *(f"{name}, µs" for name in names), "product's part"]]
+    by_size: dict[tuple[int, int], dict[str, float]] = {}
+    for row in rows:
+        if row["suite"] == "products":
+            by_size.setdefault((row["batch"], row["size"]), {})[row["method"]] = row["median_s"]
+    for (batch, size), by in by_size.items():
+        part = by[names[0]] / by[names[1]]
+        micro = (f"{by[name] * 1e6:.0f}" for name in names)
+        table.append([str(batch), str(size), *micro, f"{part:.0%}"])
+    return table
+
+
 def loop_table(rows: Sequence[Row]) -> Table:
     table = [["loop", "B", "N", "µs an iteration", "syncs a solve"]]
     for row in rows:
@@ -464,6 +478,7 @@ def render(rows: Sequence[Row], table: Callable[[Table], str], heading: str) -> 
         parts.append(table(solve_table(group)))
     for name, make in (
         ("Anderson, time outside g", overhead_table),
+        ("products: iterations of the easy problem by Picard", products_table),
         ("step kernels", kernels_table),
         ("loop on the device", loop_table),
         ("scale of the state and of the loss", scale_table),

@@ -161,8 +161,14 @@ def dense(options: Options) -> list[Row]:
     return solve(bibtex) + products(options) + refill(options)
 
 
+FEW_PASSES, MANY_PASSES = 5, 25
+
+
 def products(options: Options) -> list[Row]:
-    """A plain loop's iteration of the easy problem, and the product in it."""
+    """An iteration of the easy problem: a plain loop's, the product in it, and a whole solve's.
+
+    The last is the slope over two fixed numbers of iterations.
+    """
     rows = []
     for batch, size in (*options.sizes, *problems.BIBTEX):
         problem = problems.make("easy", batch, size, options.device, instances=2)
@@ -177,17 +183,23 @@ def products(options: Options) -> list[Row]:
             y = problems.g(x, u, s, weight)
             bool(methods.finished(y - x, y, problem.rule.rtol, offset, None).all())
 
+        def whole(count: int, problem: Problem = problem) -> Callable[[int], Any]:
+            run = methods.Whole(fpi_cuda.Picard(), Rule(0.0, 0.0, max_iterations=count))
+            return lambda i: run(problems.g, *problem.instances[i % 2].arguments)
+
         with torch.no_grad():
+            calls = {"product": product, "plain loop's iteration": step}
             measured = interleave(
-                {"product": product, "plain loop's iteration": step},
+                calls | {"few": whole(FEW_PASSES), "many": whole(MANY_PASSES)},
                 device=options.device,
                 budget=options.budget / 2,
                 rounds=(21, 101),
                 label=f"product {batch}x{size}",
             )
-        for name, times in measured.items():
-            row = {"suite": "products", "method": name, "batch": batch, "size": size}
-            rows.append(row | times.row())
+        head = {"suite": "products", "batch": batch, "size": size}
+        rows += [head | {"method": name} | measured[name].row() for name in calls]
+        passes = (measured["many"].median - measured["few"].median) / (MANY_PASSES - FEW_PASSES)
+        rows.append(head | {"method": "whole solve's iteration", "median_s": passes})
     return rows
 
 

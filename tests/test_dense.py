@@ -407,6 +407,21 @@ def test_other_drivers_and_shapes_still_solve():
     assert cast.path != "native, whole"
 
 
+def test_weights_beyond_any_cache_are_left_to_the_library(monkeypatch):
+    g = step(8, hidden=4)
+    z = torch.randn(4, 3, dtype=torch.float64)
+    expected, gradients = solve(g, z)
+    monkeypatch.setattr(native, "MOST_WEIGHTS", 2 * 8 * 4 * 8)
+    assert solve(g, z)[0].path == "native, whole"
+    monkeypatch.setattr(native, "MOST_WEIGHTS", 2 * 8 * 4 * 8 - 1)
+    found, others = solve(g, z)
+    for path in (found.path, found.adjoint.path):
+        assert path.startswith("native, eager (not whole: weights beyond any cache")
+    assert_same_record(found, expected)
+    for mine, other in zip((found.x, *others), (expected.x, *gradients), strict=True):
+        assert_close(mine, other, NEAR)
+
+
 def test_asking_for_whole_where_it_can_not_be_warns():
     g = step(5)
     z = torch.randn(4, 3, dtype=torch.float64)

@@ -13,9 +13,13 @@
 namespace fpi {
 namespace {
 
-// Rows of weights are read from cache for every tile: enough slots to pay for that, few enough that
-// they and their windows stay in cache.
-constexpr int64_t kSlots = 24;
+// Weights are read once for every tile: enough slots to pay for that, few enough that they and
+// their windows stay in the core's own cache. Where the weights come from farther off, more slots
+// pay.
+int64_t slots_for(int64_t weight_bytes) {
+  constexpr int64_t kFar = int64_t{8} << 20;
+  return weight_bytes > kFar ? kMaxSlots : 24;
+}
 
 void dense_solve_cpu(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor tally,
                      std::optional<Tensor> floor, double rtol, double offset, double rounding,
@@ -33,7 +37,9 @@ void dense_solve_cpu(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Ten
     using T = typename decltype(tag)::type;
     const int64_t samples = x0.size(0);
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t wanted = slots > 0 ? slots : kSlots;
+    const int64_t weights = weight.numel() + (hidden_weight ? hidden_weight->numel() : 0);
+    const int64_t wanted =
+        slots > 0 ? slots : slots_for(weights * static_cast<int64_t>(sizeof(accumulate_t<T>)));
     DenseSolve<T> solve = {
         {x0.size(1), per_sample<T>(scale), residual, hidden_weight.has_value(),
          hidden_weight ? layer_of<T>(*hidden_weight, hidden_u, hidden_activation, hidden_scale)

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from .. import _build  # noqa: F401 - loads the library
 from ..dense_form import ACTIVATIONS, DenseForm
-from .progress import Progress
+from .progress import Progress, accumulate_dtype
 
 NAME = "native"
 # By device type: csrc/cpu/kernels/anderson_step.h, csrc/cuda/plan.h.
 MAX_HISTORY = {"cpu": 64, "cuda": 32}
+
+# Bytes of weights, packed, above which a CPU reads them from memory in every iteration whoever
+# multiplies; packing them then costs more than it brings.
+MOST_WEIGHTS = 32 * 2**20
 
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # csrc/math/activation.h
 
@@ -108,8 +112,12 @@ def anderson_step(
     )
 
 
-def dense_refusal(form: DenseForm, x0: Tensor, history: int) -> str | None:
+def dense_refusal(form: DenseForm, x0: Tensor) -> str | None:
     """Why `dense_solve` does not take this form, of right shapes, or None."""
+    weights = [w for w in (form.weight, form.hidden_weight) if w is not None]
+    acc = accumulate_dtype(x0.dtype)
+    if x0.device.type == "cpu" and sum(w.numel() for w in weights) * acc.itemsize > MOST_WEIGHTS:
+        return "weights beyond any cache, where the library's products are as fast"
     return None
 
 

@@ -17,7 +17,7 @@ from ..solvers import Anderson, Solver
 __all__ = ["refusal", "solve"]
 
 
-def refusal(form: DenseForm, x0: Tensor, backend: str, solver: Solver) -> str | None:
+def refusal(form: DenseForm, x0: Tensor, backend: str) -> str | None:
     """Why the kernel does not take this solve, or None."""
     if backend not in ("auto", "native"):
         return f'backend "{backend}" has no whole solve'
@@ -27,7 +27,7 @@ def refusal(form: DenseForm, x0: Tensor, backend: str, solver: Solver) -> str | 
         return "tensors on several devices"
     if any(t.dtype != x0.dtype for t in form.tensors if t.dim() > 0):
         return "tensors of several dtypes"
-    return native.dense_refusal(form, x0, solver.history)
+    return native.dense_refusal(form, x0)
 
 
 def solve(
