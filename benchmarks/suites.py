@@ -161,7 +161,7 @@ def dense(options: Options) -> list[Row]:
     return solve(bibtex) + products(options) + refill(options)
 
 
-FEW_PASSES, MANY_PASSES = 5, 25
+FEW_PASSES, MANY_PASSES = 2, 10  # later an iterate may be its own image to the bit, and end
 
 
 def products(options: Options) -> list[Row]:
