@@ -100,7 +100,8 @@ def test_the_gate_refuses_a_wrong_method(wrong, reason, tiny, monkeypatch, capsy
     assert reason in correct.refusal()
 
     # The same through the command: no time, no ratio, and the exit code says so where it is ours.
-    entries = [methods.Method("Picard", "ours", lambda rule: wrong), METHODS[2]]
+    (plain_loop,) = (m for m in METHODS if m.name == methods.PLAIN)
+    entries = [methods.Method("Picard", "ours", lambda rule: wrong), plain_loop]
     monkeypatch.setattr(methods, "all_methods", lambda: entries)
     file = tmp_path / "out.json"
     arguments = ["solve", "--sizes", "16x8", "--kinds", "easy", "--budget", "0.001"]
@@ -174,6 +175,41 @@ def test_targets():
     rows[3] = {**rows[3], "skipped": "not installed"}
     del rows[3]["median_s"]
     assert {v.what: v for v in report.verdicts(rows)}["torchdeq Anderson / Anderson"].met is None
+
+
+def test_targets_of_whole_solves():
+    rows = [
+        row("Picard, whole", "ours", 0.6),
+        row("Anderson, whole", "ours", 0.4),
+        row("plain loop", seconds=1.0),
+        row("torchdeq Anderson", "torchdeq", 7.0),
+        row("torchdeq fixed point", "torchdeq", 1.1),
+    ]
+    found = {v.what: v for v in report.verdicts(rows)}
+    assert found["best plain loop / Anderson, whole"].measured == "2.5"
+    assert found["torchdeq Anderson / Anderson, whole"].met is False  # 17.5 of 20
+    assert found["torchdeq fixed point / Anderson, whole"].met is False  # 2.75 of 3
+    rows = [r | {"problem": "easy", "mode": "forward+backward"} for r in rows]
+    size = {"suite": "products", "batch": 256, "size": 128}
+    for part, target in ((0.5, "≥ 1.3"), (0.9, "≥ 1")):
+        products = [
+            size | {"method": "product", "median_s": part},
+            size | {"method": "plain loop's iteration", "median_s": 1.0},
+            size | {"method": "whole solve's iteration", "median_s": 0.5},
+        ]
+        verdict = {v.what: v for v in report.verdicts(rows + products)}
+        fastest = verdict["fastest rival / Anderson, whole"]
+        assert (fastest.target, fastest.measured, fastest.met) == (target, "2.5", True)
+
+
+def test_the_dense_suite_runs_to_its_end(monkeypatch, capsys):
+    monkeypatch.setattr(problems, "BIBTEX", ((8, 159),))
+    monkeypatch.setattr(suites, "MOST", 20)
+    arguments = ["dense", "--sizes", "16x8", "--families", "ours", "plain", "--budget", "0.001"]
+    assert command.main([*arguments, "--without", methods.COMPILED]) == 0
+    printed = capsys.readouterr().out
+    assert "energy, B = 8, N = 159, forward+backward" in printed
+    assert "refill: time" in printed and "product's part" in printed
 
 
 def test_variants_take_turns():
