@@ -48,6 +48,8 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
       "Tensor weight, Tensor? u, int activation, float residual, Tensor? scale, "
       "Tensor? hidden_weight, Tensor? hidden_u, int hidden_activation, Tensor? hidden_scale, "
       "bool tf32, int slots) -> ()");
+  // Whether a device solves rows like x0's whole, with H values in the hidden layer (−1: none).
+  m.def("_dense_fits(Tensor x0, int hidden, int history) -> bool");
   // out = x Wᵀ + u by the same products in the same order;  x [B, K], weight [N, K], u [N], out [B,
   // N]
   m.def("_dense_map(Tensor x, Tensor weight, Tensor? u, Tensor(a!) out, bool tf32) -> ()");

@@ -213,7 +213,7 @@ class Problem:
         refusal = (
             "g is not of dense layers alone"
             if form is None
-            else whole.refusal(form, x0, self.backend)
+            else whole.refusal(form, x0, self.backend, self.solver)
         )
         if refusal is None:
             return True

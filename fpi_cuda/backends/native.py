@@ -112,13 +112,25 @@ def anderson_step(
     )
 
 
-def dense_refusal(form: DenseForm, x0: Tensor) -> str | None:
+def dense_refusal(form: DenseForm, x0: Tensor, history: int) -> str | None:
     """Why `dense_solve` does not take this form, of right shapes, or None."""
     weights = [w for w in (form.weight, form.hidden_weight) if w is not None]
     acc = accumulate_dtype(x0.dtype)
     if x0.device.type == "cpu" and sum(w.numel() for w in weights) * acc.itemsize > MOST_WEIGHTS:
         return "weights beyond any cache, where the library's products are as fast"
+    if x0.device.type == "cuda":
+        hidden = -1 if form.hidden_weight is None else len(form.hidden_weight)
+        if history > MAX_HISTORY["cuda"] or not _ops._dense_fits(x0, hidden, history):
+            return "more than shared memory holds"
     return None
+
+
+def tf32_wanted(x: Tensor) -> bool:
+    """Whether torch is set to round the operands of products like x's to tf32."""
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        return False
+    own: str = torch.backends.cuda.matmul.fp32_precision
+    return (getattr(torch.backends, "fp32_precision", own) if own == "none" else own) == "tf32"
 
 
 def dense_solve(
@@ -129,6 +141,7 @@ def dense_solve(
     history: int,
     ridge: float,
     restart: float,
+    tf32: bool = False,
     slots: int = 0,
 ) -> None:
     """Iterate every active sample of x0, [B, N], to its end; its result is in p.out.
@@ -141,8 +154,12 @@ def dense_solve(
         history: iterates in the window; 1: Picard.
         ridge: as `anderson_step` takes it.
         restart: likewise.
+        tf32: whether products may round their operands to tf32 (CUDA, float32).
         slots: rows that a thread or block iterates at a time; 0: as fits the machine.
     """
+    weight, hidden_weight = form.weight, form.hidden_weight
+    if x0.device.type != "cpu":  # whose kernels pack any strides
+        weight, hidden_weight = weight.contiguous(), _dense(hidden_weight)
     lim = p.limits
     _dense_solve(
         x0,
@@ -160,16 +177,16 @@ def dense_solve(
         ridge,
         restart,
         history,
-        form.weight,
+        weight,
         _dense(form.u),
         CODES[form.activation],
         float(form.residual),
         _dense(_scale(form, x0)),
-        form.hidden_weight,
+        hidden_weight,
         _dense(form.hidden_u),
         CODES[form.hidden_activation],
         _dense(form.hidden_scale),
-        False,
+        tf32,
         slots,
     )
 
@@ -187,5 +204,6 @@ def _scale(form: DenseForm, x: Tensor) -> Tensor | None:
 def dense_map(x: Tensor, weight: Tensor, u: Tensor | None) -> Tensor:
     """X Wᵀ + u, [B, N], with `dense_solve`'s order of sums: x [B, K], weight [N, K], u [N]."""
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    _dense_map(x.contiguous(), weight, u, out, False)
+    weight = weight if x.device.type == "cpu" else weight.contiguous()
+    _dense_map(x.contiguous(), weight, u, out, tf32_wanted(x))
     return out

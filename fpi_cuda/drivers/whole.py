@@ -13,11 +13,14 @@ from ..backends.progress import FAILED, ITERATION, STATUS, Limits, Progress
 from ..dense_form import DenseForm
 from ..solution import Record, Status
 from ..solvers import Anderson, Solver
+from . import eager
 
 __all__ = ["refusal", "solve"]
 
+TF32_RTOL = 2e-3  # the least rtol that is left to tf32; others are solved in float32
 
-def refusal(form: DenseForm, x0: Tensor, backend: str) -> str | None:
+
+def refusal(form: DenseForm, x0: Tensor, backend: str, solver: Solver) -> str | None:
     """Why the kernel does not take this solve, or None."""
     if backend not in ("auto", "native"):
         return f'backend "{backend}" has no whole solve'
@@ -27,7 +30,7 @@ def refusal(form: DenseForm, x0: Tensor, backend: str) -> str | None:
         return "tensors on several devices"
     if any(t.dtype != x0.dtype for t in form.tensors if t.dim() > 0):
         return "tensors of several dtypes"
-    return native.dense_refusal(form, x0)
+    return native.dense_refusal(form, x0, solver.history)
 
 
 def solve(
@@ -50,6 +53,8 @@ def solve(
         skip: bool [B]: samples that are left at x0 as converged, without an iteration.
         slots: rows that a thread or block iterates at a time; 0: as fits the machine.
     """
+    if x0.device.type == "cuda":
+        eager.refuse_capture()
     x0 = x0.contiguous()
     progress = Progress(x0, limits, floor)
     if skip is not None:
@@ -58,7 +63,9 @@ def solve(
     ridge, restart = 0.0, 0.0
     if isinstance(solver, Anderson):
         ridge, restart = solver.ridge_for(x0.dtype), solver.restart
-    native.dense_solve(progress, x0, form, solver.beta, solver.history, ridge, restart, slots)
+    # tf32 rounds at 4.9e-4: residuals much below that would be its rounding.
+    tf32 = native.tf32_wanted(x0) and limits.rtol >= TF32_RTOL
+    native.dense_solve(progress, x0, form, solver.beta, solver.history, ridge, restart, tf32, slots)
     tally = progress.tally.tolist()
     out = progress.out
     del progress.out  # the record outlives the solve; the state belongs to the caller
@@ -66,7 +73,7 @@ def solve(
         progress=progress,
         batch=x0.shape[:1],
         rate=solver.contraction,
-        path=f"{native.NAME}, whole",
+        path=f"{native.NAME}, whole{', tf32' if tf32 else ''}",
         failed=tally[FAILED],
         evaluations=tally[ITERATION],
     )
