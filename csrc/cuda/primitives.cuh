@@ -9,6 +9,9 @@
 #if defined(__CUDACC__)
 
 #include <cuda_runtime.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <type_traits>
 
 #define FPI_DEVICE __device__ __forceinline__
 
@@ -66,11 +69,126 @@ FPI_DEVICE void device_fence() { __threadfence(); }
 // Returns the value before; integers only, so that no result depends on the order.
 FPI_DEVICE int32_t atomic_add(int32_t* address, int32_t value) { return atomicAdd(address, value); }
 
+FPI_DEVICE int32_t atomic_max(int32_t* address, int32_t value) { return atomicMax(address, value); }
+
 // A read that goes past this multiprocessor's cache, for what another block wrote in this launch.
 template <typename T>
 FPI_DEVICE T load_uncached(const T* address) {
   return __ldcg(address);
 }
+
+// 16 bytes from global to shared memory, both at multiples of 16, on their way while the thread
+// goes on. They are there once the thread has waited; other threads see them behind a barrier after
+// that.
+FPI_DEVICE void async_copy_16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global)
+               : "memory");
+}
+
+// This thread's copies since the last call are a group.
+FPI_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for this thread's groups, all but the last kLeft.
+template <int kLeft>
+FPI_DEVICE void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// Four 8 × 16-byte matrices of shared memory: the lanes give the 32 rows' addresses, and get four
+// bytes of a row of each.
+FPI_DEVICE void load_matrices(uint32_t (&words)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(row)
+               : "memory");
+}
+
+// acc [16 × 8] += a [16 × 32 bytes] b [8 × 32 bytes]ᵀ. float means tf32.
+template <typename T>
+FPI_DEVICE void multiply_matrices(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0,
+                                  uint32_t b1) {
+#define FPI_MMA(SHAPE)                                                                             \
+  asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])                                     \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (std::is_same_v<T, float>) {
+    FPI_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+  } else if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+    FPI_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+  } else {
+    FPI_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+  }
+#undef FPI_MMA
+}
+
+FPI_DEVICE uint32_t rounded_to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+}
+
+// A warp's product on tensor cores: acc [16 kHigh × 8 kWide] += A Bᵀ, for rows of A and B in shared
+// memory that begin at multiples of 16 bytes. Rows beyond the last of A or B are its last again.
+// float means tf32. A lane has, of each 16 × 8, the rows lane / 4 and 8 more, and the columns
+// 2 (lane % 4) and one more.
+template <typename T, int kHigh, int kWide>
+struct MatrixProduct {
+  static_assert(kWide % 2 == 0);
+  uint32_t a[kHigh], b[kWide / 2];  // addresses of this lane's rows
+
+  // Strides are in values.
+  FPI_DEVICE void place_a(const T* rows, int stride, int last) {
+    const int lane = thread_index() % kWarp;
+#pragma unroll
+    for (int i = 0; i < kHigh; ++i) {
+      const int row = i * 16 + lane % 16;
+      a[i] = address(rows + (row < last ? row : last) * stride) + lane / 16 * 16;
+    }
+  }
+  FPI_DEVICE void place_b(const T* rows, int stride, int last) {
+    const int lane = thread_index() % kWarp;
+#pragma unroll
+    for (int j = 0; j < kWide / 2; ++j) {
+      const int row = (2 * j + lane / 16) * 8 + lane % 8;
+      b[j] = address(rows + (row < last ? row : last) * stride) + lane / 8 % 2 * 16;
+    }
+  }
+
+  // The 32 bytes of k from the values k_a of A's rows and k_b of B's on.
+  FPI_DEVICE void add(float (&acc)[kHigh][kWide][4], int k_a, int k_b) const {
+    uint32_t as[kHigh][4];
+#pragma unroll
+    for (int i = 0; i < kHigh; ++i) {
+      load(as[i], a[i] + k_a * static_cast<int>(sizeof(T)));
+    }
+#pragma unroll
+    for (int j = 0; j < kWide / 2; ++j) {
+      uint32_t bs[4];
+      load(bs, b[j] + k_b * static_cast<int>(sizeof(T)));
+#pragma unroll
+      for (int i = 0; i < kHigh; ++i) {
+        multiply_matrices<T>(acc[i][2 * j], as[i], bs[0], bs[1]);
+        multiply_matrices<T>(acc[i][2 * j + 1], as[i], bs[2], bs[3]);
+      }
+    }
+  }
+
+ private:
+  FPI_DEVICE static uint32_t address(const T* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  }
+  FPI_DEVICE static void load(uint32_t (&words)[4], uint32_t row) {
+    load_matrices(words, row);
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+      for (uint32_t& word : words) {
+        word = rounded_to_tf32(word);
+      }
+    }
+  }
+};
 
 // A functor's operator()() is one thread's work. kThreads are in a block, and at least kBlocks fit
 // a multiprocessor, which bounds the registers of a thread by 65536 / (kThreads kBlocks).
@@ -82,6 +200,13 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kBlocks) run(const Body 
 template <typename Body>
 void launch(const Body& body, int64_t blocks, size_t shared_bytes, cudaStream_t stream) {
   run<<<static_cast<unsigned>(blocks), Body::kThreads, shared_bytes, stream>>>(body);
+}
+
+// Shared memory beyond 48 KiB needs leave, once a kernel and device.
+template <typename Body>
+cudaError_t allow_shared(size_t bytes) {
+  return cudaFuncSetAttribute(run<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
 }
 
 }  // namespace fpi::cuda

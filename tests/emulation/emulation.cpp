@@ -49,10 +49,13 @@ namespace fpi::emulation {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMostThreads = 1024;             // of a block, and
-constexpr size_t kMostSharedBytes = 48 << 10;  // its bytes, where a launch asks for nothing special
+constexpr int kMostThreads = 1024;  // of a block, and
+constexpr size_t kPlainSharedBytes = 48
+                                     << 10;  // its bytes, where a launch asks for nothing special,
+constexpr size_t kMostSharedBytes = 227 << 10;  // and where it does
 constexpr size_t kStackBytes = 256 << 10;
-constexpr size_t kWidest = 16;  // bytes of a shuffled value
+constexpr size_t kWidest = 16;     // bytes of a shuffled value
+constexpr size_t kCopyBytes = 16;  // of an async copy
 
 void fiber_main();
 
@@ -125,9 +128,15 @@ struct Warp : Meeting {
   Exchange exchanges[2];
 };
 
+struct Copy {
+  unsigned char* to;
+  unsigned char bytes[kCopyBytes];
+};
+
 struct Thread {
   Fiber* fiber;
   int exchanges = 0;
+  std::deque<std::vector<Copy>> copies = {};  // on their way, by groups; the last is still open
 };
 
 struct Block : Meeting {
@@ -151,6 +160,7 @@ struct Launch {
   int64_t blocks;
 };
 
+size_t allowed = kPlainSharedBytes;
 Options options;
 std::mt19937_64 generator;
 std::map<uintptr_t, const char*> calls;  // of barriers and fences; their kinds
@@ -215,6 +225,11 @@ void fiber_main() {
     launched.body(launched.argument);
     if (block->arrived > 0) {
       fail(who() + " ended while others wait at " + place(block->caller));
+    }
+    for (const auto& group : block->threads[thread].copies) {
+      if (!group.empty()) {
+        fail(who() + " ended before its copies arrived");
+      }
     }
     ++block->finished;
     wait();
@@ -346,6 +361,56 @@ int32_t atomic_add(int32_t* target, int32_t value) {
   return before;
 }
 
+int32_t atomic_max(int32_t* target, int32_t value) {
+  yield();
+  atomic_made(block->history, thread, target, address(__builtin_return_address(0)));
+  const int32_t before = *target;
+  *target = std::max(before, value);
+  return before;
+}
+
+void async_copy_16(void* shared, const void* global) {
+  const uintptr_t caller = address(__builtin_return_address(0));
+  if (reinterpret_cast<uintptr_t>(shared) % kCopyBytes != 0 ||
+      reinterpret_cast<uintptr_t>(global) % kCopyBytes != 0) {
+    fail(who() + " copies from or to no multiple of 16 bytes at " + place(caller));
+  }
+  touched(global, kCopyBytes, false, caller);
+  touched(shared, kCopyBytes, true, caller);
+  auto& copies = block->threads[thread].copies;
+  if (copies.empty()) {
+    copies.emplace_back();
+  }
+  copies.back().push_back({static_cast<unsigned char*>(shared), {}});
+  std::memcpy(copies.back().back().bytes, global, kCopyBytes);
+  std::memset(shared, 0xff, kCopyBytes);
+}
+
+void async_commit() {
+  auto& copies = block->threads[thread].copies;
+  if (copies.empty()) {
+    copies.emplace_back();
+  }
+  copies.emplace_back();
+}
+
+void async_wait(int left) {
+  const uintptr_t caller = address(__builtin_return_address(0));
+  auto& copies = block->threads[thread].copies;
+  if (!is_deleted("async wait", caller)) {
+    while (copies.size() > static_cast<size_t>(left) + 1) {
+      for (const Copy& copy : copies.front()) {
+        touched(copy.to, kCopyBytes, true, caller);
+        std::memcpy(copy.to, copy.bytes, kCopyBytes);
+      }
+      copies.pop_front();
+    }
+  }
+  yield();
+}
+
+void allow_shared(size_t bytes) { allowed = std::min(bytes, kMostSharedBytes); }
+
 void exchange(const void* value, void* result, size_t bytes, int source) {
   const uintptr_t caller = address(__builtin_return_address(0));
   Warp& warp = block->warps[thread / kWarp];
@@ -362,10 +427,11 @@ void exchange(const void* value, void* result, size_t bytes, int source) {
 
 void run(void (*body)(const void*), const void* argument, int threads, int64_t blocks,
          size_t shared_bytes) {
-  if (blocks < 1 || threads > kMostThreads || shared_bytes > kMostSharedBytes) {
+  if (blocks < 1 || threads > kMostThreads || shared_bytes > allowed) {
     fail("no device launches " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
          " threads with " + std::to_string(shared_bytes) + " bytes of shared memory");
   }
+  allowed = kPlainSharedBytes;
   launched = {body, argument, threads, blocks};
   launch_began();
   std::vector<int64_t> order(blocks);

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -56,8 +57,16 @@ void block_barrier();
 void warp_barrier();
 void device_fence();
 int32_t atomic_add(int32_t* address, int32_t value);
+int32_t atomic_max(int32_t* address, int32_t value);
+// Delivered when the thread waits; until then the copy's place holds NaN in every format.
+void async_copy_16(void* shared, const void* global);
+void async_commit();
+void async_wait(int left);
 // Gives `value` to the warp and takes that of the lane `source`.
 void exchange(const void* value, void* result, size_t bytes, int source);
+
+// The next launch may have so many bytes of shared memory.
+void allow_shared(size_t bytes);
 
 void run(void (*body)(const void*), const void* argument, int threads, int64_t blocks,
          size_t shared_bytes);
@@ -70,7 +79,10 @@ namespace fpi::cuda {
 
 constexpr int kWarp = 32;
 
+using emulation::async_commit;
+using emulation::async_copy_16;
 using emulation::atomic_add;
+using emulation::atomic_max;
 using emulation::block_barrier;
 using emulation::block_index;
 using emulation::block_size;
@@ -98,6 +110,52 @@ FPI_DEVICE void store_16(void* address, const Value& value) {
   static_assert(sizeof(Value) == 16);
   *static_cast<Value*>(address) = value;
 }
+
+template <int kLeft>
+FPI_DEVICE void async_wait() {
+  emulation::async_wait(kLeft);
+}
+
+// To the 11 significand bits of tf32, ties away from zero.
+FPI_DEVICE float rounded_to_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
+// Every lane reads what its own values need. Those of no row stay what they were.
+template <typename T, int kHigh, int kWide>
+struct MatrixProduct {
+  const T *a, *b;
+  int a_stride, b_stride, a_last, b_last;
+
+  void place_a(const T* rows, int stride, int last) { a = rows, a_stride = stride, a_last = last; }
+  void place_b(const T* rows, int stride, int last) { b = rows, b_stride = stride, b_last = last; }
+
+  void add(float (&acc)[kHigh][kWide][4], int k_a, int k_b) const {
+    constexpr int kChunk = 32 / static_cast<int>(sizeof(T));
+    const int lane = thread_index() % kWarp;
+    for (int e = 0; e < kHigh * kWide * 4; ++e) {
+      const int i = e / 4 / kWide, j = e / 4 % kWide;
+      const int row = i * 16 + lane / 4 + (e % 4 / 2) * 8, column = j * 8 + lane % 4 * 2 + e % 2;
+      if (row > a_last || column > b_last) {
+        continue;
+      }
+      const T *x = a + row * a_stride + k_a, *y = b + column * b_stride + k_b;
+      for (int k = 0; k < kChunk; ++k) {
+        acc[i][j][e % 4] += operand(x[k]) * operand(y[k]);
+      }
+    }
+  }
+
+ private:
+  static float operand(T value) {
+    const float wide = static_cast<float>(value);
+    return std::is_same_v<T, float> ? rounded_to_tf32(wide) : wide;
+  }
+};
 
 template <typename T>
 FPI_DEVICE T load_uncached(const T* address) {

@@ -179,6 +179,10 @@ void running(History* history, int index) {
   thread = index;
 }
 
+void touched(const void* begin, size_t bytes, bool write, uintptr_t code) {
+  check(reinterpret_cast<uintptr_t>(begin), bytes, write, false, code);
+}
+
 void block_met(History& history) {
   ++now;
   for (Met& met : history.met) {

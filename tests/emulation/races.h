@@ -71,6 +71,7 @@ struct History {
 // Called by the scheduler and the primitives.
 void launch_began();
 void running(History* block, int thread);  // the accesses that follow are this thread's
+void touched(const void* address, size_t bytes, bool write, uintptr_t code);  // by a primitive
 void block_met(History& block);
 void warp_met(History& block, int first, int end);
 void fence_passed(History& block, int thread);

@@ -1,0 +1,169 @@
+// A solve of dense layers laid over blocks and memory. Free of torch, so that the tests' emulation
+// launches what the operators launch.
+//
+// A Machine has
+//   multiprocessors(), shared_limit()      the latter in bytes, of a block
+//   blocks<Body>(shared bytes)             how many the device holds at a time
+//   memory(bytes, zeroed)                  on the device; the first `zeroed` bytes are zero
+//   start(body, blocks, shared bytes)      launches
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/anderson_step.cuh"
+#include "kernels/dense_map.cuh"
+#include "kernels/dense_solve.cuh"
+#include "kernels/picard_step.cuh"
+
+namespace fpi::cuda {
+
+template <typename T>
+struct DenseCall {
+  using Acc = accumulate_t<T>;
+
+  int64_t samples;
+  const T* x0;
+  T* out;
+  Record<Acc> record;
+  int32_t* tally;
+  Acc beta, ridge, restart;
+  int history;
+  DenseStep<T> dense;  // weights contiguous, [out, in]
+  bool tf32;
+  int slots;
+
+  DenseShape shape() const {
+    return {dense.n,
+            dense.has_hidden ? dense.hidden.out : -1,
+            static_cast<int>(sizeof(T)),
+            static_cast<int>(sizeof(Acc)),
+            history,
+            history > 1 ? anderson_sums(history) : kPicardSums};
+  }
+  DensePlan plan(int multiprocessors, int64_t limit) const {
+    return dense_plan(shape(), samples, slots, multiprocessors, limit,
+                      history - 1 <= kGroup && sizeof(T) < 8);
+  }
+};
+
+// Calls run with whether products of T are done on tensor cores, as a constant.
+template <typename T, typename Run>
+void with_product(bool tf32, const Run& run) {
+  if constexpr (sizeof(T) == 2) {
+    run(std::true_type{});
+  } else if constexpr (std::is_same_v<T, float>) {
+    if (tf32) {
+      run(std::true_type{});
+    } else {
+      run(std::false_type{});
+    }
+  } else {
+    run(std::false_type{});
+  }
+}
+
+// The layer with rows that are padded to whole chunks, copied to `memory` where W's are not.
+template <typename T, typename Machine>
+DenseLayer<T> padded_layer(DenseLayer<T> layer, bool copies, unsigned char* memory,
+                           const Machine& machine) {
+  const int64_t padded = padded_of(layer.in, sizeof(T));
+  if (copies) {
+    T* to = reinterpret_cast<T*>(memory);
+    const PadRows<T> pad{layer.weight, to, layer.out, layer.in, padded};
+    if (layer.out * padded > 0) {
+      machine.start(pad, pad.blocks(), 0);
+    }
+    layer.weight = to;
+  }
+  layer.out_stride = padded;
+  return layer;
+}
+
+template <typename T>
+bool needs_copy(const DenseLayer<T>& layer) {
+  return !is_padded(layer.in, sizeof(T), is_aligned(layer.weight));
+}
+
+// Returns whether the shape fits; if not, nothing was done.
+template <typename T, typename Machine>
+bool dense_solve(const DenseCall<T>& call, const Machine& machine) {
+  const DensePlan plan = call.plan(machine.multiprocessors(), machine.shared_limit());
+  if (plan.slots == 0) {
+    return false;
+  }
+  with_product<T>(call.tf32, [&](auto matrix) {
+    using Acc = accumulate_t<T>;
+    const auto solve = [&](auto solver_of) {
+      using Solver = decltype(solver_of(Step<T>{}, Window<T>{}));
+      using Body = DenseSolve<T, decltype(matrix)::value, Solver>;
+      const bool copies_hidden = call.dense.has_hidden && needs_copy(call.dense.hidden);
+      const bool copies_output = needs_copy(call.dense.output);
+      const int64_t tiles = divide_up(call.samples, plan.slots);
+      const int64_t fit = machine.template blocks<Body>(plan.bytes);
+      const int64_t blocks = tiles < 1 ? 1 : tiles < fit ? tiles : fit;
+      const DenseWork work = dense_work(plan, call.shape(), blocks, copies_hidden, copies_output);
+      unsigned char* const memory = machine.memory(work.bytes, work.zeroed);
+
+      DenseStep<T> dense = call.dense;
+      if (dense.has_hidden) {
+        dense.hidden =
+            padded_layer(dense.hidden, copies_hidden, memory + work.weight_hidden, machine);
+      }
+      dense.output =
+          padded_layer(dense.output, copies_output, memory + work.weight_output, machine);
+      Step<T> step = {};
+      step.n = plan.rows.span;
+      step.beta = call.beta;
+      step.record.limits = call.record.limits;
+      step.aligned = true;
+      step.plan = plan.rows;
+      step.desk = plan.desk;
+      step.sums = call.shape().sums;
+      const Window<T> window = {reinterpret_cast<T*>(memory + work.values),
+                                reinterpret_cast<T*>(memory + work.residuals),
+                                reinterpret_cast<Acc*>(memory + work.gram), call.history, true};
+      machine.start(
+          Body{solver_of(step, window), dense, plan, call.samples, call.x0, call.out, call.record,
+               call.tally, reinterpret_cast<DenseCounts*>(memory),
+               reinterpret_cast<T*>(memory + work.x), reinterpret_cast<T*>(memory + work.gx)},
+          blocks, static_cast<size_t>(plan.bytes));
+    };
+    if (call.history == 1) {
+      solve([](const Step<T>& step, const Window<T>&) { return PicardStep<T>{step}; });
+    } else {
+      with_groups(call.history, [&](auto groups) {
+        solve([&](const Step<T>& step, const Window<T>& window) {
+          return AndersonStep<T, decltype(groups)::value>{step, window, call.ridge, call.restart};
+        });
+      });
+    }
+  });
+  return true;
+}
+
+template <typename T, typename Machine>
+bool dense_map(const T* x, T* out, int64_t rows, const DenseLayer<T>& layer, bool tf32,
+               const Machine& machine) {
+  const DenseMapPlan plan = dense_map_plan(layer.in, layer.out, sizeof(T), rows,
+                                           machine.multiprocessors(), machine.shared_limit());
+  if (plan.slots == 0) {
+    return false;
+  }
+  if (rows == 0) {
+    return true;
+  }
+  with_product<T>(tf32, [&](auto matrix) {
+    using Body = DenseMap<T, decltype(matrix)::value>;
+    const bool copies = needs_copy(layer);
+    const int64_t bytes =
+        copies ? layer.out * padded_of(layer.in, sizeof(T)) * static_cast<int64_t>(sizeof(T)) : 0;
+    unsigned char* const memory = machine.memory(bytes, 0);
+    const int64_t tiles = divide_up(rows, plan.slots);
+    const int64_t fit = machine.template blocks<Body>(plan.bytes);
+    machine.start(Body{x, out, rows, padded_layer(layer, copies, memory, machine), plan},
+                  tiles < fit ? tiles : fit, static_cast<size_t>(plan.bytes));
+  });
+  return true;
+}
+
+}  // namespace fpi::cuda

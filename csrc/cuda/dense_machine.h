@@ -1,0 +1,81 @@
+// What the dense operators share: the device of dense_layout.h, with its properties, torch's memory
+// and the current stream; and a layer's tensors as pointers.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "../math/dense.h"
+#include "step.h"
+
+namespace fpi::cuda {
+
+class DenseMachine {
+ public:
+  explicit DenseMachine(const Tensor& x)
+      : x_(x), device_(x.get_device_index()), stream_(current_stream(x)) {}
+
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+  int64_t shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+  template <typename Body>
+  int64_t blocks(int64_t shared_bytes) const {
+    int fit = 0;
+    STD_CUDA_CHECK(allow_shared<Body>(static_cast<size_t>(shared_bytes)));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &fit, run<Body>, Body::kThreads, static_cast<size_t>(shared_bytes)));
+    return static_cast<int64_t>(fit > 0 ? fit : 1) * multiprocessors();
+  }
+
+  unsigned char* memory(int64_t bytes, int64_t zeroed) const {
+    const int64_t size[] = {bytes};
+    memory_.push_back(torch::stable::new_empty(x_, size, torch::headeronly::ScalarType::Byte));
+    auto* begin = static_cast<unsigned char*>(memory_.back().mutable_data_ptr());
+    if (zeroed > 0) {
+      STD_CUDA_CHECK(cudaMemsetAsync(begin, 0, static_cast<size_t>(zeroed), stream_));
+    }
+    return begin;
+  }
+
+  template <typename Body>
+  void start(const Body& body, int64_t blocks, size_t shared_bytes) const {
+    Start{stream_}(body, blocks, shared_bytes);
+  }
+
+ private:
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device_));
+    return value;
+  }
+
+  const Tensor& x_;
+  int device_;
+  cudaStream_t stream_;
+  mutable std::vector<Tensor> memory_;  // back to the stream's pool with this object
+};
+
+// u, scales: [samples, size], [size] for all samples, or none.
+template <typename T>
+PerSample<T> per_sample(const std::optional<Tensor>& u, int64_t size) {
+  if (!u) {
+    return {nullptr, 0};
+  }
+  return {static_cast<const T*>(u->const_data_ptr()), u->dim() == 1 ? 0 : size};
+}
+
+template <typename T>
+DenseLayer<T> layer_of(const Tensor& weight, const std::optional<Tensor>& u, int64_t activation,
+                       const PerSample<T>& scale = {nullptr, 0}) {
+  const int64_t out = weight.size(0), in = weight.size(1);
+  return {static_cast<const T*>(weight.const_data_ptr()),
+          in,
+          out,
+          1,
+          in,
+          per_sample<T>(u, out),
+          scale,
+          static_cast<Activation>(activation)};
+}
+
+}  // namespace fpi::cuda

@@ -1,0 +1,7 @@
+#include "dense.h"
+
+namespace fpi::cuda {
+
+static const DenseOperators<float> float32("float32");
+
+}  // namespace fpi::cuda
