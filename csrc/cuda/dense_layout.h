@@ -42,7 +42,7 @@ struct DenseCall {
   }
   DensePlan plan(int multiprocessors, int64_t limit) const {
     return dense_plan(shape(), samples, slots, multiprocessors, limit,
-                      history - 1 <= kGroup && sizeof(T) < 8);
+                      history == 1 && sizeof(T) < 8);
   }
 };
 

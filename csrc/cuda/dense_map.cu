@@ -18,7 +18,7 @@ void dense_map_cuda(Tensor x, Tensor weight, std::optional<Tensor> u, Tensor out
     FPI_CHECK(dense_map(static_cast<const T*>(x.const_data_ptr()),
                         static_cast<T*>(out.mutable_data_ptr()), x.size(0),
                         layer_of<T>(weight, u, kIdentity), tf32, machine),
-              op, ": a row of x must fit shared memory of ", machine.shared_limit(),
+              op, ": x must have rows that fit shared memory of ", machine.shared_limit(),
               " bytes (got K = ", x.size(1), ")");
   });
 }

@@ -158,6 +158,11 @@ constexpr DensePlan dense_plan(const DenseShape& shape, int64_t samples, int slo
   return p;
 }
 
+// Whether a solve of that shape can be done where a block may have so many bytes of shared memory.
+constexpr bool dense_fits(const DenseShape& shape, int64_t limit) {
+  return dense_plan(shape, 1, 1, 1, limit, false).slots > 0;
+}
+
 // Device memory of a solve. Offsets in bytes.
 struct DenseWork {
   int64_t x, gx;              // [blocks · slots][padded n], unless they are shared

@@ -58,8 +58,8 @@ void dense_solve_cuda(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Te
         tf32,
         static_cast<int>(slots)};
     const DenseMachine machine(x0);
-    FPI_CHECK(dense_solve(call, machine), op, ": a row of x0 must take at most ", kBlockRowBytes,
-              " bytes, and with the hidden layer fit shared memory of ", machine.shared_limit(),
+    FPI_CHECK(dense_solve(call, machine), op, ": x0 must have rows of at most ", kBlockRowBytes,
+              " bytes, which with the hidden layer's fit shared memory of ", machine.shared_limit(),
               " bytes (got N = ", n, ", H = ", hidden_weight ? hidden_weight->size(0) : 0, ")");
   });
 }

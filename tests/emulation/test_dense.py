@@ -76,24 +76,18 @@ class Dense:
         made = {name: a.to(dtype) for name, a in t.items() if a is not None}
         return dataclasses.replace(self, tensors=made)
 
-    def g(self, x: Tensor, sample: int) -> Tensor:
-        """In float64, of one sample's [1, n]."""
+    def g(self, x: Tensor) -> Tensor:
+        """In float64."""
         t = {name: a.double() for name, a in self.tensors.items()}
-
-        def of(name: str) -> Tensor | float:
-            a = t.get(name)
-            return 0.0 if a is None else a if a.dim() == 1 else a[sample]
-
-        x = x * of("scale") if self.scaled else x
+        x = x * t["scale"] if self.scaled else x
         value = x
         if self.hidden is not None:
-            value = value @ t["hidden_weight"].mT + of("hidden_u")
-            value = (
-                value * of("hidden_scale")
-                if self.hidden_scaled
-                else ACTIVATIONS[self.hidden_activation](value)
-            )
-        value = value @ t["weight"].mT + of("u") + self.residual * x
+            value = value @ t["hidden_weight"].mT + t.get("hidden_u", 0.0)
+            if self.hidden_scaled:
+                value = value * t["hidden_scale"]
+            else:
+                value = ACTIVATIONS[self.hidden_activation](value)
+        value = value @ t["weight"].mT + t.get("u", 0.0) + self.residual * x
         return ACTIVATIONS[self.activation](value)
 
 
@@ -129,13 +123,14 @@ class Solver:
         rtol = RTOL[dtype] if self.rtol is None else self.rtol
         return Limits(rtol, 0.1 * rtol, 0.0, 10**6, self.max_iterations)
 
-    def __call__(self, machine: Machine, dense: Dense) -> Solved:
+    def __call__(self, machine: Machine, dense: Dense, skip: list[int] | None = None) -> Solved:
         x0 = dense.tensors["x0"]
         b, n = x0.shape
         limits = self.limits(x0.dtype)
         p = Progress(x0, limits)
         out = torch.full_like(x0, math.nan)
         p.tally[0] = 77
+        p.counters[skip or [], STATUS] = 1 + Status.CONVERGED
         floor = None if self.floor is None else torch.full((b,), self.floor, dtype=p.dtype)
         arrays = {
             **{name: t.contiguous().clone() for name, t in dense.tensors.items()},
@@ -162,32 +157,21 @@ class Solver:
         return Solved(out, p.counters, p.scalars, p.tally)
 
     def reference(self, dense: Dense) -> Solved:
-        """Every sample alone, in float64, from the same numbers."""
-        x0 = dense.tensors["x0"]
-        b, n = x0.shape
-        all_out = torch.full((b, n), math.nan, dtype=torch.float64)
-        counters = torch.zeros(b, 5, dtype=torch.int32)
-        scalars = torch.zeros(b, 7, dtype=torch.float64)
-        tally = torch.zeros(3, dtype=torch.int32)
-        for i in range(b):
-            x = x0[i : i + 1].double().clone()
-            floor = None if self.floor is None else torch.full((1,), self.floor).double()
-            p = Progress(x, self.limits(x0.dtype), floor)
-            m = self.history
-            window = [torch.zeros(1, m, n).double() for _ in range(2)]
-            window.append(torch.zeros(1, m, m).double())
-            while p.counters[0, STATUS] == 0:
-                gx = dense.g(x, i)
-                if m == 1:
-                    reference.picard_step(p, x, gx, self.beta)
-                else:
-                    reference.anderson_step(
-                        p, x, gx, self.beta, self.ridge, self.restart, *window
-                    )
-            all_out[i], counters[i], scalars[i] = p.out[0], p.counters[0], p.scalars[0]
-            tally[1] += p.tally[1]
-            tally[2] = max(tally[2], p.tally[2])
-        return Solved(all_out, counters, scalars, tally)
+        """In float64, from the same numbers. Samples that have ended are left alone."""
+        x = dense.tensors["x0"].double().clone()
+        b, n = x.shape
+        floor = None if self.floor is None else torch.full((b,), self.floor).double()
+        p = Progress(x, self.limits(dense.tensors["x0"].dtype), floor)
+        p.out.fill_(math.nan)
+        m = self.history
+        window = [torch.zeros(b, *shape).double() for shape in ((m, n), (m, n), (m, m))]
+        while (p.counters[:, STATUS] == 0).any():
+            gx = dense.g(x)
+            if m == 1:
+                reference.picard_step(p, x, gx, self.beta)
+            else:
+                reference.anderson_step(p, x, gx, self.beta, self.ridge, self.restart, *window)
+        return Solved(p.out, p.counters, p.scalars, p.tally)
 
     def check(self, machine: Machine, dense: Dense, scale: float = 1.0) -> Solved:
         dtype = dense.tensors["x0"].dtype
@@ -272,8 +256,6 @@ def plan(solver: Solver, dense: Dense, b: int, dtype: torch.dtype) -> dict[str, 
     return dict(zip(names, values.tolist(), strict=True))
 
 
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("history", [1, 3])
 def test_every_activation_after_either_layer(activation, history):
@@ -307,6 +289,7 @@ SHAPES = [
     (200, 159, 2, 3),
     (257, None, 8, 7),
     (64, None, 33, 34),
+    (64, None, 64, 65),
     (8, 8, 64, 65),
     (0, None, 2, 3),
     (5, 0, 2, 3),
@@ -321,13 +304,12 @@ def test_shapes(machine, dtype, shape):
     solver.check(machine, dense)
 
 
-@pytest.mark.parametrize("history", [1, 2])
-def test_a_block_takes_a_long_row(machine, dtype, history):
+def test_a_block_takes_a_long_row(machine, dtype):
     n = 2048 // dtype.itemsize + 3
     if dtype == torch.float16:
         pytest.skip("as bfloat16")
     dense = Dense(n, u="shared", norm=0.3).fill(3, dtype)
-    solver = Solver(history, slots=2, max_iterations=2, limit=120_000)
+    solver = Solver(2, slots=2, max_iterations=2, limit=120_000)
     assert plan(solver, dense, 3, dtype)["teams"] == 1
     solver.check(machine, dense)
 
@@ -345,32 +327,35 @@ def test_tensor_cores_of_float32():
             Solver(3, slots=slots, tf32=True, rtol=2e-3, blocks=1).check(machine, dense)
 
 
-# Bytes of shared memory, chosen so that all of the weights stay in it, some of their rows, or none.
-def limits_of(dense: Dense, slots: int, b: int, dtype: torch.dtype, history: int) -> list[int]:
-    solver = Solver(history, slots=slots)
+def limits_of(solver: Solver, dense: Dense, b: int, dtype: torch.dtype) -> list[int]:
+    """Bytes of shared memory, so that all of the weights stay in it, most rows, some and none."""
+    solver = dataclasses.replace(solver, limit=SHARED)
     whole = plan(solver, dense, b, dtype)
-    assert whole["kept_output"] == dense.n
-    limits = []
-    for limit in range(41_000, SHARED, 500):
+    limits = {}
+    for limit in range(41_000, min(whole["bytes"], SHARED) + 1, 500):
         p = plan(dataclasses.replace(solver, limit=limit), dense, b, dtype)
-        if p["slots"] != slots:
-            continue
-        kept = p["kept_output"] + p["kept_hidden"], p["is_shared"]
-        if not limits or kept != limits[-1][0]:
-            limits.append((kept, limit))
-    return [limit for _, limit in limits]
+        if p["slots"] == solver.slots:
+            limits.setdefault((p["kept_output"] + p["kept_hidden"], p["is_shared"]), limit)
+    kept = sorted(limits)
+    assert len(kept) >= 2, "some rows of the weights stream"
+    chosen = {kept[0], kept[len(kept) // 2], kept[-1]}
+    return [limits[k] for k in sorted(chosen)]
 
 
-def test_weights_stay_or_stream(machine, dtype):
+# By tiles of two rows, of eight or 16, and the widest.
+@pytest.mark.parametrize(
+    ("n", "hidden", "slots"), [(97, 130, 2), (97, 130, 6), (257, None, 25)], ids=str
+)
+def test_weights_stay_or_stream(machine, dtype, n, hidden, slots):
     """To the bit, whatever stays in shared memory; and the state there or in device memory."""
-    dense = Dense(97, 103).fill(7, dtype)
-    limits = limits_of(dense, 6, 7, dtype, 3)
-    assert len(limits) >= 3
-    solver = Solver(3, slots=6, blocks=1, max_iterations=4)
+    if slots == 25 and dtype in (torch.float16, torch.float64):
+        pytest.skip("as bfloat16 and float32")
+    dense = Dense(n, hidden).fill(slots + 1, dtype)
+    solver = Solver(2, slots=slots, blocks=1, max_iterations=3, rtol=0.0)
     expected = solver.check(machine, dense)
-    for limit in {limits[0], limits[1], limits[len(limits) // 2], limits[-2]}:
+    for limit in limits_of(solver, dense, slots + 1, dtype):
         mine = dataclasses.replace(solver, limit=limit)(machine, dense)
-        for i in range(7):
+        for i in range(slots + 1):
             assert torch.equal(mine.of(i), expected.of(i))
 
 
@@ -443,16 +428,30 @@ def test_all_fail_at_once_and_none_converges(machine, dtype):
     assert torch.equal(failed.out, dense.tensors["x0"])
 
 
+def test_samples_that_have_their_results_are_left_alone(machine, dtype):
+    """A status given is kept, and the slots go on to others; all of a block's may be such."""
+    b = 13
+    dense = Dense(20).fill(b, dtype)
+    solver = Solver(slots=2)
+    all_of_them = solver(machine, dense)
+    for skip in ([0, 1, 2, 3, 4, 5, 12], [2, 7], list(range(b))):
+        some = solver(machine, dense, skip)
+        assert some.out[skip].isnan().all()
+        assert (some.counters[skip] == torch.tensor([1 + Status.CONVERGED, 0, 0, 0, 0])).all()
+        for i in set(range(b)) - set(skip):
+            assert torch.equal(some.of(i), all_of_them.of(i))
+        assert some.tally[2] == some.counters[:, ITERATIONS].max()
+
+
 def test_the_floor_ends_samples_early(machine, dtype):
     done = Solver(floor=1e6, rtol=1e-3).check(machine, Dense(20).fill(4, dtype))
     assert done.tally.tolist() == [0, 0, 1]
 
 
-@pytest.mark.parametrize("slots", [2, 33])
-@pytest.mark.parametrize("limit", [SHARED, 60_000])
+@pytest.mark.parametrize(("slots", "limit"), [(2, SHARED), (2, 64_000), (33, SHARED)])
 def test_map_has_the_bits_of_a_solves_product(machine, dtype, slots, limit):
     """One iteration of an affine step without residual is its map."""
-    b, n = slots + 1, 97
+    b, n = slots + 1, 131
     dense = Dense(n, activation=IDENTITY, u="shared").fill(b, dtype)
     t = dense.tensors
     tf32 = dtype == torch.float32 and slots == 33
@@ -504,25 +503,67 @@ def test_plans_keep_within_shared_memory(limit):
 def scenarios():
     """Small runs that come to every barrier, fence and wait together."""
 
-    def run(dtype, history, slots, limit=SHARED, n=37, hidden=None):
+    def run(dtype, slots, n=37, hidden=None, history=1, streams=True, blocks=1):
         def scenario(machine):
             torch.manual_seed(0)
-            dense = Dense(n, hidden, scaled=True).fill(slots + 2, dtype)
-            solver = Solver(history, slots=slots, max_iterations=3, blocks=2, limit=limit)
-            solver.floor = 0.5
+            b = slots + 2
+            dense = Dense(n, hidden, scaled=True).fill(b, dtype)
+            solver = Solver(history, slots=slots, max_iterations=2, blocks=blocks, floor=0.5)
+            if streams:
+                solver.limit = limits_of(solver, dense, b, dtype)[-2]
             solver.check(machine, dense)
 
         return scenario
 
-    yield run(torch.float32, 1, 3, hidden=20)
-    yield run(torch.float32, 3, 3)
-    yield run(torch.float32, 1, 2, limit=60_000, n=97)
-    yield run(torch.float32, 1, 4, limit=60_000, n=97)
-    yield run(torch.bfloat16, 1, 3, limit=50_000, n=97)
-    yield run(torch.float32, 3, 2, n=520, limit=90_000)
+    yield run(torch.float32, 3, hidden=20, streams=False, blocks=2)
+    yield run(torch.float32, 3, history=3, streams=False, blocks=2)
+    yield run(torch.float32, 2, 520, history=3, blocks=2)
+    for slots, n in [(2, 160), (4, 160), (25, 257)]:  # each kind of tile
+        yield run(torch.float32, slots, n)
+    for slots, n in [(3, 160), (25, 257)]:
+        yield run(torch.bfloat16, slots, n)
 
 
 def tallied(machine: Machine) -> None:
     """Blocks that end apart: the last one sees what all have counted."""
     dense = Dense(5).fill(8, torch.float32)
     Solver(slots=1, blocks=4, max_iterations=3).check(machine, dense)
+
+
+# What may be missing, alone: a part of the chain of calls that leads to it, and why.
+REDUNDANT = {
+    "dense_solve.cuh: device_fence(); #1": "puts a thread's atomics on several counts in their "
+    "order, which they always have in the emulation",
+    "dense_solve.cuh: device_fence(); #2": "counts are read past the cache, by the thread whose "
+    "atomic was the last; the fence makes it an acquire in the memory model's own terms",
+}
+
+
+def test_every_barrier_fence_and_wait_is_needed(start):
+    machine = start("races", RANDOM, 5)
+    comes_to: dict[int, list] = {}
+    for scenario in [*scenarios(), tallied]:
+        machine.reached.clear()
+        scenario(machine)
+        for code in machine.reached:
+            comes_to.setdefault(code, []).append(scenario)
+    caught, survived = {}, []
+    for chain, codes in places("races", list(comes_to)).items():
+        # What the step's own bodies do among themselves is test_kernels.py's.
+        if "dense_" not in chain.split(" < ")[0] and "product" not in chain.split(" < ")[0]:
+            continue
+        machine.deleted = codes
+        try:
+            for scenario in dict.fromkeys(s for code in codes for s in comes_to[code]):
+                scenario(machine)
+            survived.append(chain)
+        except (EmulationError, AssertionError) as error:
+            caught[chain] = str(error).splitlines()[0]
+    for chain, error in caught.items():
+        print(f"{chain}\n    {error}")
+    print("survived:", *survived, sep="\n")
+    assert len(caught) > 10
+    for part in REDUNDANT:
+        assert any(part in chain for chain in survived), f"is needed: {part}"
+    for chain in survived:
+        assert any(part in chain for part in REDUNDANT), f"nobody misses: {chain}"

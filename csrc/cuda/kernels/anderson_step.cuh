@@ -95,6 +95,7 @@ template <typename T, int kGroups>
 struct AndersonStep {
   static constexpr int kThreads = kStepThreads;
   static constexpr int kBlocks = kGroups == 1 ? 4 : 2;
+  static constexpr bool kHasWindow = true;
   using Acc = accumulate_t<T>;
 
   // Of a pass: ‖r‖², ‖g‖², ‖g − g₁‖², ‖x − x₁‖², 1 being the iterate before; and of every group

@@ -23,6 +23,7 @@ struct DenseMap {
     T* const kept = reinterpret_cast<T*>(shared_memory() + plan.weight);
     T* const panels = reinterpret_cast<T*>(shared_memory() + plan.panels);
     keep_rows(layer, plan.kept, kept);
+    async_wait<0>();
     const Weight<T> weight = {layer.weight,
                               kept,
                               static_cast<int>(layer.out_stride),

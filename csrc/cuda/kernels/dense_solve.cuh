@@ -25,7 +25,10 @@ static_assert(sizeof(DenseCounts) <= kPackBytes);
 
 // Of a block, in its shared memory.
 struct DenseNotes {
-  int32_t active;  // slots that hold a sample
+  int32_t active;   // slots that hold a sample
+  int32_t waiting;  // whether samples may be left to take
+  int32_t failed;   // samples that ended otherwise than converged
+  int32_t most;     // iterations of a sample
 };
 static_assert(sizeof(DenseNotes) <= kDenseNoteBytes);
 
@@ -50,7 +53,8 @@ FPI_DEVICE Acc activated(Activation activation, Acc value) {
 template <typename T, bool kMatrix, typename Solver>
 struct DenseSolve {
   static constexpr int kThreads = kDenseThreads;
-  static constexpr int kBlocks = Solver::kBlocks >= 4 && sizeof(T) < 8 ? 2 : 1;
+  // Two leave 128 registers, too few for Anderson's step or for tiles of doubles.
+  static constexpr int kBlocks = Solver::kHasWindow || sizeof(T) == 8 ? 1 : 2;
   using Acc = accumulate_t<T>;
 
   Solver solver;  // a step operator's body; its rows are slots, and its n is padded
@@ -64,66 +68,80 @@ struct DenseSolve {
   DenseCounts* counts;
   T *x, *gx;  // of all blocks' slots, unless they are shared
 
-  // What a block works with.
+  // A block's solver, and its slots' iterates.
   struct Tile {
     Solver solver;
-    int32_t *active, *samples, *fresh;
-    T *x, *gx, *operand, *hidden;
-    int padded;
+    T *x, *gx;
+    int padded;  // values of a row
+
+    FPI_DEVICE T* x_of(int slot) const { return x + slot * padded; }
+    FPI_DEVICE T* gx_of(int slot) const { return gx + slot * padded; }
   };
 
   template <typename Item>
   FPI_DEVICE static Item* at(int64_t offset) {
     return reinterpret_cast<Item*>(shared_memory() + offset);
   }
+  FPI_DEVICE int32_t* active_slots() const { return at<int32_t>(plan.active); }
+  FPI_DEVICE int32_t* samples_of_slots() const { return at<int32_t>(plan.samples); }
+  FPI_DEVICE int32_t* fresh_slots() const { return at<int32_t>(plan.fresh); }
 
-  FPI_DEVICE void operator()() const {
+  FPI_DEVICE DenseNotes* notes() const { return at<DenseNotes>(plan.notes); }
+
+  // Made anew where it is used, and with constants where the host gave the same: registers are
+  // scarce.
+  FPI_DEVICE Tile tile() const {
     const int64_t slots = block_index() * plan.slots;
     const int padded = static_cast<int>(plan.rows.span);
-    Tile tile = {solver,
-                 at<int32_t>(plan.active),
-                 at<int32_t>(plan.samples),
-                 at<int32_t>(plan.fresh),
-                 plan.is_shared ? at<T>(plan.x) : x + slots * padded,
-                 plan.is_shared ? at<T>(plan.gx) : gx + slots * padded,
-                 at<T>(plan.operand),
-                 at<T>(plan.hidden),
-                 padded};
+    Tile tile = {solver, plan.is_shared ? at<T>(plan.x) : x + slots * padded,
+                 plan.is_shared ? at<T>(plan.gx) : gx + slots * padded, padded};
+    tile.solver.step.aligned = true;
+    tile.solver.step.plan.parts = 1;
+    if constexpr (Solver::kHasWindow) {
+      tile.solver.window.by_row = true;
+    }
     Record<Acc>& mine = tile.solver.step.record;
+    mine.index = nullptr;
     mine.counters = at<int32_t>(plan.counters);
     mine.scalars = at<Acc>(plan.scalars);
     mine.floor = record.floor == nullptr ? nullptr : at<Acc>(plan.floor);
+    return tile;
+  }
 
-    begin(tile);
-    Ended ended = {};
-    for (bool waiting = true;;) {
+  FPI_DEVICE void operator()() const {
+    begin();
+    for (;;) {
       if (thread_index() < kWarp) {
-        refill(tile, ended, waiting);
+        refill();
       }
       block_barrier();
-      const int active = at<DenseNotes>(plan.notes)->active;
+      const int active = notes()->active;
       if (active == 0) {
         break;
       }
-      read(tile, active);
+      read(active);
       block_barrier();
 #pragma unroll 1
       for (int layer = dense.has_hidden ? 0 : 1; layer < 2; ++layer) {
-        multiply(tile, active, layer == 0);
+        multiply(active, layer == 0);
         block_barrier();
       }
-      advance(tile, active);
+      advance(active);
       block_barrier();
     }
-    if (thread_index() < kWarp) {
-      finish(ended);
+    if (thread_index() == 0) {
+      finish();
     }
   }
 
   // Empty slots, the zeros that nobody writes again, and the weights that stay.
-  FPI_DEVICE void begin(const Tile& tile) const {
+  FPI_DEVICE void begin() const {
+    const Tile tile = this->tile();
+    if (thread_index() == 0) {
+      *notes() = {0, 1, 0, 0};
+    }
     for (int slot = thread_index(); slot < plan.slots; slot += kThreads) {
-      tile.samples[slot] = -1;
+      samples_of_slots()[slot] = -1;
     }
     for (int i = thread_index(); i < plan.slots * tile.padded; i += kThreads) {
       if (i % tile.padded >= dense.n) {
@@ -134,12 +152,13 @@ struct DenseSolve {
       const int stride = stride_of_k(dense.output.in);
       for (int i = thread_index(); i < plan.slots * stride; i += kThreads) {
         if (i % stride >= dense.output.in) {
-          tile.hidden[i] = T(0.0f);
+          at<T>(plan.hidden)[i] = T(0.0f);
         }
       }
       keep_rows(dense.hidden, plan.kept_hidden, at<T>(plan.weight_hidden));
     }
     keep_rows(dense.output, plan.kept_output, at<T>(plan.weight_output));
+    async_wait<0>();
     block_barrier();
   }
 
@@ -147,57 +166,59 @@ struct DenseSolve {
     return static_cast<int>(stride_of(k, static_cast<int>(sizeof(T))));
   }
 
-  // What a lane of the first warp knows of samples that ended.
-  struct Ended {
-    int32_t failed, most;
-  };
-
-  // Ends samples, gives their slots to the next ones, and lists the slots in use. By one warp.
-  FPI_DEVICE void refill(const Tile& tile, Ended& ended, bool& waiting) const {
+  // Empties the slots of samples that ended, gives them to the next ones, and lists those in use.
+  // By one warp.
+  FPI_DEVICE void refill() const {
     const int lane = thread_index() % kWarp;
+    const int32_t* counters = at<int32_t>(plan.counters);
+    bool waiting = notes()->waiting != 0;
     int active = 0;
-    for (int first = 0; first < plan.slots; first += kWarp) {
-      const int slot = first + lane;
-      int sample = -1;
-      if (slot < plan.slots) {
-        sample = tile.samples[slot];
-        const int32_t* counters = tile.solver.step.record.counters + slot * kCounters;
-        if (sample >= 0 && counters[kStatus] != kActive) {
-          ended.failed += counters[kStatus] != kConverged;
-          ended.most = ended.most > counters[kIterations] ? ended.most : counters[kIterations];
+    do {
+      active = 0;
+      for (int first = 0; first < plan.slots; first += kWarp) {
+        const int slot = first + lane;
+        const bool is_slot = slot < plan.slots;
+        int sample = is_slot ? samples_of_slots()[slot] : -1;
+        if (sample >= 0 && counters[slot * kCounters + kStatus] != kActive) {
           sample = -1;
         }
-      }
-      int is_fresh = 0;
-      if (waiting) {
-        const int wants = slot < plan.slots && sample < 0;
-        const int before = count_before(wants), all = shuffle(before + wants, kWarp - 1);
-        if (all > 0) {
-          int32_t taken = 0;
-          if (lane == 0) {
-            taken = atomic_add(&counts->taken, all);
-          }
-          taken = shuffle(taken, 0);
-          waiting = taken + all < samples;
-          if (wants && taken + before < samples) {
-            sample = taken + before;
-            is_fresh = 1;
-          }
+        const int next = waiting ? take(is_slot && sample < 0, waiting) : -1;
+        sample = next < 0 ? sample : next;
+        const int is_active = sample >= 0, before = count_before(is_active);
+        if (is_slot) {
+          samples_of_slots()[slot] = sample;
+          fresh_slots()[slot] = next >= 0;
         }
+        if (is_active) {
+          active_slots()[active + before] = slot;
+        }
+        active += shuffle(before + is_active, kWarp - 1);
       }
-      const int is_active = sample >= 0, before = count_before(is_active);
-      if (slot < plan.slots) {
-        tile.samples[slot] = sample;
-        tile.fresh[slot] = is_fresh;
-      }
-      if (is_active) {
-        tile.active[active + before] = slot;
-      }
-      active += shuffle(before + is_active, kWarp - 1);
-    }
+    } while (active == 0 && waiting);  // all those taken had their results already
+    warp_barrier();
     if (lane == 0) {
-      at<DenseNotes>(plan.notes)->active = active;
+      notes()->active = active;
+      notes()->waiting = waiting;
     }
+  }
+
+  // The next sample that waits, for each lane that wants one, or −1. A sample that has its result
+  // already is left alone, and its slot empty for now.
+  FPI_DEVICE int take(int wants, bool& waiting) const {
+    const int before = count_before(wants), all = shuffle(before + wants, kWarp - 1);
+    if (all == 0) {
+      return -1;
+    }
+    int32_t taken = 0;
+    if (thread_index() % kWarp == 0) {
+      taken = atomic_add(&counts->taken, all);
+    }
+    taken = shuffle(taken, 0);
+    waiting = taken + all < samples;
+    const int64_t sample = taken + before;
+    const bool is_new =
+        wants != 0 && sample < samples && record.counters[sample * kCounters + kStatus] == kActive;
+    return is_new ? static_cast<int>(sample) : -1;
   }
 
   // The sum over the lanes below.
@@ -213,17 +234,18 @@ struct DenseSolve {
   }
 
   // The operand's rows; and a new sample's iterate and record, which its slot holds from now on.
-  FPI_DEVICE void read(const Tile& tile, int active) const {
+  FPI_DEVICE void read(int active) const {
+    const Tile tile = this->tile();
     constexpr int kPack = kWidth<T>;
     const Access<T, kPack> access;
     const int lane = thread_index() % kWarp, n = static_cast<int>(dense.n);
     const Record<Acc>& mine = tile.solver.step.record;
     for (int i = thread_index() / kWarp; i < active; i += kDenseWarps) {
-      const int slot = tile.active[i];
-      const int64_t sample = tile.samples[slot];
-      const bool is_fresh = tile.fresh[slot] != 0;
-      T* state = tile.x + slot * tile.padded;
-      T* operand = tile.operand + i * stride_of_k(dense.n);
+      const int slot = active_slots()[i];
+      const int64_t sample = samples_of_slots()[slot];
+      const bool is_fresh = fresh_slots()[slot] != 0;
+      T* state = tile.x_of(slot);
+      T* operand = at<T>(plan.operand) + i * stride_of_k(dense.n);
       const T* scale = dense.scale.of(sample);
       for (int k = lane * kPack; k < tile.padded; k += kWarp * kPack) {
         Pack<T, kPack> pack;
@@ -262,9 +284,10 @@ struct DenseSolve {
   }
 
   // One layer of g: to the hidden tile, or to g(x).
-  FPI_DEVICE void multiply(const Tile& tile, int active, bool is_hidden) const {
+  FPI_DEVICE void multiply(int active, bool is_hidden) const {
+    const Tile tile = this->tile();
     const DenseLayer<T>& layer = is_hidden ? dense.hidden : dense.output;
-    const T* operand = is_hidden || !dense.has_hidden ? tile.operand : tile.hidden;
+    const T* operand = is_hidden || !dense.has_hidden ? at<T>(plan.operand) : at<T>(plan.hidden);
     const int kept = static_cast<int>(is_hidden ? plan.kept_hidden : plan.kept_output);
     const Weight<T> weight = {layer.weight,
                               at<T>(is_hidden ? plan.weight_hidden : plan.weight_output),
@@ -275,14 +298,14 @@ struct DenseSolve {
     const Acc residual = is_hidden ? Acc(0) : static_cast<Acc>(dense.residual);
     const int stride = stride_of_k(dense.n), hidden_stride = stride_of_k(dense.output.in);
     const auto take = [&](int i, int j, Acc value) {
-      const int slot = tile.active[i];
-      const int64_t sample = tile.samples[slot];
+      const int slot = active_slots()[i];
+      const int64_t sample = samples_of_slots()[slot];
       const T* u = layer.u.of(sample);
       if (u != nullptr) {
         value += static_cast<Acc>(u[j]);
       }
       if (residual != Acc(0)) {
-        value += residual * static_cast<Acc>(tile.operand[i * stride + j]);
+        value += residual * static_cast<Acc>(at<T>(plan.operand)[i * stride + j]);
       }
       const T* scale = is_hidden ? layer.scale.of(sample) : nullptr;
       if (scale != nullptr) {
@@ -290,51 +313,54 @@ struct DenseSolve {
       } else {
         value = activated(layer.activation, value);
       }
-      T* to = is_hidden ? tile.hidden + i * hidden_stride : tile.gx + slot * tile.padded;
+      T* to = is_hidden ? at<T>(plan.hidden) + i * hidden_stride : tile.gx_of(slot);
       to[j] = static_cast<T>(value);
     };
     product<kMatrix>(Rows<T>{operand, stride_of_k(layer.in), active}, weight, at<T>(plan.panels),
                      take);
   }
 
-  // The solver's step of every sample; and the result and record of those that end.
-  FPI_DEVICE void advance(const Tile& tile, int active) const {
+  // The solver's step of every sample, and the end of those that finish.
+  FPI_DEVICE void advance(int active) const {
+    const Tile tile = this->tile();
     const Team team = tile.solver.step.team();
-    const Record<Acc>& mine = tile.solver.step.record;
-    const int n = static_cast<int>(dense.n);
     for (int i = team.number; i < active; i += plan.rows.rows_per_block) {
-      const int slot = tile.active[i];
-      const int64_t sample = tile.samples[slot];
-      T* state = tile.x + slot * tile.padded;
+      const int slot = active_slots()[i];
+      T* state = tile.x_of(slot);
       const int64_t number = block_index() * plan.slots + slot;  // of its window
-      const Row<T> row = {state,      tile.gx + slot * tile.padded, state, number, slot, 0, 0,
-                          tile.padded};
-      if (tile.solver.advance(team, row).active != 0) {
-        continue;
-      }
-      team.barrier();
-      for (int k = team.rank; k < n; k += team.size) {
-        out[sample * n + k] = state[k];
-      }
-      if (team.rank < kCounters) {
-        record.counters[sample * kCounters + team.rank] =
-            mine.counters[slot * kCounters + team.rank];
-      }
-      if (team.rank < kScalars) {
-        record.scalars[sample * kScalars + team.rank] = mine.scalars[slot * kScalars + team.rank];
+      const Row<T> row = {state, tile.gx_of(slot), state, number, slot, 0, 0, tile.padded};
+      if (tile.solver.advance(team, row).active == 0) {
+        team.barrier();
+        end(team, active_slots()[i]);
       }
     }
   }
 
-  // Brings the tally up to date: each block its failures, the last one the rest. By one warp.
-  FPI_DEVICE void finish(const Ended& ended) const {
-    const int32_t failed = Team::over_warp(ended.failed, Add{});
-    const int32_t most = Team::over_warp(ended.most, Larger{});
-    if (thread_index() != 0) {
-      return;
+  // The result and the record of a slot's sample, to where the caller wants them.
+  FPI_DEVICE void end(const Team& team, int slot) const {
+    const T* state = tile().x_of(slot);
+    const int32_t* counters = at<int32_t>(plan.counters) + slot * kCounters;
+    const int64_t sample = samples_of_slots()[slot];
+    for (int64_t k = team.rank; k < dense.n; k += team.size) {
+      out[sample * dense.n + k] = state[k];
     }
-    atomic_add(tally + kFailed, failed);
-    atomic_max(&counts->most, most);
+    if (team.rank < kCounters) {
+      record.counters[sample * kCounters + team.rank] = counters[team.rank];
+    }
+    if (team.rank < kScalars) {
+      record.scalars[sample * kScalars + team.rank] =
+          at<Acc>(plan.scalars)[slot * kScalars + team.rank];
+    }
+    if (team.rank == 0) {
+      atomic_add(&notes()->failed, counters[kStatus] != kConverged);
+      atomic_max(&notes()->most, counters[kIterations]);
+    }
+  }
+
+  // Brings the tally up to date: each block its failures, the last one the rest. By one thread.
+  FPI_DEVICE void finish() const {
+    atomic_add(tally + kFailed, notes()->failed);
+    atomic_max(&counts->most, notes()->most);
     device_fence();
     if (atomic_add(&counts->done, 1) == grid_size() - 1) {
       device_fence();

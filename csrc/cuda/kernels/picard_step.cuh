@@ -16,6 +16,7 @@ template <typename T>
 struct PicardStep {
   static constexpr int kThreads = kStepThreads;
   static constexpr int kBlocks = 8;
+  static constexpr bool kHasWindow = false;
   using Acc = accumulate_t<T>;
 
   Step<T> step;

@@ -36,7 +36,7 @@ struct Weight {
   int rows, kept;
 };
 
-// The first rows of a weight, to shared memory. Other threads see them behind a barrier.
+// Starts to copy the first rows of a weight to shared memory.
 template <typename T>
 FPI_DEVICE void keep_rows(const DenseLayer<T>& layer, int64_t kept, T* shared) {
   constexpr int kPack = kWidth<T>;
@@ -47,7 +47,6 @@ FPI_DEVICE void keep_rows(const DenseLayer<T>& layer, int64_t kept, T* shared) {
     async_copy_16(shared + row * stride + p * kPack, layer.weight + int64_t{i} * kPack);
   }
   async_commit();
-  async_wait<0>();
 }
 
 // Rows of a weight as the product reads them: W itself, or a copy with zeros behind each row.
