@@ -41,8 +41,8 @@ struct DenseCall {
             history > 1 ? anderson_sums(history) : kPicardSums};
   }
   DensePlan plan(int multiprocessors, int64_t limit) const {
-    return dense_plan(shape(), samples, slots, multiprocessors, limit,
-                      history == 1 && sizeof(T) < 8);
+    const bool matrix = sizeof(T) == 2 || (sizeof(T) == 4 && tf32);
+    return dense_plan(shape(), samples, slots, multiprocessors, limit, matrix && history == 1);
   }
 };
 

@@ -136,8 +136,11 @@ constexpr DensePlan dense_plan(const DenseShape& shape, int64_t samples, int slo
   const auto within = [](int64_t wanted) {
     return static_cast<int>(wanted < 1 ? 1 : wanted > kMostSlots ? kMostSlots : wanted);
   };
-  if (slots == 0 && twice) {             // while one block takes its step the other has its product
-    constexpr int64_t kReserved = 1024;  // of each block
+  // While one block takes its step the other has its product; where rows are few, each would read
+  // the weights for itself.
+  constexpr int64_t kFewRows = 16;
+  if (slots == 0 && twice && divide_up(samples, 2 * multiprocessors) >= kFewRows) {
+    constexpr int64_t kReserved = 1024;  // bytes of each block
     const int64_t half = (limit + kReserved) / 2 - kReserved;
     const DensePlan p =
         dense_layout(shape, within(divide_up(samples, 2 * multiprocessors)), true, half);

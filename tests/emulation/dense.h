@@ -105,9 +105,10 @@ inline const Operator dense_plan_of("dense_plan", [](const Request& r) {
   const DenseShape shape = {r.integer("n"), r.integer("hidden"),
                             size,           size == 8 ? 8 : 4,
                             history,        history > 1 ? anderson_sums(history) : kPicardSums};
-  const DensePlan p = dense_plan(shape, r.integer("samples"), static_cast<int>(r.integer("slots")),
-                                 static_cast<int>(r.integer("multiprocessors")),
-                                 r.integer("shared_limit"), history == 1 && size < 8);
+  const DensePlan p =
+      dense_plan(shape, r.integer("samples"), static_cast<int>(r.integer("slots")),
+                 static_cast<int>(r.integer("multiprocessors")), r.integer("shared_limit"),
+                 history == 1 && (size == 2 || r.number("tf32") != 0));
   const int64_t values[] = {p.slots,     p.kept_hidden, p.kept_output,
                             p.is_shared, p.bytes,       p.rows.rows_per_block};
   std::copy(std::begin(values), std::end(values), r.array<int64_t>("plan"));

@@ -53,8 +53,8 @@ FPI_DEVICE Acc activated(Activation activation, Acc value) {
 template <typename T, bool kMatrix, typename Solver>
 struct DenseSolve {
   static constexpr int kThreads = kDenseThreads;
-  // Two leave 128 registers, too few for Anderson's step or for tiles of doubles.
-  static constexpr int kBlocks = Solver::kHasWindow || sizeof(T) == 8 ? 1 : 2;
+  // Two leave 128 registers, too few for Anderson's step or for the widest exact tile.
+  static constexpr int kBlocks = kMatrix && !Solver::kHasWindow ? 2 : 1;
   using Acc = accumulate_t<T>;
 
   Solver solver;  // a step operator's body; its rows are slots, and its n is padded

@@ -80,7 +80,6 @@ template <typename T, int kHigh, int kWide>
 struct ExactTile {
   static constexpr int kRows = kHigh, kColumns = kWide * kWarp, kStep = kWidth<T>;
   static constexpr int kUnroll = kWide > 1 ? 1 : kHigh > 2 ? 2 : 4;
-  static_assert(kWide == 1 || kWide == 4);
   using Acc = T;
 
   const T *a, *b;
@@ -304,7 +303,8 @@ FPI_DEVICE void product_by(const Rows<T>& rows, const Weight<T>& weight, T* pane
   }
 }
 
-// Tiles as wide as keep all warps busy. kMatrix: on tensor cores.
+// Tiles as wide as keep all warps busy: a warp reads its columns' k once for all of its rows, and
+// its rows' once for all of its columns. kMatrix: on tensor cores.
 template <bool kMatrix, typename T, typename Take>
 FPI_DEVICE void product(const Rows<T>& rows, const Weight<T>& weight, T* panels, const Take& take) {
   const auto tiles = [&](int high, int wide) {
@@ -319,6 +319,8 @@ FPI_DEVICE void product(const Rows<T>& rows, const Weight<T>& weight, T* panels,
   } else {
     if (rows.count > 24 && tiles(8, 4 * kWarp) >= kDenseWarps) {
       product_by<ExactTile<T, 8, 4>>(rows, weight, panels, take);
+    } else if (rows.count > 8 && tiles(8, 2 * kWarp) >= kDenseWarps) {
+      product_by<ExactTile<T, 8, 2>>(rows, weight, panels, take);
     } else if (rows.count > 2) {
       product_by<ExactTile<T, 8, 1>>(rows, weight, panels, take);
     } else {
