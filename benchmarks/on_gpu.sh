@@ -29,7 +29,7 @@ sanitize() {
   for check in memcheck racecheck; do
     status=0
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 "$tool" --tool "$check" --error-exitcode 9 \
-      "$PYTHON" -m pytest -q tests/test_primitives.py -k cuda || status=$?
+      "$PYTHON" -m pytest -q tests/test_primitives.py tests/test_dense.py -k cuda || status=$?
     case $status in
       0) echo "sanitize: $check found nothing" ;;
       5) echo "sanitize: no kernel test was selected" ;;

@@ -411,9 +411,9 @@ def test_weights_beyond_any_cache_are_left_to_the_library(monkeypatch):
     g = step(8, hidden=4)
     z = torch.randn(4, 3, dtype=torch.float64)
     expected, gradients = solve(g, z)
-    monkeypatch.setattr(native, "MOST_WEIGHTS", 2 * 8 * 4 * 8)
+    monkeypatch.setitem(native.MOST_WEIGHTS, "cpu", 2 * 8 * 4 * 8)
     assert solve(g, z)[0].path == "native, whole"
-    monkeypatch.setattr(native, "MOST_WEIGHTS", 2 * 8 * 4 * 8 - 1)
+    monkeypatch.setitem(native.MOST_WEIGHTS, "cpu", 2 * 8 * 4 * 8 - 1)
     found, others = solve(g, z)
     for path in (found.path, found.adjoint.path):
         assert path.startswith("native, eager (not whole: weights beyond any cache")
@@ -504,6 +504,80 @@ def test_an_energy_of_its_own_is_called():
 
     sol, _ = solve(GradientStep(Tilted(4, 3, 5).double(), 0.2), torch.randn(2, 3).double())
     assert sol.path != "native, whole"
+
+
+# --- on a device -----------------------------------------------------------------------------
+
+on_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() or "cuda" not in native.dense_devices(),
+    reason="needs a CUDA device and a build with CUDA",
+)
+
+
+def moved(g, z, **options):
+    """The solve on the device, and on the CPU by the reference."""
+    found = []
+    for device, backend in (("cuda", "auto"), ("cpu", "reference")):
+        on = copy.deepcopy(g).to(device)
+        zs = z.to(device).requires_grad_()
+        x0 = torch.zeros(len(z), on.state_shape[0], dtype=z.dtype, device=device)
+        sol = fixed_point(on, x0, zs, backend=backend, on_failure="return", **options)
+        loss = (sol.x * torch.linspace(-1, 1, x0.shape[1], dtype=z.dtype, device=device)).sum()
+        gradients = torch.autograd.grad(loss, (zs, *on.parameters()))
+        found.append((sol, [t.cpu() for t in (sol.x, *gradients)]))
+    return found
+
+
+@on_cuda
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("hidden", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("n", [1, 33, 159, 200])
+def test_cuda_agrees_with_the_reference_in_float64(activation, hidden, n, solver):
+    g = step(n, hidden=hidden, activation=activation, residual=0.1)
+    for b in (1, 5, 3000):
+        z = torch.randn(b, 3, dtype=torch.float64)
+        (ours, mine), (theirs, other) = moved(g, z, solver=solver)
+        assert ours.path == ours.adjoint.path == "native, whole"
+        assert ours.iterations.tolist() == theirs.iterations.tolist()
+        assert ours.status.tolist() == theirs.status.tolist()
+        for a, e in zip(mine, other, strict=True):
+            assert_close(a, e, NEAR)
+
+
+@on_cuda
+@pytest.mark.parametrize("hidden", LAYERS.values(), ids=LAYERS)
+def test_cuda_solves_every_dtype_to_its_tolerance(hidden, dtype, solver):
+    g = step(130, hidden=hidden, dtype=dtype)
+    z = torch.randn(700, 3).to(dtype)
+    (ours, (x, *_)), _ = moved(g, z, solver=solver)
+    true, _ = solve(copy.deepcopy(g).double(), z.double(), tolerance=TIGHT, backward=False)
+    assert ours.path == "native, whole" and bool(ours.converged.all())
+    assert_solved(x, true.x)
+
+
+@on_cuda
+def test_cuda_takes_tf32_where_torch_and_the_tolerance_allow(monkeypatch):
+    g, z = step(130, dtype=torch.float32), torch.randn(700, 3)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    (loose, (x, *_)), (_, (y, *_)) = moved(g, z, tolerance=Tolerance(1e-2))
+    assert loose.path == "native, whole, tf32"
+    torch.testing.assert_close(x, y, rtol=0.05, atol=0.05)
+    (tight, _), _ = moved(g, z, tolerance=Tolerance(1e-4))
+    assert tight.path == "native, whole"
+
+
+@on_cuda
+def test_cuda_bits_depend_on_neither_batch_nor_slots():
+    for dtype in DTYPES:
+        form = DenseForm(
+            *(t.to(dtype).cuda() for t in (torch.randn(90, 90) / 20, torch.randn(500, 90)))
+        )
+        x0 = torch.zeros(500, 90, dtype=dtype, device="cuda")
+        for solver in (Picard(), Anderson()):
+            x, _ = whole.solve(form, x0, solver, limits(dtype, 90))
+            rows = torch.randperm(500, device="cuda")[:77]
+            y, _ = whole.solve(taken(form, rows), x0[rows], solver, limits(dtype, 90), slots=3)
+            assert same_bits(x[rows], y)
 
 
 # --- the operator ----------------------------------------------------------------------------

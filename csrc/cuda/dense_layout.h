@@ -17,6 +17,17 @@
 
 namespace fpi::cuda {
 
+// hidden: values of that layer; −1: there is none. history: 1 is Picard.
+template <typename T>
+DenseShape dense_shape(int64_t n, int64_t hidden, int history) {
+  return {n,
+          hidden,
+          static_cast<int>(sizeof(T)),
+          static_cast<int>(sizeof(accumulate_t<T>)),
+          history,
+          history > 1 ? anderson_sums(history) : kPicardSums};
+}
+
 template <typename T>
 struct DenseCall {
   using Acc = accumulate_t<T>;
@@ -33,12 +44,7 @@ struct DenseCall {
   int slots;
 
   DenseShape shape() const {
-    return {dense.n,
-            dense.has_hidden ? dense.hidden.out : -1,
-            static_cast<int>(sizeof(T)),
-            static_cast<int>(sizeof(Acc)),
-            history,
-            history > 1 ? anderson_sums(history) : kPicardSums};
+    return dense_shape<T>(dense.n, dense.has_hidden ? dense.hidden.out : -1, history);
   }
   DensePlan plan(int multiprocessors, int64_t limit) const {
     const bool matrix = sizeof(T) == 2 || (sizeof(T) == 4 && tf32);

@@ -64,9 +64,21 @@ void dense_solve_cuda(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Te
   });
 }
 
+bool dense_fits_cuda(Tensor x0, int64_t hidden, int64_t history) {
+  FPI_CHECK(x0.dim() == 2, "_dense_fits: x0 must have shape [B, N] (got ", detail::shape(x0), ")");
+  bool fits = false;
+  dispatch_floating("_dense_fits", "x0", x0, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    fits = dense_fits(dense_shape<T>(x0.size(1), hidden, static_cast<int>(history)),
+                      DenseMachine(x0).shared_limit());
+  });
+  return fits;
+}
+
 }  // namespace
 }  // namespace fpi::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fpi_cuda, CUDA, m) {
   m.impl("_dense_solve", TORCH_BOX(&fpi::cuda::dense_solve_cuda));
+  m.impl("_dense_fits", TORCH_BOX(&fpi::cuda::dense_fits_cuda));
 }

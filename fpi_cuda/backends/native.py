@@ -18,9 +18,10 @@ NAME = "native"
 # By device type: csrc/cpu/kernels/anderson_step.h, csrc/cuda/plan.h.
 MAX_HISTORY = {"cpu": 64, "cuda": 32}
 
-# Bytes of weights, packed, above which a CPU reads them from memory in every iteration whoever
-# multiplies; packing them then costs more than it brings.
-MOST_WEIGHTS = 32 * 2**20
+# Bytes of weights above which a loop of library products is as fast. A CPU then reads them from
+# memory in each iteration whoever multiplies, and packing them costs more than it brings (measured);
+# on CUDA each block streams for itself what its shared memory does not hold (on paper).
+MOST_WEIGHTS = {"cpu": 32 * 2**20, "cuda": 512 * 2**10}
 
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # csrc/math/activation.h
 
@@ -114,13 +115,16 @@ def anderson_step(
 
 def dense_refusal(form: DenseForm, x0: Tensor, history: int) -> str | None:
     """Why `dense_solve` does not take this form, of right shapes, or None."""
-    weights = [w for w in (form.weight, form.hidden_weight) if w is not None]
-    acc = accumulate_dtype(x0.dtype)
-    if x0.device.type == "cpu" and sum(w.numel() for w in weights) * acc.itemsize > MOST_WEIGHTS:
-        return "weights beyond any cache, where the library's products are as fast"
-    if x0.device.type == "cuda":
-        hidden = -1 if form.hidden_weight is None else len(form.hidden_weight)
-        if history > MAX_HISTORY["cuda"] or not _ops._dense_fits(x0, hidden, history):
+    hidden = form.hidden_weight
+    values = form.weight.numel() + (0 if hidden is None else hidden.numel())
+    if x0.device.type == "cpu":
+        if values * accumulate_dtype(x0.dtype).itemsize > MOST_WEIGHTS["cpu"]:
+            return "weights beyond any cache, where the library's products are as fast"
+    else:
+        if values * x0.dtype.itemsize > MOST_WEIGHTS["cuda"]:
+            return "weights that each block would have to read in each iteration"
+        h = -1 if hidden is None else len(hidden)
+        if history > MAX_HISTORY["cuda"] or not _ops._dense_fits(x0, h, history):
             return "more than shared memory holds"
     return None
 
