@@ -19,7 +19,7 @@ NAME = "native"
 MAX_HISTORY = {"cpu": 64, "cuda": 32}
 
 # Bytes of weights above which a loop of library products is as fast. A CPU then reads them from
-# memory in each iteration whoever multiplies, and packing them costs more than it brings (measured);
+# memory in each iteration whoever multiplies, and packing costs more than it brings (measured);
 # on CUDA each block streams for itself what its shared memory does not hold (on paper).
 MOST_WEIGHTS = {"cpu": 32 * 2**20, "cuda": 512 * 2**10}
 
