@@ -894,7 +894,7 @@ def test_graph_needs_a_device():
 
 
 def test_misspelt_drivers_raise():
-    with pytest.raises(ValueError, match=r"driver must be one of \('auto', 'eager', 'graph'\)"):
+    with pytest.raises(ValueError, match=r"driver must be one of \('auto', 'eager', 'graph', 'whole'\)"):
         FixedPointLayer(Affine(), driver="cudagraph")
 
 
