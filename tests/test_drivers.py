@@ -894,7 +894,8 @@ def test_graph_needs_a_device():
 
 
 def test_misspelt_drivers_raise():
-    with pytest.raises(ValueError, match=r"driver must be one of \('auto', 'eager', 'graph', 'whole'\)"):
+    accepted = r"driver must be one of \('auto', 'eager', 'graph', 'whole'\)"
+    with pytest.raises(ValueError, match=accepted):
         FixedPointLayer(Affine(), driver="cudagraph")
 
 
