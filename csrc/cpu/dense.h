@@ -1,35 +1,12 @@
-// A dense layer's arguments as the CPU kernels take them, and its packed weights.
+// Packed weights of dense layers, and the threads that multiply by them.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
-
-#include "../checks.h"
+#include "../dense.h"
 #include "kernels/dense_map.h"
 
 namespace fpi {
-
-template <typename T>
-PerSample<T> per_sample(const std::optional<Tensor>& u) {
-  if (!u) {
-    return {nullptr, 0};
-  }
-  return {static_cast<const T*>(u->const_data_ptr()), u->dim() == 1 ? 0 : u->size(1)};
-}
-
-template <typename T>
-DenseLayer<T> layer_of(const Tensor& weight, const std::optional<Tensor>& u, int64_t activation,
-                       const std::optional<Tensor>& scale) {
-  return {static_cast<const T*>(weight.const_data_ptr()),
-          weight.size(1),
-          weight.size(0),
-          weight.stride(1),
-          weight.stride(0),
-          per_sample<T>(u),
-          per_sample<T>(scale),
-          static_cast<Activation>(activation)};
-}
 
 // So many bytes; undefined values.
 inline Tensor memory_like(const Tensor& x, int64_t bytes) {

@@ -16,7 +16,7 @@ void dense_map_cpu(Tensor x, Tensor weight, std::optional<Tensor> u, Tensor out,
   dispatch_floating("_dense_map", "x", x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = accumulate_t<T>;
-    const DenseLayer<T> layer = layer_of<T>(weight, u, kIdentity, std::nullopt);
+    const DenseLayer<T> layer = layer_of<T>(weight, u, kIdentity);
     const PackedWeights<T> packed(x, layer);
     const int64_t rows = x.size(0), blocks = (rows + kMapRows - 1) / kMapRows;
     const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), blocks);

@@ -41,10 +41,8 @@ void dense_solve_cpu(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Ten
     const int64_t wanted =
         slots > 0 ? slots : slots_for(weights * static_cast<int64_t>(sizeof(accumulate_t<T>)));
     DenseSolve<T> solve = {
-        {x0.size(1), per_sample<T>(scale), residual, hidden_weight.has_value(),
-         hidden_weight ? layer_of<T>(*hidden_weight, hidden_u, hidden_activation, hidden_scale)
-                       : DenseLayer<T>{},
-         layer_of<T>(weight, u, activation, std::nullopt)},
+        dense_step_of<T>(x0, weight, u, activation, residual, scale, hidden_weight, hidden_u,
+                         hidden_activation, hidden_scale),
         nullptr,
         nullptr,
         static_cast<const T*>(x0.const_data_ptr()),

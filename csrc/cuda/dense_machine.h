@@ -1,11 +1,8 @@
-// What the dense operators share: the device of dense_layout.h, with its properties, torch's memory
-// and the current stream; and a layer's tensors as pointers.
+// The device of dense_layout.h: its properties, torch's memory and the current stream.
 #pragma once
 
-#include <optional>
 #include <vector>
 
-#include "../math/dense.h"
 #include "step.h"
 
 namespace fpi::cuda {
@@ -54,28 +51,5 @@ class DenseMachine {
   cudaStream_t stream_;
   mutable std::vector<Tensor> memory_;  // back to the stream's pool with this object
 };
-
-// u, scales: [samples, size], [size] for all samples, or none.
-template <typename T>
-PerSample<T> per_sample(const std::optional<Tensor>& u, int64_t size) {
-  if (!u) {
-    return {nullptr, 0};
-  }
-  return {static_cast<const T*>(u->const_data_ptr()), u->dim() == 1 ? 0 : size};
-}
-
-template <typename T>
-DenseLayer<T> layer_of(const Tensor& weight, const std::optional<Tensor>& u, int64_t activation,
-                       const PerSample<T>& scale = {nullptr, 0}) {
-  const int64_t out = weight.size(0), in = weight.size(1);
-  return {static_cast<const T*>(weight.const_data_ptr()),
-          in,
-          out,
-          1,
-          in,
-          per_sample<T>(u, out),
-          scale,
-          static_cast<Activation>(activation)};
-}
 
 }  // namespace fpi::cuda

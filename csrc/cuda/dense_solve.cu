@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include "../dense.h"
 #include "../dispatch.h"
 #include "dense_layout.h"
 #include "dense_machine.h"
@@ -32,13 +33,6 @@ void dense_solve_cuda(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Te
   dispatch_floating(op, "x0", x0, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = accumulate_t<T>;
-    DenseStep<T> dense = {n,        per_sample<T>(scale, n),
-                          residual, hidden_weight.has_value(),
-                          {},       layer_of<T>(weight, u, activation)};
-    if (hidden_weight) {
-      dense.hidden = layer_of<T>(*hidden_weight, hidden_u, hidden_activation,
-                                 per_sample<T>(hidden_scale, hidden_weight->size(0)));
-    }
     const DenseCall<T> call = {
         samples,
         static_cast<const T*>(x0.const_data_ptr()),
@@ -54,7 +48,8 @@ void dense_solve_cuda(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Te
         static_cast<Acc>(ridge),
         static_cast<Acc>(restart),
         static_cast<int>(history),
-        dense,
+        dense_step_of<T>(x0, weight, u, activation, residual, scale, hidden_weight, hidden_u,
+                         hidden_activation, hidden_scale),
         tf32,
         static_cast<int>(slots)};
     const DenseMachine machine(x0);

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -167,6 +168,51 @@ def places(build: str, codes: list[int]) -> dict[str, list[int]]:
         chain = " < ".join(_text(path, int(n)) for path, n in lines if "emulation.h" not in path)
         chains.setdefault(chain, []).append(code)
     return chains
+
+
+def assert_each_is_needed(
+    machine: Machine,
+    scenarios: Iterable[Callable[[Machine], None]],
+    redundant: Collection[str],
+    at_least: int,
+    concerns: Callable[[str], bool] = lambda chain: True,
+) -> None:
+    """Takes out each barrier, fence and wait in turn; those in `redundant` alone may be missing.
+
+    Args:
+        machine: of build `races`.
+        scenarios: what must fail without it.
+        redundant: parts of the chains of calls that lead to what nobody misses.
+        at_least: so many must be missed.
+        concerns: which chains are looked at.
+    """
+    comes_to: dict[int, list] = {}
+    for scenario in scenarios:
+        machine.reached.clear()
+        scenario(machine)
+        for code in machine.reached:
+            comes_to.setdefault(code, []).append(scenario)
+    caught, survived = {}, []
+    for chain, codes in places(machine.build, list(comes_to)).items():
+        if not concerns(chain):
+            continue
+        machine.deleted = codes
+        try:
+            for scenario in dict.fromkeys(s for code in codes for s in comes_to[code]):
+                scenario(machine)
+            survived.append(chain)
+        except (EmulationError, AssertionError) as error:
+            caught[chain] = str(error).splitlines()[0]
+    for chain, error in caught.items():
+        print(f"{chain}\n    {error}")
+    print("survived:", *survived, sep="\n")
+    assert len(caught) > at_least
+    for part in redundant:
+        assert any(part in chain for chain in survived), f"is needed: {part}"
+    for chain in survived:
+        assert any(part in chain for part in redundant), f"nobody misses: {chain}"
+    for chain in caught:
+        assert not any(part in chain for part in redundant), f"is needed: {chain}"
 
 
 def _text(path: str, number: int) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from machine import FORWARD, RANDOM, REVERSE, EmulationError, Machine, places
+from machine import FORWARD, RANDOM, REVERSE, EmulationError, Machine, assert_each_is_needed
 from torch import Tensor
 
 from fpi_cuda.backends import reference
@@ -542,31 +542,13 @@ REDUNDANT = {
 }
 
 
+def concerns_dense(chain: str) -> bool:
+    """What the step's own bodies do among themselves is test_kernels.py's."""
+    first = chain.split(" < ", maxsplit=1)[0]
+    return "dense_" in first or "product" in first
+
+
 def test_every_barrier_fence_and_wait_is_needed(start):
-    machine = start("races", RANDOM, 5)
-    comes_to: dict[int, list] = {}
-    for scenario in [*scenarios(), tallied]:
-        machine.reached.clear()
-        scenario(machine)
-        for code in machine.reached:
-            comes_to.setdefault(code, []).append(scenario)
-    caught, survived = {}, []
-    for chain, codes in places("races", list(comes_to)).items():
-        # What the step's own bodies do among themselves is test_kernels.py's.
-        if "dense_" not in chain.split(" < ")[0] and "product" not in chain.split(" < ")[0]:
-            continue
-        machine.deleted = codes
-        try:
-            for scenario in dict.fromkeys(s for code in codes for s in comes_to[code]):
-                scenario(machine)
-            survived.append(chain)
-        except (EmulationError, AssertionError) as error:
-            caught[chain] = str(error).splitlines()[0]
-    for chain, error in caught.items():
-        print(f"{chain}\n    {error}")
-    print("survived:", *survived, sep="\n")
-    assert len(caught) > 10
-    for part in REDUNDANT:
-        assert any(part in chain for chain in survived), f"is needed: {part}"
-    for chain in survived:
-        assert any(part in chain for part in REDUNDANT), f"nobody misses: {chain}"
+    assert_each_is_needed(
+        start("races", RANDOM, 5), [*scenarios(), tallied], REDUNDANT, 10, concerns_dense
+    )

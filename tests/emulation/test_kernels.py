@@ -11,7 +11,7 @@ import math
 import pytest
 import test_primitives
 import torch
-from machine import FORWARD, RANDOM, REVERSE, EmulationError, Machine, places
+from machine import FORWARD, RANDOM, REVERSE, Machine, assert_each_is_needed
 from test_primitives import DTYPES, FOREVER, close, oracle_of, poisoned, same_record
 
 from fpi_cuda.backends import reference
@@ -275,29 +275,4 @@ REDUNDANT = {
 
 
 def test_every_barrier_and_fence_is_needed(start):
-    machine = start("races", RANDOM, 5)
-    comes_to: dict[int, list] = {}
-    for scenario in scenarios():
-        machine.reached.clear()
-        scenario(machine)
-        for code in machine.reached:
-            comes_to.setdefault(code, []).append(scenario)
-    caught, survived = {}, []
-    for chain, codes in places("races", list(comes_to)).items():
-        machine.deleted = codes
-        try:
-            for scenario in dict.fromkeys(s for code in codes for s in comes_to[code]):
-                scenario(machine)
-            survived.append(chain)
-        except (EmulationError, AssertionError) as error:
-            caught[chain] = str(error).splitlines()[0]
-    for chain, error in caught.items():
-        print(f"{chain}\n    {error}")
-    print("survived:", *survived, sep="\n")
-    assert len(caught) > 20
-    for part in REDUNDANT:
-        assert any(part in chain for chain in survived), f"is needed: {part}"
-    for chain in survived:
-        assert any(part in chain for part in REDUNDANT), f"nobody misses: {chain}"
-    for chain in caught:
-        assert not any(part in chain for part in REDUNDANT), f"is needed: {chain}"
+    assert_each_is_needed(start("races", RANDOM, 5), scenarios(), REDUNDANT, at_least=20)

@@ -1,11 +1,9 @@
 #include "anderson_step.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <type_traits>
 
 #include "../../math/least_squares.h"
+#include "dtypes.h"
 #include "rows.h"
 
 namespace fpi::FPI_CPU_NAMESPACE {
@@ -292,10 +290,7 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
   template Tally anderson_step(T*, const T*, T*, int64_t, double, double, double,         \
                                const Window<T>&, const Record<accumulate_t<T>>&, int64_t, \
                                int64_t);
-FPI_INSTANTIATE(torch::headeronly::Half)
-FPI_INSTANTIATE(torch::headeronly::BFloat16)
-FPI_INSTANTIATE(float)
-FPI_INSTANTIATE(double)
+FPI_FOR_DTYPES(FPI_INSTANTIATE)
 #undef FPI_INSTANTIATE
 
 }  // namespace fpi::FPI_CPU_NAMESPACE

@@ -1,10 +1,8 @@
 #include "damped_update.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "../../math/accumulate.h"
 #include "../../math/update.h"
+#include "dtypes.h"
 
 namespace fpi::FPI_CPU_NAMESPACE {
 
@@ -17,11 +15,8 @@ void damped_update(T* x, const T* gx, double beta, int64_t count) {
   }
 }
 
-template void damped_update(torch::headeronly::Half*, const torch::headeronly::Half*, double,
-                            int64_t);
-template void damped_update(torch::headeronly::BFloat16*, const torch::headeronly::BFloat16*,
-                            double, int64_t);
-template void damped_update(float*, const float*, double, int64_t);
-template void damped_update(double*, const double*, double, int64_t);
+#define FPI_INSTANTIATE(T) template void damped_update(T*, const T*, double, int64_t);
+FPI_FOR_DTYPES(FPI_INSTANTIATE)
+#undef FPI_INSTANTIATE
 
 }  // namespace fpi::FPI_CPU_NAMESPACE

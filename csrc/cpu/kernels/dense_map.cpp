@@ -1,8 +1,6 @@
 #include "dense_map.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
+#include "dtypes.h"
 #include "layer.h"
 
 namespace fpi::FPI_CPU_NAMESPACE {
@@ -110,10 +108,7 @@ void dense_map(const DenseLayer<T>& layer, const accumulate_t<T>* packed, const 
   template void dense_pack(const DenseLayer<T>&, accumulate_t<T>*, int64_t, int64_t); \
   template void dense_map(const DenseLayer<T>&, const accumulate_t<T>*, const T*, T*, \
                           accumulate_t<T>*, int64_t, int64_t);
-FPI_INSTANTIATE(torch::headeronly::Half)
-FPI_INSTANTIATE(torch::headeronly::BFloat16)
-FPI_INSTANTIATE(float)
-FPI_INSTANTIATE(double)
+FPI_FOR_DTYPES(FPI_INSTANTIATE)
 #undef FPI_INSTANTIATE
 
 }  // namespace fpi::FPI_CPU_NAMESPACE

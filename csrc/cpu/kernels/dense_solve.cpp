@@ -1,9 +1,7 @@
 #include "dense_solve.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "anderson_step.h"
+#include "dtypes.h"
 #include "layer.h"
 #include "picard_step.h"
 
@@ -136,10 +134,7 @@ Ended dense_solve(const DenseSolve<T>& solve, int64_t* next, unsigned char* memo
 #define FPI_INSTANTIATE(T)                                  \
   template int64_t dense_solve_bytes(const DenseSolve<T>&); \
   template Ended dense_solve(const DenseSolve<T>&, int64_t*, unsigned char*);
-FPI_INSTANTIATE(torch::headeronly::Half)
-FPI_INSTANTIATE(torch::headeronly::BFloat16)
-FPI_INSTANTIATE(float)
-FPI_INSTANTIATE(double)
+FPI_FOR_DTYPES(FPI_INSTANTIATE)
 #undef FPI_INSTANTIATE
 
 }  // namespace fpi::FPI_CPU_NAMESPACE

@@ -1,8 +1,6 @@
 #include "picard_step.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
+#include "dtypes.h"
 #include "rows.h"
 
 namespace fpi::FPI_CPU_NAMESPACE {
@@ -51,10 +49,7 @@ Tally picard_step(T* x, const T* gx, T* out, int64_t n, double beta,
 #define FPI_INSTANTIATE(T)                                                                      \
   template Tally picard_step(T*, const T*, T*, int64_t, double, const Record<accumulate_t<T>>&, \
                              int64_t, int64_t);
-FPI_INSTANTIATE(torch::headeronly::Half)
-FPI_INSTANTIATE(torch::headeronly::BFloat16)
-FPI_INSTANTIATE(float)
-FPI_INSTANTIATE(double)
+FPI_FOR_DTYPES(FPI_INSTANTIATE)
 #undef FPI_INSTANTIATE
 
 }  // namespace fpi::FPI_CPU_NAMESPACE
