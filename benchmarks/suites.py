@@ -17,7 +17,7 @@ from tqdm import tqdm
 import fpi_cuda
 from fpi_cuda.backends import native
 from fpi_cuda.backends.progress import Limits, Progress
-from fpi_cuda.dense_form import DenseForm
+from fpi_cuda.forms import DenseForm
 from fpi_cuda.drivers import whole
 
 from . import methods, problems

@@ -4,6 +4,7 @@ from . import backends, compat, contraction, operators
 from ._build import build_info
 from ._version import __version__
 from .adjoint import ImplicitAdjoint
+from .conv import ConvStep
 from .dense import DenseEnergy, DenseStep
 from .fixed_point import fixed_point
 from .layer import FixedPointLayer
@@ -19,6 +20,7 @@ from .steps import GradientStep, NeuralStep
 
 __all__ = [
     "Anderson",
+    "ConvStep",
     "DenseEnergy",
     "DenseStep",
     "FixedPointError",

@@ -23,9 +23,19 @@ from torch.autograd import Function
 
 from . import backends
 from .backends.progress import STATUS, Limits, Progress, accumulate_dtype
-from .dense_form import DenseForm
 from .drivers import eager, graph, whole
-from .evaluation import Adjoint, AdjointStep, Forward, MappedStep, PerSample, Step, UserStep
+from .evaluation import (
+    Adjoint,
+    AdjointStep,
+    Forward,
+    MappedStep,
+    Masked,
+    PerSample,
+    Step,
+    UserStep,
+    convolutions,
+)
+from .forms import ConvForm, DenseForm, Form
 from .operators import legacy_batched, over_legacy_batch, partial_bound, transforming
 from .solution import (
     MASKED,
@@ -37,7 +47,7 @@ from .solution import (
     warn,
 )
 from .solvers import Anderson, Picard, Solver
-from .solvers.iterate import iterate
+from .solvers.iterate import Evaluation, iterate
 
 __all__ = ["ImplicitAdjoint"]
 
@@ -172,13 +182,12 @@ class Problem:
         self.calls = 0
         n = self.step.n_inputs
         inputs, params = tensors[:n], tensors[n:]
-        per_sample = PerSample(self.per_sample, self.step) if self.batch_dims == 1 else None
         with torch.no_grad(), self._full_precision():
             if self.linear:
                 assert isinstance(self.step, AdjointStep)
                 g = self.step.inner.bind(params)
                 x, v = inputs[:2]
-                linear = Adjoint(self, g, x, v, inputs[2:], per_sample)
+                linear = Adjoint(self, g, x, v, inputs[2:], self.independence())
                 return self._iterate(linear, x0, v)
             form = self.form(x0, inputs, params)
             if self._takes_whole(form, x0):
@@ -187,37 +196,49 @@ class Problem:
                 solved = self._solve_captured(x0, inputs, params)
                 if solved is not None:
                     return solved
-            if form is not None:
-                g, inputs = form.opened()  # what does not depend on x stays out of the loop
-                per_sample = PerSample(True, self.step)
-            else:
-                with self.autocast():
-                    g = self.step.bind(params)
-            forward = Forward(self, g, inputs, per_sample)
-            return self._iterate(forward, x0, None)
+            return self._iterate(self.evaluation(form, x0, inputs, params), x0, None)
 
-    def form(
-        self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]
-    ) -> DenseForm | None:
-        """The step as dense layers, where it is no more than that and nothing stands around it."""
-        if self.driver == "graph" or self.autocast_dtype is not None:
-            return None
-        if x.dim() != 2 or self.batch_dims != 1 or self.parts or transforming():
+    def independence(self) -> PerSample | None:
+        """What is known of whether g treats samples independently; None: don't ask."""
+        return PerSample(self.per_sample, self.step) if self.batch_dims == 1 else None
+
+    def form(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
+        """The step as known layers, where it is no more than that and nothing stands around it."""
+        if self.autocast_dtype is not None or self.batch_dims != 1 or self.parts or transforming():
             return None
         return self.step.form(x, inputs, params) if isinstance(self.step, UserStep) else None
 
-    def _takes_whole(self, form: DenseForm | None, x0: Tensor) -> TypeGuard[DenseForm]:
+    def evaluation(
+        self,
+        form: Form | None,
+        x: Tensor,
+        inputs: Sequence[Tensor] = (),
+        params: Sequence[Tensor] = (),
+    ) -> Evaluation:
+        """What the loop calls: the form where there is one, else the step with its tensors."""
+        if form is None:
+            with self.autocast():
+                g = self.step.bind(params)
+            return Forward(self, g, inputs, self.independence())
+        if isinstance(form, ConvForm):
+            kernels = convolutions(self.backend, form, x)
+            if kernels is not None:
+                return Masked(self, kernels, form, x)
+        g, inputs = form.opened()  # what does not depend on x stays out of the loop
+        return Forward(self, g, inputs, PerSample(True, self.step))
+
+    def _takes_whole(self, form: Form | None, x0: Tensor) -> TypeGuard[DenseForm]:
         """Whether one kernel solves it; else the record will say why not."""
         if self.driver not in ("auto", "whole"):
             return False
         refusal = (
-            "g is not of dense layers alone"
-            if form is None
-            else whole.refusal(form, x0, self.backend, self.solver)
+            whole.refusal(form, x0, self.backend, self.solver)
+            if isinstance(form, DenseForm)
+            else "g is not of dense layers alone"
         )
         if refusal is None:
             return True
-        if form is not None:
+        if isinstance(form, DenseForm):
             self.eagerly_because = f"not whole: {refusal}"
         if self.driver == "whole":
             warn(f'{self.name}: driver="whole" is not possible: {refusal}', UserWarning)
@@ -248,13 +269,8 @@ class Problem:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, enabled=False)
 
-    def solve_adjoint(self, linear: Adjoint, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """c and the samples to keep, for a linearisation made by the caller."""
-        self.calls = linear.owner.calls
-        return self._iterate(linear, v, v)
-
     def _iterate(
-        self, evaluate: Forward | Adjoint, x0: Tensor, v: Tensor | None
+        self, evaluate: Evaluation, x0: Tensor, v: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         limits = self.limits(x0, adjoint=v is not None)
         backend = backends.choose(self.backend, x0)
@@ -313,7 +329,7 @@ class Problem:
         self,
         given: Sequence[Tensor],
         params: Sequence[Tensor],
-        begin: Callable[[Problem, Sequence[Tensor], Sequence[Tensor]], Forward | Adjoint],
+        begin: Callable[[Problem, Sequence[Tensor], Sequence[Tensor]], Evaluation],
         end: Callable[[Any, Tensor, Progress], Sequence[Tensor | None]] | None = None,
         options: tuple[Any, ...] = (),
     ) -> graph.Solved | None:
@@ -337,7 +353,7 @@ class Problem:
         own = [t.detach() for t in params[m:]]
         alone = dataclasses.replace(self, report=Report())  # this call's problem stays as it is
 
-        def begin_static(static: Sequence[Tensor]) -> Forward | Adjoint:
+        def begin_static(static: Sequence[Tensor]) -> Evaluation:
             alone.step = step.around(static[n + m :])
             return begin(alone, static[:n], [*static[n : n + m], *own])
 
@@ -367,10 +383,11 @@ class Problem:
     def _solve_captured(
         self, x0: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None] | None:
-        def begin(problem: Problem, given: Sequence[Tensor], params: Sequence[Tensor]) -> Forward:
-            with problem.autocast():
-                g = problem.step.bind(params)
-            return Forward(problem, g, given[1:], None)
+        def begin(
+            problem: Problem, given: Sequence[Tensor], params: Sequence[Tensor]
+        ) -> Evaluation:
+            x0, *inputs = given
+            return problem.evaluation(problem.form(x0, inputs, params), x0, inputs, params)
 
         solved = self.captured_solve([x0, *inputs], params, begin)
         if solved is None:
@@ -519,6 +536,7 @@ def _first_order(
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """The gradients by one linearisation of g: one call, then vector-Jacobian products only."""
     adjoint = problem.transposed()
+    n = problem.step.n_inputs
     solved = _whole_first_order(adjoint, x, v, tensors, need)
     if solved is not None:
         return solved
@@ -526,17 +544,17 @@ def _first_order(
         solved = _captured_first_order(adjoint, x, v, tensors, need)
         if solved is not None:
             return solved
-    per_sample = PerSample(problem.per_sample, problem.step) if problem.batch_dims == 1 else None
-    n = problem.step.n_inputs
     with adjoint._full_precision():
-        linear, wanted = _linearise(adjoint, x, v, tensors[:n], tensors[n:], need, per_sample)
-        # Later, smaller linearisations need no path to the params.
-        with torch.no_grad(), problem.autocast():
-            linear.g = problem.step.bind([t.detach() for t in tensors[n:]])
-        c, keep = adjoint.solve_adjoint(linear, v)
+        linear = _linearise(adjoint, x, v, tensors[:n], tensors[n:], need)
+        if isinstance(linear.evaluate, Adjoint):
+            # Later, smaller linearisations need no path to the params.
+            with torch.no_grad(), problem.autocast():
+                linear.evaluate.g = problem.step.bind([t.detach() for t in tensors[n:]])
+        with torch.no_grad():
+            c, keep = adjoint._iterate(linear.evaluate, v, v)
     if keep is not None:
         c = torch.where(_like(keep, c), c, 0)
-    return c, _pulled_back(linear, wanted, c)
+    return c, linear.pulled_back(c)
 
 
 def _whole_first_order(
@@ -545,21 +563,48 @@ def _whole_first_order(
     """The same for a step of dense layers, by one kernel; None where that can't be."""
     assert isinstance(adjoint.step, AdjointStep)
     n = adjoint.step.inner.n_inputs
-    leaves = [t.detach() for t in tensors]
-    for i in need:
-        leaves[i].requires_grad_()
-    inner = dataclasses.replace(adjoint, step=adjoint.step.inner)
+    leaves, wanted = _leaves(tensors, need)
     with torch.enable_grad():
-        form = inner.form(x, leaves[:n], leaves[n:])
+        form = _inner(adjoint).form(x, leaves[:n], leaves[n:])
         if not adjoint._takes_whole(form, v):
             return None
         y, transposed = form.linearised(x.detach().requires_grad_())
     with torch.no_grad():
-        c, keep = adjoint._solve_whole(dataclasses.replace(transposed, u=v), v, v)
+        c, keep = adjoint._solve_whole(transposed.plus(v), v, v)
         if keep is not None:
             c = torch.where(_like(keep, c), c, 0)
-    wanted = [leaves[i] for i in need]
-    return c, torch.autograd.grad(y, wanted, c, allow_unused=True) if wanted else []
+    return c, _pulled_back(y, wanted, c)
+
+
+@dataclass
+class Linearised:
+    """c ↦ (∂g/∂x)ᵀ c + v, and g(x) attached to the leaves that need gradients."""
+
+    evaluate: Evaluation
+    y: Tensor
+    wanted: Sequence[Tensor]
+
+    def pulled_back(self, c: Tensor) -> Sequence[Tensor | None]:
+        """(∂g/∂leaf)ᵀ c for each."""
+        return _pulled_back(self.y, self.wanted, c)
+
+
+def _pulled_back(y: Tensor, wanted: Sequence[Tensor], c: Tensor) -> Sequence[Tensor | None]:
+    if not wanted or not y.requires_grad:
+        return [None] * len(wanted)
+    return torch.autograd.grad(y, wanted, c, allow_unused=True)
+
+
+def _leaves(tensors: Sequence[Tensor], need: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors without their graph, and those of them that need gradients."""
+    leaves = [t.detach() for t in tensors]
+    return leaves, [leaves[i].requires_grad_() for i in need]
+
+
+def _inner(adjoint: Problem) -> Problem:
+    """The problem of the step that the adjoint transposes."""
+    assert isinstance(adjoint.step, AdjointStep)
+    return dataclasses.replace(adjoint, step=adjoint.step.inner)
 
 
 def _linearise(
@@ -569,25 +614,23 @@ def _linearise(
     inputs: Sequence[Tensor],
     params: Sequence[Tensor],
     need: Sequence[int],
-    per_sample: PerSample | None,
-) -> tuple[Adjoint, list[Tensor]]:
-    """g linearised at x, and the leaves of it that need gradients."""
-    step = adjoint.step
+    *,
+    captured: bool = False,
+) -> Linearised:
+    """g linearised at x: its form transposed where it has one, else by autograd."""
+    step, n = adjoint.step, len(inputs)
     assert isinstance(step, AdjointStep)
-    n = len(inputs)
-    leaves = [t.detach() for t in (*inputs, *params)]
-    for i in need:
-        leaves[i].requires_grad_()
-    with torch.enable_grad(), adjoint.autocast():
-        g = step.inner.bind(leaves[n:])
-    return Adjoint(adjoint, g, x, v, leaves[:n], per_sample), [leaves[i] for i in need]
-
-
-def _pulled_back(linear: Adjoint, wanted: Sequence[Tensor], c: Tensor) -> Sequence[Tensor | None]:
-    """(∂g/∂leaf)ᵀ c for each."""
-    if not wanted or not linear.y.requires_grad:
-        return [None] * len(wanted)
-    return torch.autograd.grad(linear.y, wanted, c, allow_unused=True)
+    leaves, wanted = _leaves((*inputs, *params), need)
+    with torch.enable_grad():
+        form = _inner(adjoint).form(x, leaves[:n], leaves[n:])
+        if form is not None:
+            y, transposed = form.linearised(x.detach().requires_grad_())
+            return Linearised(adjoint.evaluation(transposed.plus(v), v), y, wanted)
+        with adjoint.autocast():
+            g = step.inner.bind(leaves[n:])
+    per_sample = None if captured else adjoint.independence()
+    evaluate = Adjoint(adjoint, g, x, v, leaves[:n], per_sample)
+    return Linearised(evaluate, evaluate.y, wanted)
 
 
 def _captured_first_order(
@@ -595,19 +638,19 @@ def _captured_first_order(
 ) -> tuple[Tensor, Sequence[Tensor | None]] | None:
     """The same by one launch: linearisation, loop and gradients; None where that can't be."""
     n = adjoint.step.n_inputs - 2
-    wanted: list[Tensor] = []
+    linear: list[Linearised] = []
 
-    def begin(problem: Problem, given: Sequence[Tensor], params: Sequence[Tensor]) -> Adjoint:
+    def begin(problem: Problem, given: Sequence[Tensor], params: Sequence[Tensor]) -> Evaluation:
         v, x, *inputs = given
         problem.step = AdjointStep(problem.step)
-        linear, wanted[:] = _linearise(problem, x, v, inputs, params, need, None)
-        return linear
+        linear[:] = [_linearise(problem, x, v, inputs, params, need, captured=True)]
+        return linear[0].evaluate
 
-    def end(linear: Adjoint, c: Tensor, progress: Progress) -> Sequence[Tensor | None]:
+    def end(_: Evaluation, c: Tensor, progress: Progress) -> Sequence[Tensor | None]:
         keep = adjoint.kept(progress.counters[:, STATUS] - 1, progress.floor)
         if keep is not None:
             c = torch.where(_like(keep, c), c, 0)
-        return [c, *_pulled_back(linear, wanted, c)]
+        return [c, *linear.pop().pulled_back(c)]
 
     with torch.no_grad(), adjoint._full_precision():
         solved = adjoint.captured_solve(

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from ._check import check_activation, check_sizes
 from .backends import native
-from .dense_form import ACTIVATIONS, DenseForm
+from .forms import ACTIVATIONS, DenseForm
 from .operators import transforming
 
 __all__ = ["DenseEnergy", "DenseStep"]
@@ -27,17 +28,6 @@ def _normal(rows: int, columns: int, norm: float) -> nn.Parameter:
     )
 
 
-def _check_sizes(owner: str, **sizes: int | None) -> None:
-    for name, size in sizes.items():
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"{owner}: {name} must be a whole number >= 1 (got {size!r})")
-
-
-def _check_activation(owner: str, name: str, activation: str, allowed: tuple[str, ...]) -> None:
-    if activation not in allowed:
-        raise ValueError(f"{owner}: {name} must be one of {allowed} (got {activation!r})")
-
-
 def _check_last(owner: str, name: str, t: Tensor, size: int) -> None:
     if t.dim() == 0 or t.shape[-1] != size:
         raise ValueError(
@@ -48,6 +38,7 @@ def _check_last(owner: str, name: str, t: Tensor, size: int) -> None:
 class _Inputs(nn.Module):
     """u = z Uᵀ + b: what a step takes of z, which does not depend on x."""
 
+    form_dim = 2  # dimensions of a batch of states; the solver asks before it looks closer
     input_weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -139,16 +130,19 @@ class DenseStep(_Inputs):
         exact: bool = False,
     ) -> None:
         owner = "DenseStep"
-        _check_sizes(owner, state_features=state_features, input_features=input_features)
-        _check_sizes(owner, hidden=hidden)
-        _check_activation(owner, "activation", activation, tuple(ACTIVATIONS))
+        check_sizes(owner, state_features=state_features)
+        if input_features is not None:
+            check_sizes(owner, input_features=input_features)
+        if hidden is not None:
+            check_sizes(owner, hidden=hidden)
+        check_activation(owner, "activation", activation, tuple(ACTIVATIONS))
         if output_activation is not None:
             if hidden is None:
                 raise ValueError(
                     f"{owner}: output_activation belongs to two layers (got "
                     f"{output_activation!r} with hidden=None); name φ by activation"
                 )
-            _check_activation(owner, "output_activation", output_activation, tuple(ACTIVATIONS))
+            check_activation(owner, "output_activation", output_activation, tuple(ACTIVATIONS))
         if not math.isfinite(residual):
             raise ValueError(f"{owner}: residual must be a finite number (got {residual!r})")
         super().__init__(input_features, hidden or state_features, bias, exact)
@@ -169,7 +163,7 @@ class DenseStep(_Inputs):
         """One sample's state, (N,)."""
         return (self.state_features,)
 
-    def dense_form(self, x: Tensor, z: Tensor, gain: Tensor | None = None) -> DenseForm:
+    def form(self, x: Tensor, z: Tensor, gain: Tensor | None = None) -> DenseForm:
         """The step at z as the solver takes it; of x only the shape is looked at."""
         _check_last("DenseStep", "x", x, self.state_features)
         if gain is not None:
@@ -196,7 +190,7 @@ class DenseStep(_Inputs):
             z: [..., input_features].
             gain: [..., 1], a number for each sample that its x is multiplied by before all else.
         """
-        return self.dense_form(x, z, gain)(x)
+        return self.form(x, z, gain)(x)
 
     def extra_repr(self) -> str:
         """What the constructor was given."""
@@ -269,9 +263,10 @@ class DenseEnergy(_Inputs):
         exact: bool = False,
     ) -> None:
         owner = "DenseEnergy"
-        _check_sizes(owner, state_features=state_features, input_features=input_features)
-        _check_sizes(owner, hidden=hidden)
-        _check_activation(owner, "activation", activation, _CONVEX if convex else tuple(_PSI))
+        check_sizes(owner, state_features=state_features, hidden=hidden)
+        if input_features is not None:
+            check_sizes(owner, input_features=input_features)
+        check_activation(owner, "activation", activation, _CONVEX if convex else tuple(_PSI))
         if not 0 <= curvature < math.inf:
             raise ValueError(f"{owner}: curvature must be a finite number >= 0 (got {curvature!r})")
         super().__init__(input_features, hidden, bias, exact)

@@ -10,15 +10,18 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .dense_form import DenseForm, form_of
+from .backends.progress import Progress
+from .forms import ConvForm, Form, form_of
 from .modules import Binding, bindable
 from .operators import transforming
 from .solution import warn
+from .solvers.layout import take
 
 __all__: list[str] = []
 
@@ -91,13 +94,11 @@ class UserStep(Step):
         other.binding = self.binding.around(buffers) if self.binding else None
         return other
 
-    def form(
-        self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]
-    ) -> DenseForm | None:
-        """g as dense layers, if that is all it is: x, [B, N], is what it would be called with."""
-        if self.binding is None or self.n_params:
+    def form(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
+        """g as layers that the library knows, if that is all it is; x is what g would get."""
+        if self.binding is None or self.n_params or getattr(self.g, "form_dim", 0) != x.dim():
             return None
-        return form_of(self.binding.bind(params), "dense_form", x, *inputs)
+        return form_of(self.binding.bind(params), "form", x, *inputs)
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
         """g with the user's params appended and the module's own put in."""
@@ -215,6 +216,8 @@ class PerSample:
 class Forward:
     """x ↦ g(x, *inputs) on the rows it holds."""
 
+    masks = False
+
     def __init__(
         self, owner: Owner, g: Bound, inputs: Sequence[Tensor], per_sample: PerSample | None
     ) -> None:
@@ -224,6 +227,9 @@ class Forward:
         self.compact_below = 0.0 if per_sample is None or per_sample.known is False else below
         self.first = True
         self.wide = owner.autocast_dtype is None
+
+    def watch(self, progress: Progress) -> None:
+        """Which samples have finished, the loop tells by `select`."""
 
     def __call__(self, x: Tensor) -> Tensor:
         self.owner.calls += 1
@@ -250,7 +256,7 @@ class Forward:
 
     def select(self, positions: Tensor, x: Tensor) -> Forward | None:
         assert self.per_sample is not None
-        inputs = [t.index_select(0, positions) for t in self.inputs]
+        inputs = [take(t, positions) for t in self.inputs]
         part = Forward(self.owner, self.g, inputs, self.per_sample)
         part.first = False
         if self.per_sample.known is None:
@@ -262,6 +268,8 @@ class Forward:
 
 class Adjoint:
     """c ↦ (∂g/∂x)ᵀ c + v, linearised once at x."""
+
+    masks = False
 
     def __init__(
         self,
@@ -281,6 +289,9 @@ class Adjoint:
             self.x = x.detach().requires_grad_()
             self.y = check_output(g(self.x, *inputs), self.x)
 
+    def watch(self, progress: Progress) -> None:
+        """Which samples have finished, the loop tells by `select`."""
+
     def __call__(self, c: Tensor) -> Tensor:
         return vjp(self.y, self.x, c, False) + self.v
 
@@ -289,7 +300,7 @@ class Adjoint:
         assert self.per_sample is not None
 
         def rows(t: Tensor) -> Tensor:
-            return t.detach().index_select(0, positions)
+            return take(t.detach(), positions)
 
         def smaller() -> Adjoint:
             inputs = [rows(t) for t in self.inputs]
@@ -304,6 +315,45 @@ class Adjoint:
             return made[0].y.detach()
 
         return made[0] if self.per_sample.learn(part, rows(self.y)) else None
+
+
+class Masked:
+    """x ↦ g(x) by kernels that leave finished samples out, whatever the host knows."""
+
+    masks = True
+    compact_below = 0.0
+
+    def __init__(self, owner: Owner, kernels: ModuleType, form: ConvForm, like: Tensor) -> None:
+        self.owner, self.kernels = owner, kernels
+        self.out = torch.empty_like(like, memory_format=torch.channels_last)
+        self.chain = kernels.Chain(form.laid_out(), self.out, tf32=kernels.tf32_wanted(like))
+        self.progress: Progress | None = None
+
+    def watch(self, progress: Progress) -> None:
+        self.progress = progress
+        progress.norms = self.chain.norms
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.owner.calls += 1
+        active = self.kernels.active_samples(self.progress, x)
+        self.chain(x.contiguous(memory_format=torch.channels_last), self.out, active)
+        return self.out
+
+    def select(self, positions: Tensor, x: Tensor) -> Masked | None:
+        return None
+
+
+def convolutions(backend: str, form: ConvForm, x: Tensor) -> ModuleType | None:
+    """The kernels for this form and a state like x, or None: the library's convolutions."""
+    if backend not in ("auto", "triton") or (backend == "auto" and x.device.type != "cuda"):
+        return None
+    from .backends import triton
+
+    if triton.missing(x.device.type) is not None:
+        return None
+    from .backends.triton import conv
+
+    return conv if conv.refusal(form, x) is None else None
 
 
 def check_output(gx: Any, x: Tensor) -> Tensor:

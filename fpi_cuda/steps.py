@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dense_form import DenseForm, form_of
+from .forms import Form, form_of
 from .operators import partial
 
 __all__ = ["GradientStep", "NeuralStep"]
@@ -30,9 +30,14 @@ class NeuralStep(nn.Module):
         """The net's, where it has one."""
         return getattr(self.net, "state_shape", None)
 
-    def dense_form(self, x: Tensor, *inputs: Tensor) -> DenseForm | None:
-        """The step as dense layers where the net is a `DenseStep`."""
-        return form_of(self.net, "dense_form", x, *inputs)
+    @property
+    def form_dim(self) -> int:
+        """The net's, where it is a step that has a form; else 0."""
+        return getattr(self.net, "form_dim", 0)
+
+    def form(self, x: Tensor, *inputs: Tensor) -> Form | None:
+        """The step's form where the net is a `DenseStep` or `ConvStep`."""
+        return form_of(self.net, "form", x, *inputs)
 
     def forward(self, x: Any, *inputs: Tensor) -> Any:
         """net(x, *inputs), shaped like x."""
@@ -68,10 +73,13 @@ class GradientStep(nn.Module):
         """The energy's, where it has one."""
         return getattr(self.energy, "state_shape", None)
 
-    def dense_form(self, x: Tensor, *inputs: Tensor) -> DenseForm | None:
+    @property
+    def form_dim(self) -> int:
+        """The energy's, where it is a `DenseEnergy`; else 0."""
+        return getattr(self.energy, "form_dim", 0)
+
+    def form(self, x: Tensor, *inputs: Tensor) -> Form | None:
         """The step as dense layers where the energy is a `DenseEnergy`."""
-        if not isinstance(self.energy, nn.Module):
-            return None
         return form_of(self.energy, "gradient_form", self.step_size, x, *inputs)
 
     def forward(self, x: Any, *inputs: Tensor) -> Any:

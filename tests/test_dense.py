@@ -29,7 +29,7 @@ from fpi_cuda import (
 )
 from fpi_cuda.backends import native
 from fpi_cuda.backends.progress import Limits
-from fpi_cuda.dense_form import ACTIVATIONS, DenseForm
+from fpi_cuda.forms import ACTIVATIONS, DenseForm
 from fpi_cuda.drivers import whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -475,7 +475,7 @@ def test_an_energys_step_is_its_gradient_step(activation, convex, solver):
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(energy(leaf, z).sum(), leaf)
     assert_close(gradient_step(x, z), x - gradient / energy.smoothness())
-    assert_close(gradient_step.dense_form(x, z)(x), x - gradient / energy.smoothness())
+    assert_close(gradient_step.form(x, z)(x), x - gradient / energy.smoothness())
     options = dict(solver=solver, tolerance=TIGHT, adjoint=TIGHT_ADJOINT, max_iterations=2000)
     ours, gradients = solve(gradient_step, z, **options)
     theirs, expected = solve(gradient_step, z, **options, backend="reference")

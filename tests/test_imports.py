@@ -10,8 +10,9 @@ PACKAGE = Path(fpi_cuda.__file__).parent
 # A room may import from rooms of a lower rank, and from itself.
 RANK = {
     "_version": 0,
+    "_check": 0,
     "_build": 1,
-    "dense_form": 1,
+    "forms": 1,
     "solution": 3,  # reads the record that backends fill
     "backends": 2,
     "modules": 2,
@@ -20,12 +21,13 @@ RANK = {
     "evaluation": 5,
     "drivers": 5,
     "dense": 7,
+    "conv": 7,
     "adjoint": 6,
     "fixed_point": 7,
     "_uncompiled": 8,
-    "contraction": 8,
     "steps": 8,
     "layer": 8,
+    "contraction": 9,
     "compat": 9,
     "__init__": 10,
 }

@@ -4,7 +4,7 @@
 //   two layers   g(x) = φ(α t + h Wᵀ + u),   h = φ₁(t W₁ᵀ + u₁) or d ∘ (t W₁ᵀ + u₁)
 //
 // with t = s ∘ x, or t = x where there is no s. The adjoint of such a step is another one, of the
-// transposed weights: see fpi_cuda/dense_form.py.
+// transposed weights: see fpi_cuda/forms/dense.py.
 #pragma once
 
 #include <cstdint>

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _build  # noqa: F401 - loads the library
-from ..dense_form import ACTIVATIONS, DenseForm
+from ..forms import ACTIVATIONS, DenseForm
 from .progress import Progress, accumulate_dtype
 
 NAME = "native"

@@ -60,6 +60,8 @@ class Progress:
         self.floor = floor
         self.out = torch.empty_like(x)  # [B, N]: written when a sample finishes
         self.index: Tensor | None = None  # [R]: the sample that each row holds; None: its own
+        # [B, tiles, 2]: sums of squares of g(x) − x and g(x) that the evaluation left, or None.
+        self.norms: Tensor | None = None
         self.tally = torch.zeros(3, dtype=torch.int32, device=device)
 
     @property

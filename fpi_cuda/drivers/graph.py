@@ -230,6 +230,7 @@ class _Captured:
 
         def prepare() -> None:
             made[:] = [begin(static)]
+            made[0].watch(progress)
             x.copy_(layout.rows(start))
             for t in (progress.counters, progress.scalars, progress.tally):
                 t.zero_()
@@ -254,6 +255,7 @@ class _Captured:
         self._outputs.clear()
         for part in parts:
             recorder.record(part)
+        self.rows = "masked" if made[0].masks else "whole batch"
         self._launch = recorder.loop(progress.tally, request.limits.max_iterations)
         self._used = x, step  # the device's own: nothing here reads them again
 
@@ -334,7 +336,7 @@ def solve(request: Request) -> Solved | str:
     recorder = RECORDERS[device.type]
     if device.type == "cuda":
         eager.refuse_capture()
-    if request.backend.NAME != "native":
+    if request.backend.NAME == "reference":
         return f"the {request.backend.NAME} backend reads the device in every iteration"
     if not request.given[0].numel():
         return "the state is empty"
@@ -382,7 +384,7 @@ def solve(request: Request) -> Solved | str:
         progress=progress,
         batch=x.shape[:1],
         rate=request.solver.contraction,
-        path=f"{request.backend.NAME}, graph, whole batch",
+        path=f"{request.backend.NAME}, graph, {captured.rows}",
         failed=failed,
         evaluations=1 if request.adjoint else iterations,
     )

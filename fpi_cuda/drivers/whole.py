@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import native
 from ..backends.progress import FAILED, ITERATION, STATUS, Limits, Progress
-from ..dense_form import DenseForm
+from ..forms import DenseForm
 from ..solution import Record, Status
 from ..solvers import Anderson, Solver
 from . import eager

@@ -16,6 +16,10 @@ class Evaluation(Protocol):
     """What the loop iterates: x ↦ g(x) on the rows it holds."""
 
     compact_below: float  # leave finished samples out when active/rows falls below this; 0: never
+    masks: bool  # it leaves them out by itself
+
+    def watch(self, progress: Progress, /) -> None:
+        """Called once, before the first call, with the record of the solve."""
 
     def __call__(self, x: Tensor, /) -> Tensor:
         """g(x), shaped like x."""
@@ -66,7 +70,8 @@ def iterate(
         progress.counters[:, STATUS].masked_fill_(skip, Status.CONVERGED + 1)
         progress.out.copy_(x)
         active -= int(skip.sum())
-    compacted = False
+    evaluate.watch(progress)
+    rows = "masked" if evaluate.masks else "whole batch"
     now = read is Tensor.tolist
     step = None
     rows_shape = tuple(batch)
@@ -78,7 +83,7 @@ def iterate(
             if smaller is None:
                 evaluate.compact_below = 0.0
             else:
-                evaluate, compacted = smaller, True
+                evaluate, rows = smaller, "compacted"
                 progress.narrow(keep)
                 x = x.index_select(0, keep)
                 rows_shape = (len(x),)
@@ -98,9 +103,10 @@ def iterate(
         progress=progress,
         batch=batch,
         rate=solver.contraction,
-        path=f"{backend.NAME}, {driver}, {'compacted' if compacted else 'whole batch'}",
+        path=f"{backend.NAME}, {driver}, {rows}",
         failed=failed,
     )
     out = layout.state(progress.out, batch)
+    progress.norms = None
     del progress.out  # the record outlives the solve; the state belongs to the caller
     return out, record

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def take(t: Tensor, positions: Tensor) -> Tensor:
+    """The samples of t, [B, ...], at these positions, in t's own order of dimensions."""
+    layout = Layout(t)
+    if layout.plain:
+        return t.index_select(0, positions)
+    return layout.state(layout.rows(t).index_select(0, positions), positions.shape)
+
+
 class Layout:
     """A per-sample order of dimensions, taken from a dense tensor's strides.
 

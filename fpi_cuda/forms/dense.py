@@ -7,26 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "DenseForm", "form_of"]
+from .activations import ACTIVATIONS, slope_of
 
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-# In the order of csrc/math/activation.h.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": _identity,
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
-    "gelu": F.gelu,
-}
+__all__ = ["DenseForm"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +80,9 @@ class DenseForm:
         h, before, after, y = self._layers(x)
         residual = self.residual
         if isinstance(residual, Tensor):
-            residual = float(residual.detach())
+            residual = residual.detach()
         gain = None if self.gain is None else self.gain.detach()
-        slope = _slope(self.activation, y, after)
+        slope = slope_of(self.activation, y, after)
         if self.hidden_weight is None:
             weight = self.weight.detach().mT
             return y, DenseForm(weight, None, residual=residual, gain=gain, scale=slope)
@@ -108,8 +94,13 @@ class DenseForm:
             hidden_weight=self.weight.detach().mT,
             gain=gain,  # one number a sample: before the product as good as after it
             scale=slope,
-            hidden_scale=_slope(self.hidden_activation, h, before),
+            hidden_scale=slope_of(self.hidden_activation, h, before),
         )
+
+    def plus(self, v: Tensor) -> DenseForm:
+        """The form that adds v, [B, N], before its last activation."""
+        assert self.u is None
+        return dataclasses.replace(self, u=v)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -130,26 +121,3 @@ class DenseForm:
             return dataclasses.replace(self, **given)(x)
 
         return g, [getattr(self, name) for name in names]
-
-
-def form_of(module: Any, method: str, *arguments: Any) -> DenseForm | None:
-    """What the module's `method` makes of itself, or None where it does more than that says.
-
-    The class whose forward runs must be the one that has the method, and no hook stand around it.
-    """
-    kinds = type(module).__mro__
-    owner = next((kind for kind in kinds if method in vars(kind)), None)
-    if owner is not next((kind for kind in kinds if "forward" in vars(kind)), object):
-        return None
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None
-    form: DenseForm | None = getattr(module, method)(*arguments)
-    return form
-
-
-def _slope(activation: str, value: Tensor, at: Tensor) -> Tensor | None:
-    """φ′ there; None: 1 everywhere."""
-    if activation == "identity":
-        return None
-    (slope,) = torch.autograd.grad(value, at, torch.ones_like(value), retain_graph=True)
-    return slope

@@ -1,0 +1,34 @@
+"""The activations that forms name, and their slopes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "slope_of"]
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+# In the order of csrc/math/activation.h.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": _identity,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "gelu": F.gelu,
+}
+
+
+def slope_of(activation: str, value: Tensor, at: Tensor) -> Tensor | None:
+    """φ′ there; None: 1 everywhere."""
+    if activation == "identity":
+        return None
+    (slope,) = torch.autograd.grad(value, at, torch.ones_like(value), retain_graph=True)
+    return slope

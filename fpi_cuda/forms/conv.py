@@ -1,0 +1,167 @@
+"""What a step of convolutions tells the solver of itself, so that no graph is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import ACTIVATIONS, slope_of
+
+__all__ = ["ConvForm"]
+
+# Those that may overwrite what they are given: nothing else reads it where no graph is kept.
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "tanh": torch.tanh_,
+    "sigmoid": torch.sigmoid_,
+}
+
+
+@dataclass(frozen=True)
+class ConvForm:
+    """A step of stacked convolutions with all that does not depend on x computed.
+
+    With t = scale ∘ x, h₀ = t and l = 1..L, every convolution of stride 1 and zero padding k//2:
+
+        p_l = w_l ⋆ h_{l−1} + bias_l + u_l        (+ residual · t where l = L)
+        h_l = φ_l(p_l), or slope_l ∘ p_l in hidden layers that have slopes
+        g(x) = h_L
+
+    Attributes:
+        weights: w_l, [O_l, I_l, k, k]; I_1 = O_L = C, the state's channels.
+        biases: [O_l], or None: 0.
+        u: [B, O_l, H, W], or None: 0; z's part of the first layer, an adjoint's v in the last.
+        activation: φ_L, a name of `ACTIVATIONS`.
+        hidden_activation: φ_l of all other layers.
+        residual: α.
+        scale: [B, C, H, W], or None: 1.
+        slopes: of the hidden layers, in place of φ_l: [B, O_l, H, W], bool where they are 0 or 1.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    u: tuple[Tensor | None, ...]
+    activation: str = "identity"
+    hidden_activation: str = "identity"
+    residual: float = 0.0
+    scale: Tensor | None = None
+    slopes: tuple[Tensor, ...] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """g(x), [B, C, H, W], in plain torch."""
+        return self._layers(x)[1][-1]
+
+    def _layers(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """p_l and h_l of every layer."""
+        t = x if self.scale is None else self.scale * x
+        before, after = [], [t]
+        for layer in range(len(self.weights)):
+            p = _convolve(after[-1], self.weights[layer], self.biases[layer])
+            if (u := self.u[layer]) is not None:
+                p = p + u
+            if layer + 1 < len(self.weights):
+                h = (
+                    ACTIVATIONS[self.hidden_activation](p)
+                    if self.slopes is None
+                    else self.slopes[layer] * p
+                )
+            else:
+                if self.residual != 0:
+                    p = p + self.residual * t
+                h = ACTIVATIONS[self.activation](p)
+            before.append(p)
+            after.append(h)
+        return before, after[1:]
+
+    def iterated(self, x: Tensor) -> Tensor:
+        """g(x) where no graph is kept: each layer's value is worked on where it lies."""
+        t = x if self.scale is None else self.scale * x
+        h = t
+        for layer in range(len(self.weights)):
+            h = _convolve(h, self.weights[layer], self.biases[layer])
+            if (u := self.u[layer]) is not None:
+                h.add_(u)
+            activation = self.hidden_activation
+            if layer + 1 == len(self.weights):
+                activation = self.activation
+                if self.residual != 0:
+                    h.add_(t, alpha=self.residual)
+            elif self.slopes is not None:
+                h.mul_(self.slopes[layer])
+                continue
+            h = _IN_PLACE.get(activation, ACTIVATIONS[activation])(h)
+        return h
+
+    def linearised(self, x: Tensor) -> tuple[Tensor, ConvForm]:
+        """g(x), attached to what it depends on, and c ↦ (∂g/∂x)ᵀ c as a form of this kind.
+
+        Args:
+            x: [B, C, H, W], a leaf that requires gradients.
+        """
+        assert self.scale is None and self.slopes is None
+        before, after = self._layers(x)
+        *hidden, _ = zip(after, before, strict=True)
+        relu = self.hidden_activation == "relu"
+        slopes = [h > 0 if relu else slope_of(self.hidden_activation, h, p) for h, p in hidden]
+        transposed = ConvForm(
+            tuple(w.detach().transpose(0, 1).flip(2, 3) for w in reversed(self.weights)),
+            (None,) * len(before),
+            (None,) * len(before),
+            residual=self.residual,
+            scale=slope_of(self.activation, after[-1], before[-1]),
+            slopes=None if None in slopes else tuple(reversed(slopes)),  # type: ignore[arg-type]
+        )
+        return after[-1], transposed
+
+    def plus(self, v: Tensor) -> ConvForm:
+        """The form that adds v, [B, C, H, W], before its last activation."""
+        assert self.u[-1] is None
+        return dataclasses.replace(self, u=(*self.u[:-1], v))
+
+    def laid_out(self) -> ConvForm:
+        """The same, channels-last in memory, which the convolutions then keep to."""
+
+        def put(t: Tensor) -> Tensor:
+            return t.contiguous(memory_format=torch.channels_last)
+
+        return self._with(tuple(put(w) for w in self.weights), map(put, self._per_sample))
+
+    @property
+    def _per_sample(self) -> list[Tensor]:
+        found = (self.scale, *self.u, *(self.slopes or ()))
+        return [t for t in found if t is not None]
+
+    def _with(self, weights: tuple[Tensor, ...], per_sample: Iterator[Tensor]) -> ConvForm:
+        def following(t: Tensor | None) -> Tensor | None:
+            return None if t is None else next(per_sample)
+
+        return dataclasses.replace(
+            self,
+            weights=weights,
+            scale=following(self.scale),
+            u=tuple(following(t) for t in self.u),
+            slopes=None if self.slopes is None else tuple(next(per_sample) for _ in self.slopes),
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All it holds."""
+        return [*self.weights, *self._per_sample, *(b for b in self.biases if b is not None)]
+
+    def opened(self) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
+        """g(x, *per_sample) and those tensors: the loop may leave samples of them out."""
+        form = self.laid_out()
+
+        def g(x: Tensor, *per_sample: Tensor) -> Tensor:
+            return form._with(form.weights, iter(per_sample)).iterated(x)
+
+        return g, form._per_sample
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
