@@ -41,16 +41,19 @@ class Method:
 # --- this library ----------------------------------------------------------------------------
 
 
+def options_for(solver: Any, rule: Rule) -> dict[str, Any]:
+    return dict(
+        solver=solver,
+        tolerance=fpi_cuda.Tolerance(rule.rtol, rule.atol),
+        adjoint=fpi_cuda.ImplicitAdjoint(tolerance=fpi_cuda.Tolerance(rule.adjoint_rtol)),
+        max_iterations=rule.max_iterations,
+        on_failure="return",  # the harness judges by the true residual
+    )
+
+
 def ours(solver: Any, **more: Any) -> Callable[[Rule], Solve]:
     def build(rule: Rule) -> Solve:
-        options = dict(
-            solver=solver,
-            tolerance=fpi_cuda.Tolerance(rule.rtol, rule.atol),
-            adjoint=fpi_cuda.ImplicitAdjoint(tolerance=fpi_cuda.Tolerance(rule.adjoint_rtol)),
-            max_iterations=rule.max_iterations,
-            on_failure="return",  # the harness judges by the true residual
-            **more,
-        )
+        options = options_for(solver, rule) | more
 
         def solve(g: Step, x0: Tensor, u: Tensor, s: Tensor, weight: Tensor) -> Tensor:
             return fpi_cuda.fixed_point(g, x0, u, s, params=(weight,), **options).x
@@ -67,13 +70,7 @@ class Whole:
     """
 
     def __init__(self, solver: Any, rule: Rule) -> None:
-        self.options = dict(
-            solver=solver,
-            tolerance=fpi_cuda.Tolerance(rule.rtol, rule.atol),
-            adjoint=fpi_cuda.ImplicitAdjoint(tolerance=fpi_cuda.Tolerance(rule.adjoint_rtol)),
-            max_iterations=rule.max_iterations,
-            on_failure="return",
-        )
+        self.options = options_for(solver, rule)
         self.steps: dict[torch.Size, Any] = {}
         self.last: fpi_cuda.Solution | None = None
 
@@ -96,6 +93,27 @@ def structured(rows: int, columns: int) -> torch.nn.Module:
         return fpi_cuda.DenseStep(columns, None, bias=False)
     energy = fpi_cuda.DenseEnergy(columns, None, rows, bias=False, curvature=problems.CURVATURE)
     return fpi_cuda.GradientStep(energy, problems.STEP_SIZE)
+
+
+class Convolutions:
+    """The denoising net told to the library as a `ConvStep`; as `Whole`."""
+
+    def __init__(self, solver: Any, rule: Rule) -> None:
+        self.options = options_for(solver, rule)
+        self.step = fpi_cuda.ConvStep(problems.CHANNELS, 1, hidden=(problems.WIDTH,))
+        self.last: fpi_cuda.Solution | None = None
+
+    def __call__(self, g: Step, x0: Tensor, z: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+        first, bias, second, last = problems.layers(weight)
+        of_x, of_z = first.split([problems.CHANNELS, 1], 1)
+        # These very tensors, which may need gradients.
+        self.step._parameters["input_weight"] = of_z
+        for layer, w, b in zip(self.step.layers, (of_x, second), (bias, last), strict=True):
+            layer._parameters.update(weight=w, bias=b)
+        side = math.isqrt(z.shape[1])
+        x0, z = problems.image(x0, side), problems.image(z, side)
+        self.last = fpi_cuda.fixed_point(self.step, x0, z, **self.options)
+        return problems.flat(self.last.x)
 
 
 # --- plain torch -----------------------------------------------------------------------------
@@ -377,6 +395,7 @@ PLAIN = "plain loop"
 COMPACTED = "plain loop, compacted"
 COMPILED = "plain loop, compacted, compiled"
 WHOLE = ("Picard, whole", "Anderson, whole")
+CONVOLUTIONS = ("Picard, ConvStep", "Anderson, ConvStep")
 SAME_TASK = (PLAIN, COMPACTED, COMPILED)  # as our Picard: tested in every iteration
 
 
@@ -395,6 +414,12 @@ def all_methods() -> list[Method]:
         Method("Anderson", "ours", ours(fpi_cuda.Anderson(history=HISTORY))),
         Method(WHOLE[0], "ours", functools.partial(Whole, fpi_cuda.Picard())),
         Method(WHOLE[1], "ours", functools.partial(Whole, fpi_cuda.Anderson(history=HISTORY))),
+        Method(CONVOLUTIONS[0], "ours", functools.partial(Convolutions, fpi_cuda.Picard())),
+        Method(
+            CONVOLUTIONS[1],
+            "ours",
+            functools.partial(Convolutions, fpi_cuda.Anderson(history=HISTORY)),
+        ),
         Method(PLAIN, "plain", plain(picard)),
         Method(COMPACTED, "plain", plain(picard_compacted, COMPACT)),
         Method("plain loop, compacted, test every 3rd", "plain", plain(seldom, COMPACT)),

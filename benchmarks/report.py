@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .measure import ROOT, incomparable
-from .methods import SAME_TASK, WHOLE
+from .methods import COMPACTED, CONVOLUTIONS, SAME_TASK, WHOLE
 from .problems import BIBTEX, SIZES
 
 Row = Mapping[str, Any]
@@ -140,6 +140,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         if plain and picard and "median_s" in picard and batch * size >= 32_000:
             found.append(picard_verdict(picard, group, where))
         found += whole_verdicts(rows, group, where)
+        found += convolution_verdicts(group, where)
         if anderson and "median_s" in anderson and size <= 256:
             if plain and kind == "hard":
                 ratio = against_plain(anderson, group)
@@ -196,6 +197,21 @@ def whole_verdicts(rows: Sequence[Row], group: Sequence[Row], where: str) -> lis
             found.append(speedup(f"fastest rival / {name}", where, fastest, round(least, 2)))
     elif best["problem"] == "energy":
         found.append(speedup(f"best plain loop / {name}", where, plain, 1.0))
+    return found
+
+
+def convolution_verdicts(group: Sequence[Row], where: str) -> list[Verdict]:
+    """The faster of our two solves of a net against the compacted loop and the best of torchdeq."""
+    mine = [row for row in timed_rows(group, family="ours") if row["method"] in CONVOLUTIONS]
+    if not mine:
+        return []
+    best = mine[0]
+    found = [
+        speedup(f"{COMPACTED} / {best['method']}", where, against(best, group, COMPACTED), 1.2)
+    ]
+    ratios = [compare(best, row) for row in timed_rows(group, family="torchdeq")]
+    for ratio in ratios[:1]:
+        found.append(speedup(f"{ratio.against} / {best['method']}", where, ratio, 2.0))
     return found
 
 

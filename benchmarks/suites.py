@@ -17,8 +17,8 @@ from tqdm import tqdm
 import fpi_cuda
 from fpi_cuda.backends import native
 from fpi_cuda.backends.progress import Limits, Progress
-from fpi_cuda.forms import DenseForm
 from fpi_cuda.drivers import whole
+from fpi_cuda.forms import DenseForm
 
 from . import methods, problems
 from .measure import (
@@ -92,8 +92,10 @@ def solve_cell(
         }
         rows.append(row)
         reason = method.missing
-        if method.name in methods.WHOLE and problem.kind == "conv":
+        if method.name in methods.WHOLE and problem.kind in ("conv", "denoise"):
             reason = "no dense layers"
+        if method.name in methods.CONVOLUTIONS and problem.kind != "denoise":
+            reason = "no net of convolutions"
         if method.name in options.without:
             reason = "left out"
         if reason:
@@ -132,7 +134,7 @@ def count(run: methods.Solve, problem: Problem, device: str) -> Row:
         for _ in range(2):  # the first call of all may look at g more often
             g.reset()
             run(g, *problem.instances[0].arguments)
-    if isinstance(run, methods.Whole):  # nobody calls g
+    if isinstance(run, (methods.Whole, methods.Convolutions)):  # nobody calls g
         assert run.last is not None
         mean = float(run.last.iterations.double().mean())
         return {"evaluations": run.last.evaluations, "iterations_mean": mean}
@@ -159,6 +161,20 @@ def dense(options: Options) -> list[Row]:
     """Whole solves of the Bibtex shape, the part that products take of a plain loop, and refill."""
     bibtex = replace(options, sizes=problems.BIBTEX, kinds=("easy", "energy"))
     return solve(bibtex) + products(options) + refill(options)
+
+
+def denoise(options: Options) -> list[Row]:
+    """Whole solves of the denoising net's step, by those methods that have a chance: they are dear."""
+    out = ("Picard", methods.PLAIN, methods.COMPILED, "plain Anderson", "torchdeq Broyden")
+    chosen = replace(
+        options,
+        sizes=problems.DENOISE,
+        kinds=("denoise",),
+        instances=1,
+        rounds=(3, 9),
+        without=(*options.without, *out),
+    )
+    return solve(chosen)
 
 
 FEW_PASSES, MANY_PASSES = 2, 10  # later an iterate may be its own image to the bit, and end
@@ -656,6 +672,7 @@ def importing(options: Options) -> list[Row]:
 SUITES: dict[str, Callable[[Options], list[Row]]] = {
     "solve": solve,
     "dense": dense,
+    "denoise": denoise,
     "overhead": overhead,
     "scale": scale,
     "kernels": kernels,
