@@ -1,7 +1,7 @@
 """Who runs the step operators between two calls of g.
 
 `reference` is plain torch and the oracle of all others; `native` is the compiled operators, which
-run on the devices that this build has kernels for.
+run on the devices that this build has kernels for; `triton` needs a GPU and no compiler.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import native, reference
+from . import native, reference, triton
 
 __all__ = ["NAMES", "available", "choose"]
 
@@ -19,21 +19,24 @@ NAMES = ("auto", "reference", "native", "triton")
 
 def available() -> dict[str, tuple[str, ...]]:
     """The backends of this build, each with the device types it runs on."""
-    return {"reference": ("any",), "native": native.devices()}
+    return {"reference": ("any",), "native": native.devices(), "triton": triton.devices()}
 
 
 def choose(name: str, x: Tensor) -> ModuleType:
     """The backend for a state like x.
+
+    `auto` is the fastest that runs there: native, on CUDA else triton, else reference.
 
     Raises:
         RuntimeError: the backend asked for does not run on x's device here.
     """
     if name == "reference":
         return reference
-    here = x.device.type in native.devices()
+    device = x.device.type
+    here = device in native.devices()
     if name == "native" and not here:
         advice = 'use backend="auto" or "reference"'
-        if x.device.type == "cuda":
+        if device == "cuda":
             advice += (
                 ", or rebuild where nvcc and a torch with CUDA are, in the source folder: "
                 "FPI_CUDA_BUILD=cuda pip install --no-build-isolation --no-deps --force-reinstall ."
@@ -43,7 +46,13 @@ def choose(name: str, x: Tensor) -> ModuleType:
             f"{', '.join(native.devices())}); {advice}"
         )
     if name == "triton":
-        raise RuntimeError(
-            'backend "triton" is not in this version; use backend="auto", "native" or "reference"'
-        )
-    return native if here else reference
+        reason = triton.missing(device)
+        if reason is not None:
+            raise RuntimeError(
+                f'backend "triton" does not run on device {x.device} here: {reason}; '
+                'use backend="auto", "native" or "reference"'
+            )
+        return triton
+    if here:
+        return native
+    return triton if device == "cuda" and triton.missing(device) is None else reference

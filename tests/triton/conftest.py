@@ -1,0 +1,63 @@
+"""Where there is no GPU, triton's interpreter runs the kernels of this folder's tests.
+
+triton.jit reads TRITON_INTERPRET once, when a function is decorated, triton's own among them. So it
+is set here, before anything else imports triton, and again while one of these tests runs; other
+tests and their processes see the environment that they were given.
+"""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+INTERPRETED = not torch.cuda.is_available()
+
+if INTERPRETED:
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        pytest.importorskip("triton.language", reason="triton is not installed")
+        from triton.runtime import interpreter
+
+        import fpi_cuda.backends.triton.steps  # noqa: F401
+else:
+    with torch.device("cuda"):  # torch lists its constructors now, before any is patched
+        torch.empty(0)
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    """The device that the tests' tensors are made on: the GPU, or the CPU under the interpreter."""
+    if not INTERPRETED:
+        with torch.device("cuda"):
+            yield "cuda"
+        return
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(interpreter, "_patch_lang", _PatchOnce(interpreter._patch_lang))
+    with np.errstate(all="ignore"):  # a kernel computes with NaN and Inf where it has to
+        yield "cpu"
+
+
+class _PatchOnce:
+    """Replaces triton.language by the interpreter's functions once a launch.
+
+    The interpreter does it again for each call of a device function; that is most of its time.
+    """
+
+    def __init__(self, patch):
+        self.patch = patch
+        self.patched = set()
+
+    def __call__(self, fn):
+        language = (interpreter.tl, interpreter.tl.core)
+        modules = {m for m in language if any(v is m for v in fn.__globals__.values())}
+        if modules <= self.patched:
+            return None
+        scope = self.patch(fn)
+        if not self.patched:  # a launch: its scope is the one that is restored
+            restore = scope.restore
+            scope.restore = lambda: (self.patched.clear(), restore())
+        self.patched |= modules
+        return scope
