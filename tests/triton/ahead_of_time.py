@@ -120,7 +120,9 @@ def compiled_launches(arch: int) -> Iterator[list[Facts]]:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         del warmup
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launches.append(known.setdefault(id(compiled), facts_of(compiled)))
+        if id(compiled) not in known:
+            known[id(compiled)] = facts_of(compiled)
+        launches.append(known[id(compiled)])
         return compiled
 
     with _stand_in_driver(arch):

@@ -317,7 +317,7 @@ def test_a_solve_and_its_gradient_are_the_references(solver):
         return made, z.grad
 
     (ours, gradient), (oracle, expected) = solve("triton"), solve("reference")
-    assert ours.path.startswith("triton, eager, compacted")
+    assert ours.path.startswith("triton, eager, compacted" if INTERPRETED else "triton, eager")
     assert torch.equal(ours.iterations, oracle.iterations)
     assert torch.equal(ours.status, oracle.status)
     close(ours.x, oracle.x, torch.float64)

@@ -15,6 +15,7 @@ import torch
 
 NAME = "triton"
 MAX_HISTORY = 32
+NOT_INSTALLED = "triton is not installed (pip install triton)"
 
 _OPERATORS = ("damped_update", "picard_step", "anderson_step")
 
@@ -28,7 +29,7 @@ def missing(device_type: str) -> str | None:
     """Why the operators don't run on this type of device here, or None."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:  # a folder of that name is no triton
-        return "triton is not installed; pip install triton"
+        return NOT_INSTALLED
     if device_type == "cpu":
         return None if interpreted() else "triton has kernels for CUDA only"
     if device_type != "cuda":

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# mypy: disable-error-code="import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
 """One step of the solvers as Triton kernels: the formulas of csrc/math, row by row.
 
 The length of a row and its dtype, never the batch, choose how it is laid over programs, and with
