@@ -21,9 +21,9 @@ TABLE = Path(__file__).with_name("configs.json")
 PRECISIONS = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4, "float64": 8}
 
 MOST_FUSED = 64  # channels of a fused layer
-# A program's hidden layers, so that those of a multiprocessor's programs stay in its L1 cache,
-# which is 192 KiB on the A100 and 256 KiB on the H100, shared memory included.
-MOST_SCRATCH = 56 * 2**10
+# Of a multiprocessor's programs together, bytes of hidden layers: so that they stay in its L1 cache
+# (192 KiB on the A100, 256 KiB on the H100, shared memory included).
+MOST_SCRATCH = 176 * 2**10
 # Pixels computed over pixels kept, of the worst hidden layer: beyond, single layers are cheaper.
 MOST_RECOMPUTED = 2.0
 
@@ -57,18 +57,21 @@ class Config:
         tile: height and width, in pixels, of what a program computes at a time. Unfused: powers
             of two.
         pixels: of the tile, that are multiplied at a time (fused).
-        outputs: channels that are multiplied at a time (unfused).
+        inputs: most channels of the input that are multiplied at a time.
+        outputs: likewise of the output (unfused).
         warps: of a program.
-        stages: of the pipeline that loads operands.
+        stages: of the compiler's pipeline, which copies operands to shared memory past L1; 1: none,
+            and they go through L1 and registers, a step ahead.
         blocks: programs a multiprocessor.
     """
 
     fused: bool
     tile: tuple[int, int]
     pixels: int = 128
+    inputs: int = 32
     outputs: int = 64
     warps: int = 4
-    stages: int = 3
+    stages: int = 1
     blocks: int = 2
 
 
@@ -104,20 +107,28 @@ def can_fuse(shape: Shape) -> bool:
 
 
 def rule(shape: Shape, precision: str) -> Config:
-    """The config where the table has none: by counted bytes, not by measurements."""
-    size = PRECISIONS[precision]
-    # Without tensor cores a thread's products are unrolled: smaller blocks keep them in registers.
-    plain = precision in ("float32", "float64")
+    """The config where the table has none: by bytes and registers as counted, nothing measured."""
+    products = _PRODUCTS[precision]
     if can_fuse(shape):
+        most = MOST_SCRATCH // products["blocks"]
         for tile in ((16, 32), (8, 32), (8, 16)):
-            small = scratch_values(shape, tile) * size <= MOST_SCRATCH
+            small = scratch_values(shape, tile) * PRECISIONS[precision] <= most
             if small and recomputed(shape, tile) <= MOST_RECOMPUTED:
-                return Config(
-                    True, tile, pixels=64 if plain else 128, stages=2 if plain else 3, blocks=2
-                )
-    if plain:
-        return Config(False, (4, 16), outputs=32, stages=2, blocks=3)
-    return Config(False, (8, 16), outputs=64, blocks=2)
+                return Config(True, tile, **products)
+    if precision in ("float32", "float64"):
+        return Config(False, (4, 16), outputs=32, **{**products, "warps": 4, "blocks": 3})
+    return Config(False, (8, 16), **{**products, "warps": 4, "blocks": 2})
+
+
+# Blocks that leave the fused kernel's threads registers enough on every architecture, without
+# spills. Products that no tensor core makes are unrolled, so their blocks are small.
+_PRODUCTS: dict[str, dict[str, int]] = {
+    "bfloat16": {"pixels": 128, "warps": 8, "blocks": 2},
+    "float16": {"pixels": 128, "warps": 8, "blocks": 2},
+    "tf32": {"pixels": 64, "inputs": 16, "blocks": 3},
+    "float32": {"pixels": 64, "inputs": 16, "stages": 2, "blocks": 3},
+    "float64": {"pixels": 64, "inputs": 16, "warps": 8, "stages": 2, "blocks": 1},
+}
 
 
 def choose(shape: Shape, precision: str, capability: int | None) -> Config:

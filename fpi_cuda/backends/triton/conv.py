@@ -85,6 +85,69 @@ def _activate(x, NAME: tl.constexpr):
 
 
 @triton.jit
+def _operands(
+    step,
+    src,
+    scale,
+    weight,
+    y,
+    x,
+    inside,
+    height,
+    width,
+    o,
+    K: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """What a step of `_convolve` multiplies: pixels × BLOCK_K and BLOCK_K × outputs."""
+    PACKED: tl.constexpr = ROWS < K * K * BLOCK_K
+    row = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    pixel = y * width + x
+    if PACKED:
+        tap = row // CHANNELS
+        c = row % CHANNELS
+        dy = tap // K
+        dx = tap % K
+        mask = inside[:, None] & (row < K * K * CHANNELS)[None, :]
+        if BOUNDED:
+            at_y = y[:, None] + dy[None, :]
+            at_x = x[:, None] + dx[None, :]
+            mask &= (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
+        at = pixel[:, None] * CHANNELS + ((dy * width + dx) * CHANNELS + c)[None, :]
+    else:
+        BLOCKS: tl.constexpr = ROWS // (BLOCK_K * K * K)
+        tap = step // BLOCKS
+        c = step % BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
+        dy = tap // K
+        dx = tap % K
+        reached = inside
+        if BOUNDED:
+            reached &= (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
+        mask = reached[:, None]
+        if CHANNELS < BLOCKS * BLOCK_K:
+            mask = mask & (c < CHANNELS)[None, :]
+        at = (pixel + dy * width + dx)[:, None] * CHANNELS + c[None, :]
+    a = tl.load(src + at, mask=mask, other=0)
+    if scale is not None:
+        s = tl.load(scale + at, mask=mask, other=0)
+        a = (a.to(ACC) * s.to(ACC)).to(src.dtype.element_ty)
+    return a, tl.load(weight + row[:, None] * PADDED + o[None, :])
+
+
+@triton.jit
+def _multiply(a, b, acc, PRECISION: tl.constexpr):
+    if _INTERPRETED:  # which would multiply bfloat16's bits as integers
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
 def _convolve(
     src,
     scale,
@@ -98,11 +161,12 @@ def _convolve(
     K: tl.constexpr,
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
-    PADDED_O: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BOUNDED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -111,46 +175,33 @@ def _convolve(
     src is [height, width, CHANNELS]; y and x are where each pixel's first tap lies in it. Rows of
     the weight are (tap, channel): channels padded to BLOCK_K's multiple, or, where that would be
     mostly padding, all taps' channels one after another and padded once.
+
+    AHEAD: each step's operands are loaded into registers while the step before is multiplied, so
+    that what nine taps read nine times comes from L1. The compiler's own pipeline would copy it to
+    shared memory past L1.
     """
-    PACKED: tl.constexpr = ROWS < K * K * BLOCK_K
-    BLOCKS: tl.constexpr = ROWS // BLOCK_K if PACKED else ROWS // (BLOCK_K * K * K)
     acc = tl.zeros((BLOCK_P, BLOCK_O), dtype=ACC)
-    pixel = y * width + x
-    k = tl.arange(0, BLOCK_K)
-    for step in range(0, ROWS // BLOCK_K):
-        row = step * BLOCK_K + k
-        if PACKED:
-            tap = row // CHANNELS
-            c = row % CHANNELS
-            dy = tap // K
-            dx = tap % K
-            mask = inside[:, None] & (row < K * K * CHANNELS)[None, :]
-            if BOUNDED:
-                at_y = y[:, None] + dy[None, :]
-                at_x = x[:, None] + dx[None, :]
-                mask &= (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
-            at = pixel[:, None] * CHANNELS + ((dy * width + dx) * CHANNELS + c)[None, :]
-        else:
-            tap = step // BLOCKS
-            c = step % BLOCKS * BLOCK_K + k
-            dy = tap // K
-            dx = tap % K
-            reached = inside
-            if BOUNDED:
-                reached &= (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
-            mask = reached[:, None]
-            if CHANNELS < BLOCKS * BLOCK_K:
-                mask = mask & (c < CHANNELS)[None, :]
-            at = (pixel + dy * width + dx)[:, None] * CHANNELS + c[None, :]
-        a = tl.load(src + at, mask=mask, other=0)
-        if scale is not None:
-            s = tl.load(scale + at, mask=mask, other=0)
-            a = (a.to(ACC) * s.to(ACC)).to(src.dtype.element_ty)
-        b = tl.load(weight + row[:, None] * PADDED_O + o[None, :])
-        if _INTERPRETED:  # which would multiply bfloat16's bits as integers
-            a = a.to(ACC)
-            b = b.to(ACC)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+    if AHEAD:
+        a, b = _operands(
+            0, src, scale, weight, y, x, inside, height, width, o,
+            K, CHANNELS, ROWS, PADDED, BLOCK_K, BOUNDED, ACC,
+        )  # fmt: skip
+        for step in range(1, ROWS // BLOCK_K):
+            next_a, next_b = _operands(
+                step, src, scale, weight, y, x, inside, height, width, o,
+                K, CHANNELS, ROWS, PADDED, BLOCK_K, BOUNDED, ACC,
+            )  # fmt: skip
+            acc = _multiply(a, b, acc, PRECISION)
+            a = next_a
+            b = next_b
+        acc = _multiply(a, b, acc, PRECISION)
+    else:
+        for step in range(0, ROWS // BLOCK_K):
+            a, b = _operands(
+                step, src, scale, weight, y, x, inside, height, width, o,
+                K, CHANNELS, ROWS, PADDED, BLOCK_K, BOUNDED, ACC,
+            )  # fmt: skip
+            acc = _multiply(a, b, acc, PRECISION)
     return acc
 
 
@@ -224,6 +275,7 @@ def _hidden(
     FROM_IMAGE: tl.constexpr,
     BITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -243,12 +295,12 @@ def _hidden(
         if FROM_IMAGE:
             acc = _convolve(
                 src, scale, weight, y - K // 2, x - K // 2, inside, height, width, o,
-                K, CHANNELS, ROWS, BLOCK_O, BLOCK_P, BLOCK_K, BLOCK_O, True, PRECISION, ACC,
+                K, CHANNELS, ROWS, BLOCK_O, BLOCK_P, BLOCK_K, BLOCK_O, True, AHEAD, PRECISION, ACC,
             )  # fmt: skip
         else:
             acc = _convolve(
                 src, None, weight, row, column, kept, TILE_H + K - 1, TILE_W + K - 1, o,
-                K, CHANNELS, ROWS, BLOCK_O, BLOCK_P, BLOCK_K, BLOCK_O, False, PRECISION, ACC,
+                K, CHANNELS, ROWS, BLOCK_O, BLOCK_P, BLOCK_K, BLOCK_O, False, AHEAD, PRECISION, ACC,
             )  # fmt: skip
         pixel = y * width + x
         acc = _add(acc, bias, u, sample, pixel, inside, o, OUTPUTS)
@@ -328,6 +380,7 @@ def _conv_kernel(
     TILE_W: tl.constexpr,
     BITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -352,7 +405,7 @@ def _conv_kernel(
             scale = src_scale + at_source
         acc = _convolve(
             src + at_source, scale, weight, y - K // 2, x - K // 2, inside, height, width, o,
-            K, CHANNELS, ROWS, PADDED_O, BLOCK_P, BLOCK_K, BLOCK_O, True, PRECISION, ACC,
+            K, CHANNELS, ROWS, PADDED_O, BLOCK_P, BLOCK_K, BLOCK_O, True, AHEAD, PRECISION, ACC,
         )  # fmt: skip
         acc = _add(acc, bias, u, sample, pixel, inside, o, OUTPUTS)
         if slope is not None:
@@ -425,6 +478,7 @@ def _chain_kernel(
     BITS: tl.constexpr,
     HIDDEN_ACTIVATION: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -459,7 +513,7 @@ def _chain_kernel(
             x + sample * C, own_scale, weight_1, bias_1, u_1, slope_1, first, sample,
             y0 - K_3 // 2 - K_2 // 2, x0 - K_3 // 2 - K_2 // 2, height, width,
             K_1, C, ROWS_1, BLOCK_K_1, O_1, BLOCK_O_1, TILE_H_1, TILE_W_1, BLOCK_P,
-            True, BITS, HIDDEN_ACTIVATION, PRECISION, ACC,
+            True, BITS, HIDDEN_ACTIVATION, AHEAD, PRECISION, ACC,
         )  # fmt: skip
         tl.debug_barrier()
         if MIDDLE:
@@ -467,7 +521,7 @@ def _chain_kernel(
                 first, None, weight_2, bias_2, u_2, slope_2, last, sample,
                 y0 - K_3 // 2, x0 - K_3 // 2, height, width,
                 K_2, BLOCK_O_1, ROWS_2, BLOCK_K_2, O_2, BLOCK_O_2, TILE_H_2, TILE_W_2, BLOCK_P,
-                False, BITS, HIDDEN_ACTIVATION, PRECISION, ACC,
+                False, BITS, HIDDEN_ACTIVATION, AHEAD, PRECISION, ACC,
             )  # fmt: skip
             tl.debug_barrier()
         changed = tl.zeros((BLOCK_P,), dtype=ACC)
@@ -482,7 +536,7 @@ def _chain_kernel(
             acc = _convolve(
                 last, None, weight_3, row, column, kept, TILE_H_2, TILE_W_2, o,
                 K_3, BLOCK_O_2 if MIDDLE else BLOCK_O_1, ROWS_3, BLOCK_C, BLOCK_P, BLOCK_K_3,
-                BLOCK_C, False, PRECISION, ACC,
+                BLOCK_C, False, AHEAD, PRECISION, ACC,
             )  # fmt: skip
             acc = _add(acc, bias_3, u_3, sample, pixel, inside, o, C)
             squares = _store(
@@ -669,6 +723,7 @@ class Chain:
         elif form.residual != 0:
             self._alpha = torch.full((1,), form.residual, dtype=acc, device=like.device)
         self._options: dict[str, Any] = {
+            "AHEAD": config.stages == 1,
             "PRECISION": "tf32" if name == "tf32" else "ieee",
             "ACC": tl.float64 if acc == torch.float64 else tl.float32,
             "TILE_H": config.tile[0],
@@ -705,13 +760,13 @@ class Chain:
     def _layer(self, form: ConvForm, at: int) -> _Layer:
         weight, like = form.weights[at].detach(), self._like
         outputs, inputs, kernel, _ = weight.shape
-        block_k = min(configs.padded(inputs), 128 // like.dtype.itemsize)
+        block_k = min(configs.padded(inputs), self.config.inputs)
         rows = weight.to(like.dtype).permute(2, 3, 1, 0).reshape(kernel**2, inputs, outputs)
         in_memory = inputs
         if self.config.fused and at > 0:
             in_memory = configs.padded(inputs)
         if in_memory <= MOST_PACKED:
-            block_k = min(configs.padded(kernel**2 * inputs), 32)
+            block_k = min(configs.padded(kernel**2 * inputs), self.config.inputs)
             rows = rows.reshape(1, kernel**2 * inputs, outputs)
         padding = -rows.shape[1] % block_k
         block_o = configs.padded(outputs)
