@@ -9,11 +9,11 @@ that the order of every sum: a sample's bits are the same in any batch.
     longer                               2 to 1024        3          4        2m+5
 
 The last columns count the vectors of N values that a row moves at β = 1, window full. A damped
-Picard step of a long row reads x once more; a damped mixture reads the m residuals, m−1 of them in
-one launch. Where the kernel that computed g(x) left the sums behind the norms, a Picard step reads
-g(x) and writes x only: 2 vectors, damped 3. In three launches each part leaves its sums, one
-program a row adds them up in their order, decides and solves for the weights, and the parts move.
-A row that ends writes `out` too; one that has ended costs the start of its programs.
+Picard step of a long row reads x once more, a damped mixture the m residuals. Where the kernel that
+computed g(x) left the sums behind the norms, a Picard step reads g(x) and writes x only: 2 vectors,
+damped 3. In three launches each part leaves its sums, one program a row adds them up in their
+order, decides and solves for the weights, and the parts move. A row that ends writes `out` too; one
+that has ended costs the start of its programs.
 
 Nothing here waits for the device or depends on what a step finds, so a step can be captured in a
 graph, and nothing is compiled anew for another number of rows or samples. Each step sets 16 bytes
@@ -78,6 +78,11 @@ class Plan(NamedTuple):
     chunks: int  # so many times
     parts: int  # programs
     warps: int  # of a program
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What every launch is given of it."""
+        return {"BLOCK": self.block, "num_warps": self.warps}
 
 
 def plan_of(n: int, dtype: torch.dtype) -> Plan:
@@ -912,15 +917,7 @@ def damped_update(x: Tensor, gx: Tensor, beta: float) -> None:
     parts = plan.parts * plan.chunks
     with torch.cuda.device_of(x):
         _damp[(rows * parts,)](
-            x,
-            _aligned(gx),
-            n,
-            parts,
-            float(beta),
-            ACC=_acc(x),
-            BLOCK=plan.block,
-            DAMPED=beta != 1,
-            num_warps=plan.warps,
+            x, _aligned(gx), n, parts, float(beta), ACC=_acc(x), DAMPED=beta != 1, **plan.options
         )
 
 
@@ -943,78 +940,34 @@ def picard_step(
     """
     _check("picard_step", x, gx, p)
     rows, n = x.shape
-    plan = plan_of(n, x.dtype)
-    gx = _aligned(gx)
+    fits = norms is None or (norms.dim() == 3 and norms.shape[::2] == (rows, 2))
+    if norms is not None and not (fits and norms.is_contiguous()):
+        raise ValueError(
+            f"picard_step: norms must have shape [{rows}, tiles, 2] and be contiguous "
+            f"(got shape {list(norms.shape)}, strides {list(norms.stride())})"
+        )
+    gx, beta, plan = _aligned(gx), float(beta), plan_of(n, x.dtype)
+    each_row, each_part = (max(rows, 1),), (rows * plan.parts,)
     with torch.cuda.device_of(x):
-        record, limits = _launched(p, x)
-        counters, _, _, index, indexed, *_ = record
+        counters, index, record, limits = _launched(p, x)
         if plan.parts == 1 and norms is None:
-            _picard_row[(max(rows, 1),)](
-                x,
-                gx,
-                p.out,
-                *record,
-                rows,
-                n,
-                *limits,
-                float(beta),
-                BLOCK=plan.block,
-                DAMPED=beta != 1,
-                num_warps=plan.warps,
+            _picard_row[each_row](
+                x, gx, p.out, *record, rows, n, *limits, beta, DAMPED=beta != 1, **plan.options
             )
             return
+        place = (rows, n, plan.parts)
         if norms is None:
             norms = torch.empty(rows, plan.parts, 2, dtype=p.dtype, device=x.device)
-            _picard_parts[(rows * plan.parts,)](
-                x,
-                gx,
-                counters,
-                index,
-                indexed,
-                norms,
-                rows,
-                n,
-                plan.parts,
-                BLOCK=plan.block,
-                CHUNKS=plan.chunks,
-                num_warps=plan.warps,
-            )
-        elif norms.dim() != 3 or norms.shape[::2] != (rows, 2) or not norms.is_contiguous():
-            raise ValueError(
-                f"picard_step: norms must have shape [{rows}, tiles, 2] and be contiguous "
-                f"(got shape {list(norms.shape)}, strides {list(norms.stride())})"
+            _picard_parts[each_part](
+                x, gx, counters, *index, norms, *place, CHUNKS=plan.chunks, **plan.options
             )
         moves = torch.empty(rows, 2, dtype=torch.int32, device=x.device)
-        _picard_decide[(max(rows, 1),)](
-            x,
-            gx,
-            *record,
-            norms,
-            moves,
-            rows,
-            n,
-            norms.shape[1],
-            *limits,
-            BLOCK=plan.block,
-            num_warps=plan.warps,
+        tiles = norms.shape[1]
+        _picard_decide[each_row](
+            x, gx, *record, norms, moves, rows, n, tiles, *limits, **plan.options
         )
-        _picard_move[(rows * plan.parts,)](
-            x,
-            gx,
-            p.out,
-            index,
-            indexed,
-            moves,
-            rows,
-            n,
-            plan.parts,
-            float(beta),
-            ACC=_acc(x),
-            BLOCK=plan.block,
-            CHUNKS=plan.chunks,
-            DAMPED=beta != 1,
-            num_warps=plan.warps,
-        )
+        moving = {"ACC": _acc(x), "CHUNKS": plan.chunks, "DAMPED": beta != 1, **plan.options}
+        _picard_move[each_part](x, gx, p.out, *index, moves, *place, beta, **moving)
 
 
 def anderson_step(
@@ -1048,110 +1001,53 @@ def anderson_step(
     _check_window(p, values, residuals, gram)
     rows, n = x.shape
     m = values.shape[1]
-    plan = plan_of(n, x.dtype)
-    gx = _aligned(gx)
-    size = triton.next_power_of_2(max(m - 1, 1))
+    gx, beta, plan = _aligned(gx), float(beta), plan_of(n, x.dtype)
+    each_row, each_part = (max(rows, 1),), (rows * plan.parts,)
+    solving = (float(ridge), float(restart))
+    sizes = {"M": m, "SIZE": triton.next_power_of_2(max(m - 1, 1)), **plan.options}
     noise = progress.NOISE * torch.finfo(x.dtype).eps / 2
-    solve = (float(ridge), float(restart))
     with torch.cuda.device_of(x):
-        record, limits = _launched(p, x)
-        counters, _, _, index, indexed, *_ = record
+        counters, index, record, limits = _launched(p, x)
         if plan.parts == 1:
-            _anderson_row[(max(rows, 1),)](
+            _anderson_row[each_row](
                 x,
                 gx,
                 p.out,
                 *record,
-                values,
-                residuals,
-                gram,
-                rows,
-                n,
-                *limits,
-                float(beta),
-                *solve,
+                *(values, residuals, gram),
+                *(rows, n, *limits, beta, *solving),
                 NOISE=noise,
-                M=m,
-                SIZE=size,
-                BLOCK=plan.block,
                 DAMPED=beta != 1,
-                num_warps=plan.warps,
+                **sizes,
             )
             return
-        sums = torch.empty(rows, plan.parts, 4 + 2 * size, dtype=p.dtype, device=x.device)
+        place = (rows, n, plan.parts)
+        columns = 4 + 2 * sizes["SIZE"]
+        sums = torch.empty(rows, plan.parts, columns, dtype=p.dtype, device=x.device)
         moves = torch.empty(rows, 2, dtype=torch.int32, device=x.device)
-        gamma = torch.empty(rows, size, dtype=p.dtype, device=x.device)
-        _anderson_parts[(rows * plan.parts,)](
-            x,
-            gx,
-            counters,
-            index,
-            indexed,
-            values,
-            residuals,
-            sums,
-            rows,
-            n,
-            plan.parts,
-            M=m,
-            SIZE=size,
-            BLOCK=plan.block,
-            CHUNKS=plan.chunks,
-            num_warps=plan.warps,
+        gamma = torch.empty(rows, sizes["SIZE"], dtype=p.dtype, device=x.device)
+        window = (counters, *index, values, residuals)
+        _anderson_parts[each_part](x, gx, *window, sums, *place, CHUNKS=plan.chunks, **sizes)
+        left = (sums, moves, gamma)
+        _anderson_decide[each_row](
+            x, gx, *record, gram, *left, *place, *limits, *solving, NOISE=noise, **sizes
         )
-        _anderson_decide[(max(rows, 1),)](
-            x,
-            gx,
-            *record,
-            gram,
-            sums,
-            moves,
-            gamma,
-            rows,
-            n,
-            plan.parts,
-            *limits,
-            *solve,
-            NOISE=noise,
-            M=m,
-            SIZE=size,
-            BLOCK=plan.block,
-            num_warps=plan.warps,
-        )
-        _anderson_move[(rows * plan.parts,)](
-            x,
-            gx,
-            p.out,
-            counters,
-            index,
-            indexed,
-            values,
-            residuals,
-            moves,
-            gamma,
-            rows,
-            n,
-            plan.parts,
-            float(beta),
-            ACC=_acc(x),
-            M=m,
-            SIZE=size,
-            BLOCK=plan.block,
-            CHUNKS=plan.chunks,
-            DAMPED=beta != 1,
-            num_warps=plan.warps,
-        )
+        moving = {"ACC": _acc(x), "CHUNKS": plan.chunks, "DAMPED": beta != 1, **sizes}
+        _anderson_move[each_part](x, gx, p.out, *window, moves, gamma, *place, beta, **moving)
 
 
-def _launched(p: Progress, x: Tensor) -> tuple[tuple[Any, ...], tuple[float, ...]]:
-    """What the kernels that decide take of the record and of its limits; their count is zeroed."""
+def _launched(p: Progress, x: Tensor) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...], Any]:
+    """What kernels take of the record: counters; the index; all of it; its limits.
+
+    Sets the count of the rows to zero.
+    """
     counts = torch.zeros(2, dtype=torch.int64, device=x.device)
     # Without an index some int64 tensor stands in for it: one compilation serves both.
-    index = counts if p.index is None else p.index
-    record = (p.counters, p.scalars, p.floor, index, int(p.index is not None), p.tally, counts)
+    index = (counts, 0) if p.index is None else (p.index, 1)
+    record = (p.counters, p.scalars, p.floor, *index, p.tally, counts)
     lim = p.limits
     limits = (float(lim.rtol), float(lim.offset), float(lim.rounding))
-    return record, (*limits, lim.patience, lim.max_iterations)
+    return p.counters, index, record, (*limits, lim.patience, lim.max_iterations)
 
 
 def _acc(x: Tensor) -> tl.dtype:
@@ -1171,8 +1067,11 @@ def _check(op: str, x: Tensor, gx: Tensor, p: Progress | None = None) -> None:
         raise RuntimeError(
             f"{op}: internal operator, not differentiable; call fpi_cuda.fixed_point"
         )
-    if x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"{op}: x must be [R, N] and contiguous (got shape {list(x.shape)})")
+    if x.dim() != 2 or not x.is_contiguous() or x.shape[1] >= 2**31:
+        raise ValueError(
+            f"{op}: x must be [R, N] with N below 2^31, and contiguous "
+            f"(got shape {list(x.shape)}, strides {list(x.stride())})"
+        )
     _check_like(op, "gx", gx, x, x.shape, x.dtype)
     if p is not None:
         if p.index is None and len(x) != len(p.counters):
