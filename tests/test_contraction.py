@@ -421,6 +421,25 @@ def test_linear_steps_have_exact_certificates():
     assert norm(dense) <= lipschitz(conv) <= 1.06 * norm(dense)
 
 
+def test_slopes_of_every_layer_count():
+    step = perturbed(ConvStep(2, 1, hidden=(3, 4), activation="sigmoid", output_activation="gelu"))
+    norms = (float(convolution_bound(layer.weight.detach())) for layer in step.layers)
+    assert lipschitz(step) == pytest.approx(1.129 * 0.25**2 * math.prod(norms), rel=1e-8)
+
+
+def test_where_gelu_falls_an_energy_is_concave():
+    energy = DenseEnergy(5, None, hidden=7, activation="gelu", convex=False, curvature=0.0).double()
+    step = GradientStep(energy, 0.1)
+    with torch.no_grad():
+        energy.term_weight.fill_(1)
+        energy.state_weight.mul_(0.3)
+        energy.bias.fill_(-math.sqrt(2))  # the slope is least there
+    zeros = torch.zeros(1, 7, dtype=torch.float64)
+    measured = float(torch.linalg.matrix_norm(dense(step, zeros[:, :5], zeros)[0].detach(), 2))
+    assert measured > 1
+    assert measured - 1 == pytest.approx(lipschitz(step) - 1, rel=1e-3)
+
+
 def test_a_convex_energy_with_a_small_step_contracts():
     energy = DenseEnergy(6, 2, hidden=9)
     assert lipschitz(GradientStep(energy, 1.9 / energy.smoothness())) < 1
@@ -520,6 +539,9 @@ HELD = {
     "two layers": lambda: DenseStep(5, 3, hidden=7, activation="sigmoid", residual=-0.3),
     "gelu": lambda: DenseStep(5, 3, hidden=4, activation="gelu", output_activation="gelu"),
     "descent": lambda: GradientStep(DenseEnergy(5, 3, hidden=7, curvature=0.6), 1.0),
+    "descent, sigmoid": lambda: GradientStep(
+        DenseEnergy(5, 3, hidden=7, activation="sigmoid"), step_size=1.2
+    ),
     "conv": lambda: ConvStep(2, 1, hidden=(3, 4), residual=0.2),
     "conv, 5": lambda: ConvStep(2, 1, hidden=(), kernel_size=5, output_activation="tanh"),
     "sequence": lambda: NeuralStep(
@@ -567,7 +589,11 @@ def test_certified_weights_keep_the_bound_through_training(name, bound):
 @pytest.mark.parametrize("name", list(HELD))
 def test_estimates_follow_the_weights_through_training(name):
     size = (6, 7) if "conv" in name or name == "sequence" else None
-    step = spectral_normalize(HELD[name](), size=size)
+    step = HELD[name]()
+    with torch.no_grad():
+        for p in step.parameters():
+            p.mul_(3)
+    spectral_normalize(step, size=size)
     train(step, torch.optim.Adam(step.parameters(), lr=1e-2), steps=100)
     held = [m for m in step.modules() if isinstance(m, parametrize.ParametrizationList)]
     assert held
@@ -656,6 +682,34 @@ def test_a_normalised_step_is_solved_like_any_other(name, certified):
     for a, b, c in zip(step.buffers(), once.buffers(), before, strict=True):
         torch.testing.assert_close(a, b)
         assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("size", [None, (6, 7)])
+def test_the_estimate_is_good_before_any_training(size):
+    layer = nn.Linear(30, 20) if size is None else nn.Conv2d(2, 3, 3, padding=1)
+    with torch.no_grad():
+        layer.weight.mul_(20)
+    spectral_normalize(nn.Sequential(layer), 0.5, size=size).eval()
+    weight = layer.weight.detach()
+    norm = torch.linalg.matrix_norm(weight if size is None else matrix(weight, size), 2)
+    assert float(norm) == pytest.approx(0.5, rel=2e-3)
+
+
+def test_a_training_call_is_ten_iterations_and_another_none():
+    step = spectral_normalize(ConvStep(2, 1, hidden=()), size=(6, 7))
+    held = step.layers[0].parametrizations.weight
+    start = torch.randn(2, 6, 7)
+    start /= torch.linalg.vector_norm(start)
+    held[0].v.copy_(start)
+    with torch.no_grad():
+        held.original.mul_(9)
+        for training in (False, True):
+            weight = step.train(training).layers[0].weight
+            norm, v = convolution_norm(
+                held.original, (6, 7), iterations=10 if training else 0, v=start
+            )
+            torch.testing.assert_close(weight, held.original * (0.9 / norm), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(held[0].v, v, rtol=1e-4, atol=1e-5)
 
 
 def test_lipschitz_moves_no_buffer():
