@@ -18,6 +18,7 @@ ABOUT = {
     "solve": "whole solves, forward and with the backward, ours and the rivals'",
     "dense": "steps of dense layers solved whole: the Bibtex shape, products, refill",
     "denoise": "a net of two convolutions, 32 images of mixed noise",
+    "convolutions": "on a CUDA device: one iteration of a net beside compiled cuDNN",
     "overhead": "time outside g, Anderson, at equal evaluations",
     "scale": "the state's and the loss's scale do not matter",
     "kernels": "the step kernels' bandwidth against a copy",

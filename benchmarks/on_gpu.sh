@@ -15,7 +15,8 @@ build() {
 }
 
 tests() {
-  "$PYTHON" -m pytest -q --require-backend native:cpu --require-backend native:cuda
+  "$PYTHON" -m pytest -q --require-backend native:cpu --require-backend native:cuda \
+    --require-backend triton:cuda
 }
 
 # Slow, so the kernels alone and for two minutes each; where the tool is not found, a line says so.

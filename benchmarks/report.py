@@ -149,7 +149,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
                 ratio = against(anderson, group, "torchdeq Anderson")
                 least = 6.0 if kind == "hard" else 3.0
                 found.append(speedup("torchdeq Anderson / Anderson", where, ratio, least))
-    found += refill_verdicts(rows)
+    found += refill_verdicts(rows) + convolutions_verdicts(rows)
     return found + overhead_verdicts(rows) + loop_verdicts(rows) + other_verdicts(rows)
 
 
@@ -212,6 +212,55 @@ def convolution_verdicts(group: Sequence[Row], where: str) -> list[Verdict]:
     ratios = [compare(best, row) for row in timed_rows(group, family="torchdeq")]
     for ratio in ratios[:1]:
         found.append(speedup(f"{ratio.against} / {best['method']}", where, ratio, 2.0))
+    return found
+
+
+def convolutions_table(rows: Sequence[Row]) -> Table:
+    table = [["net", "batch", "side", "dtype", "finished", "method", "µs", "TFLOP/s", "GB/s"]]
+    for row in rows:
+        if row["suite"] == "convolutions" and "skipped" not in row:
+            table.append(
+                [
+                    " → ".join(map(str, row["widths"])),
+                    str(row["batch"]),
+                    str(row["side"]),
+                    row["dtype"],
+                    str(row["finished"]),
+                    row["method"],
+                    f"{row['median_s'] * 1e6:.1f}",
+                    f"{row['flops_per_s'] / 1e12:.1f}",
+                    f"{row['bytes_per_s'] / 1e9:.0f}",
+                ]
+            )
+    return table
+
+
+def convolutions_verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """An iteration on a device against compiled cuDNN, and with half of the samples finished."""
+    found = []
+    by_net: dict[tuple[Any, ...], dict[tuple[int, str], float]] = {}
+    for row in rows:
+        if row["suite"] == "convolutions" and "skipped" not in row:
+            key = (tuple(row["widths"]), row["batch"], row["side"], row["dtype"])
+            by_net.setdefault(key, {})[row["finished"], row["method"]] = row["median_s"]
+    for (widths, batch, side, dtype), by in by_net.items():
+        where = f"{widths}, {batch} × {side}², {dtype}"
+        ours = {
+            finished: min(
+                seconds
+                for (f, name), seconds in by.items()
+                if f == finished and name.endswith("step")
+            )
+            for finished, _ in by
+        }
+        for finished, seconds in ours.items():
+            times = by[finished, "cuDNN, compiled"] / seconds
+            what = f"iteration, {finished} finished: compiled cuDNN / ours"
+            found.append(Verdict(what, where, "≥ 1.5", f"{times:.2f}", times >= 1.5))
+        if batch > 1:
+            part = ours[batch // 2] / ours[0]
+            what = "iteration, half finished / none finished"
+            found.append(Verdict(what, where, "≤ 0.6", f"{part:.2f}", part <= 0.6))
     return found
 
 
@@ -496,6 +545,7 @@ def render(rows: Sequence[Row], table: Callable[[Table], str], heading: str) -> 
         ("Anderson, time outside g", overhead_table),
         ("products: iterations of the easy problem by Picard", products_table),
         ("step kernels", kernels_table),
+        ("convolutions: one iteration on the device", convolutions_table),
         ("loop on the device", loop_table),
         ("scale of the state and of the loss", scale_table),
     ):

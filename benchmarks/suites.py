@@ -20,7 +20,7 @@ from fpi_cuda.backends.progress import Limits, Progress
 from fpi_cuda.drivers import whole
 from fpi_cuda.forms import DenseForm
 
-from . import methods, problems
+from . import convolutions, methods, problems
 from .measure import (
     ROOT,
     Counting,
@@ -164,7 +164,7 @@ def dense(options: Options) -> list[Row]:
 
 
 def denoise(options: Options) -> list[Row]:
-    """Whole solves of the denoising net's step, by those methods that have a chance: they are dear."""
+    """Whole solves of the denoising net, by those methods that have a chance: they are dear."""
     out = ("Picard", methods.PLAIN, methods.COMPILED, "plain Anderson", "torchdeq Broyden")
     chosen = replace(
         options,
@@ -673,6 +673,7 @@ SUITES: dict[str, Callable[[Options], list[Row]]] = {
     "solve": solve,
     "dense": dense,
     "denoise": denoise,
+    "convolutions": lambda options: convolutions.rows(options.device, options.budget),
     "overhead": overhead,
     "scale": scale,
     "kernels": kernels,
