@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import itertools
+import math
 import os
 import pickle
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -19,8 +22,10 @@ from fpi_cuda import (
     Anderson,
     DenseEnergy,
     DenseStep,
+    FixedPointError,
     FixedPointLayer,
     GradientStep,
+    ImplicitAdjoint,
     NeuralStep,
     Picard,
     Status,
@@ -29,8 +34,8 @@ from fpi_cuda import (
 )
 from fpi_cuda.backends import native
 from fpi_cuda.backends.progress import Limits
-from fpi_cuda.forms import ACTIVATIONS, DenseForm
 from fpi_cuda.drivers import whole
+from fpi_cuda.forms import ACTIVATIONS, DenseForm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,6 +138,26 @@ def test_every_number_of_samples(b, threads, solver):
         assert_close(mine, other, NEAR)
 
 
+@pytest.mark.parametrize("hidden", LAYERS.values(), ids=LAYERS)
+def test_iterations_of_every_shape_and_activation_in_every_dtype(hidden, dtype):
+    """Three of them against plain torch in float64, from the same u."""
+    few = Limits(rtol=0.0, offset=0.0, rounding=0.0, patience=10**6, max_iterations=3)
+    rounded = 30 * torch.finfo(dtype).eps
+    for n in (1, 7, 31, 33, 159, 257):
+        g = step(n, hidden=hidden, dtype=dtype, residual=0.1)
+        for activation, b in itertools.product(ACTIVATIONS, (0, 1, 5, SLOTS - 1, SLOTS, SLOTS + 1)):
+            g.activation = g.output_activation = activation
+            x0 = torch.randn(b, n).to(dtype)
+            with torch.no_grad():
+                form = g.form(x0, torch.randn(b, 3).to(dtype))
+                x, record = whole.solve(form, x0, Picard(), few)
+                exact, expected = in_float64(form), x0.double()
+                for _ in range(3):
+                    expected = exact(expected)
+            torch.testing.assert_close(x.double(), expected, rtol=rounded, atol=rounded)
+            assert (record.iterations <= 3).all(), "fewer where an iterate is its own image"
+
+
 @pytest.mark.parametrize("beta", [0.5, 1.2])
 def test_damping_histories_and_tolerances(beta):
     g = step(17, hidden=5, residual=-0.2)
@@ -162,7 +187,10 @@ def test_gain_weighs_a_sample_and_has_a_gradient():
             assert_close(mine, other, NEAR)
 
 
-@pytest.mark.parametrize("options", [{}, {"residual": 0.15}, {"bias": False}, {"d": None}], ids=str)
+KINDS = [{}, {"residual": 0.15}, {"bias": False}, {"d": None}, {"exact": True}]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
 @pytest.mark.parametrize("hidden", LAYERS.values(), ids=LAYERS)
 def test_derivatives_of_first_and_second_order(hidden, options, solver):
     g = step(4, **{"d": 3, "hidden": hidden} | options)
@@ -181,6 +209,44 @@ def test_derivatives_of_first_and_second_order(hidden, options, solver):
 
     assert torch.autograd.gradcheck(f, (z, *values), fast_mode=True)
     assert torch.autograd.gradgradcheck(f, (z, *values), fast_mode=True)
+
+
+def with_tensors(g, values):
+    """g with these in place of its parameters."""
+    made = copy.deepcopy(g)
+    for (path, _), value in zip(g.named_parameters(), values, strict=True):
+        owner, _, name = path.rpartition(".")
+        made.get_submodule(owner)._parameters[name] = value
+    return made
+
+
+def an_energys_step():
+    energy = DenseEnergy(4, 3, 5, curvature=1.5, convex=False).double()
+    rate = nn.Parameter(torch.tensor(1 / energy.smoothness(), dtype=torch.float64))
+    return GradientStep(energy, rate), ()
+
+
+def a_step_with_gain():
+    gain = torch.linspace(0.2, 1.2, 3, dtype=torch.float64)[:, None].requires_grad_()
+    return step(4, hidden=5), (gain,)
+
+
+@pytest.mark.parametrize("made", [an_energys_step, a_step_with_gain])
+def test_derivatives_in_energies_step_sizes_and_gains(made, solver):
+    g, more = made()
+    z = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    values = [p.detach().clone().requires_grad_() for p in g.parameters()]
+
+    def f(z, *tensors):
+        module = with_tensors(g, tensors[len(more) :])
+        options = dict(tolerance=TIGHT, adjoint=TIGHT_ADJOINT, max_iterations=1000)
+        x0 = torch.zeros(3, 4, dtype=torch.float64)
+        sol = fixed_point(module, x0, z, *tensors[: len(more)], solver=solver, **options)
+        assert sol.path == "native, whole"
+        return sol.x
+
+    assert torch.autograd.gradcheck(f, (z, *more, *values), fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, (z, *more, *values), fast_mode=True)
 
 
 # --- bits ------------------------------------------------------------------------------------
@@ -214,6 +280,11 @@ def form_of(case, dtype):
         hidden_scale=normal(b, h) if case["scale"] else None,
         **kind,
     )
+
+
+def in_float64(form):
+    tensors = {k: t.double() for k, t in vars(form).items() if isinstance(t, torch.Tensor)}
+    return dataclasses.replace(form, **tensors)
 
 
 def taken(form, rows):
@@ -259,6 +330,27 @@ def test_bits_depend_on_neither_batch_order_slots_nor_threads(case):
     assert same_bits(record.progress.scalars[order], again.progress.scalars)
     one, _ = whole.solve(taken(form, order[:1]), x0[order[:1]], solver, lim)
     assert same_bits(one[0], y[0])
+
+
+@given(case=cases, every=st.integers(2, 5), gain=st.sampled_from([float("nan"), 1e4, -3.0]))
+def test_samples_that_fail_leave_nothing_in_their_slots(case, every, gain):
+    """Those beside them, and those that take their slots next, have the bits they have alone."""
+    dtype = case["dtype"]
+    form = form_of(case, dtype)
+    solver = Anderson(case["history"]) if case["history"] > 1 else Picard()
+    lim = limits(dtype, case["n"])
+    x0 = torch.randn(case["b"], case["n"], dtype=torch.float64).to(dtype)
+    fails = torch.arange(case["b"]) % every == 0
+    form.gain[fails] = gain
+    torch.set_num_threads(case["threads"])
+    x, record = whole.solve(form, x0, solver, lim, slots=case["slots"])
+    torch.set_num_threads(1)
+    y, alone = whole.solve(taken(form, ~fails), x0[~fails], solver, lim)
+    assert same_bits(x[~fails], y)
+    assert torch.equal(record.progress.counters[~fails], alone.progress.counters)
+    assert same_bits(record.progress.scalars[~fails], alone.progress.scalars)
+    if math.isnan(gain):
+        assert set(record.status[fails].tolist()) == {Status.NONFINITE}
 
 
 @pytest.mark.parametrize("hidden", LAYERS.values(), ids=LAYERS)
@@ -332,7 +424,79 @@ def test_a_zero_gradient_costs_no_iteration():
     assert not at_z[:10].any() and at_z[10:].all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_tolerance_below_rounding_stalls_as_in_the_reference(dtype):
+    """Unless an iterate is its own image to the bit, which is convergence at any tolerance."""
+    g = step(40, activation="identity", dtype=dtype)
+    z = torch.randn(30, 3).to(dtype)
+    for backend in ("auto", "reference"):
+        sol, _ = solve(g, z, solver=Picard(), tolerance=Tolerance(1e-30, 0), backend=backend)
+        assert set(sol.status.tolist()) <= {Status.STALLED, Status.CONVERGED}
+        assert (sol.iterations < 200).all()
+
+
+def test_a_failure_raises_from_forward_and_from_backward():
+    g = step(5)
+    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    x0 = torch.zeros(4, 5, dtype=torch.float64)
+    with pytest.raises(FixedPointError, match="4 of 4") as raised:
+        fixed_point(g, x0, z, max_iterations=2, on_failure="raise")
+    assert raised.value.solution.path == "native, whole"
+    once = ImplicitAdjoint(max_iterations=1)
+    x = fixed_point(g, x0, z, adjoint=once, on_failure="raise").x
+    with pytest.raises(FixedPointError, match="adjoint: 4 of 4"):
+        x.sum().backward()
+
+
 # --- where it is used ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", LAYERS.values(), ids=LAYERS)
+def test_a_solve_saves_the_solution_the_inputs_and_the_parameters(hidden, solver):
+    g, z = step(40, d=6, hidden=hidden), torch.randn(70, 6, dtype=torch.float64, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        x = fixed_point(g, torch.zeros(70, 40, dtype=torch.float64), z, solver=solver).x
+    x.sum().backward()
+    once = {t.data_ptr(): t.numel() for t in saved}
+    assert sum(once.values()) <= 70 * (40 + 6 + 1) + sum(p.numel() for p in g.parameters())
+
+
+def test_tf32_is_for_loose_tolerances_forward_and_backward(monkeypatch):
+    asked, kernel = [], native.dense_solve
+
+    def watched(*arguments):
+        *most, tf32, slots = arguments
+        asked.append(tf32)
+        kernel(*most, False, slots)
+
+    monkeypatch.setattr(native, "tf32_wanted", lambda x: True)
+    monkeypatch.setattr(native, "dense_solve", watched)
+    g, z = step(5, dtype=torch.float32), torch.randn(4, 3)
+    for forward, backward in ((2e-3, 1.9e-3), (1.9e-3, 2e-3)):
+        adjoint = ImplicitAdjoint(tolerance=Tolerance(backward))
+        sol, _ = solve(g, z, tolerance=Tolerance(forward), adjoint=adjoint)
+        found = [path.endswith(", tf32") for path in (sol.path, sol.adjoint.path)]
+        assert found == asked == [forward >= 2e-3, backward >= 2e-3]
+        asked.clear()
+
+
+@pytest.fixture
+def matmul():
+    """torch's settings of CUDA's products; monkeypatch can't put them back."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_tf32_is_wanted_where_torch_is_set_to_it(matmul):
+    on_cuda = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    half = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    for setting in ("ieee", "tf32"):
+        matmul.fp32_precision = setting
+        assert native.tf32_wanted(on_cuda) == (setting == "tf32")
+        assert not native.tf32_wanted(half)
+        assert not native.tf32_wanted(torch.zeros(1))
 
 
 @pytest.mark.parametrize("wrap", [lambda g: g, NeuralStep], ids=["itself", "NeuralStep"])
@@ -459,6 +623,21 @@ def test_the_module_compiles():
     assert_close(torch.compile(g, fullgraph=True)(x, z), g(x, z))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_module_and_its_layer_are_traced():
+    """What torch.compile does before a compiler is called: the module whole, the layer in parts."""
+    g = step(5, hidden=4, dtype=torch.float32)
+    x, z = torch.randn(6, 5), torch.randn(6, 3)
+    torch.compiler.reset()
+    assert_close(torch.compile(g, fullgraph=True, backend="aot_eager")(x, z), g(x, z))
+    layer = FixedPointLayer(g)
+    expected = torch.autograd.grad(layer(z).sum(), g.state_weight)[0]
+    traced = torch.compile(layer, backend="aot_eager")
+    found = torch.autograd.grad(traced(z).sum(), g.state_weight)[0]
+    assert layer.last.path == "native, whole"
+    assert_close(found, expected)
+
+
 # --- energies --------------------------------------------------------------------------------
 
 
@@ -556,9 +735,9 @@ def test_cuda_solves_every_dtype_to_its_tolerance(hidden, dtype, solver):
 
 
 @on_cuda
-def test_cuda_takes_tf32_where_torch_and_the_tolerance_allow(monkeypatch):
+def test_cuda_takes_tf32_where_torch_and_the_tolerance_allow(matmul):
     g, z = step(130, dtype=torch.float32), torch.randn(700, 3)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    matmul.fp32_precision = "tf32"
     (loose, (x, *_)), (_, (y, *_)) = moved(g, z, tolerance=Tolerance(1e-2))
     assert loose.path == "native, whole, tf32"
     torch.testing.assert_close(x, y, rtol=0.05, atol=0.05)
