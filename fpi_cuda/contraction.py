@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 
 from .conv import ConvStep
 from .dense import DenseEnergy, DenseStep
+from .forms.activations import SLOPES, steepest
 from .modules import Binding, bindable
 from .steps import GradientStep, NeuralStep
 
@@ -42,15 +43,6 @@ __all__ = [
 Step = Callable[..., Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
-# The range of φ′, rounded outwards.
-SLOPES = {
-    "identity": (1.0, 1.0),
-    "tanh": (0.0, 1.0),
-    "relu": (0.0, 1.0),
-    "sigmoid": (0.0, 0.25),
-    "softplus": (0.0, 1.0),
-    "gelu": (-0.129, 1.129),
-}
 # Of modules without weights, rounded up.
 CONSTANTS: dict[type[nn.Module], float] = {
     nn.Flatten: 1.0,
@@ -525,7 +517,7 @@ def _shares(step: nn.Module, bound: float) -> tuple[tuple[tuple[nn.Module, str],
                 f"spectral_normalize: |1 - step_size * curvature| must be below bound, {bound:g} "
                 f"(got {rest:g}); take a step_size nearer to 1 / curvature"
             )
-        room = ((1 + bound) / size - energy.curvature) / _steepest(energy.activation)
+        room = ((1 + bound) / size - energy.curvature) / steepest(energy.activation)
         return ((energy, "state_weight"),), math.sqrt(room)
     chain = _chain(step)
     if chain is None:
@@ -597,16 +589,16 @@ def _descent(step: nn.Module) -> tuple[DenseEnergy, float | nn.Parameter] | None
 def _chain(module: nn.Module) -> _Chain | None:
     """None where the module is no chain."""
     if _is(module, DenseStep):
-        slope = _steepest(module.activation)
+        slope = steepest(module.activation)
         first = (module, "state_weight")
         if module.hidden is None:
             return _Chain((first,), 1.0, slope, module.residual)
-        outer = _steepest(module.output_activation)
+        outer = steepest(module.output_activation)
         return _Chain((first, (module, "output_weight")), slope, outer, module.residual)
     if _is(module, ConvStep):
         weights = tuple((layer, "weight") for layer in module.layers)
-        inner = _steepest(module.activation) ** (len(weights) - 1)
-        return _Chain(weights, inner, _steepest(module.output_activation), module.residual)
+        inner = steepest(module.activation) ** (len(weights) - 1)
+        return _Chain(weights, inner, steepest(module.output_activation), module.residual)
     if _is(module, nn.Sequential):
         parts = [_part(part) for part in module]
         known = [part for part in parts if part is not None]
@@ -641,10 +633,6 @@ def _keeps_size(module: nn.Conv2d) -> bool:
     odd = all(k % 2 for k in module.kernel_size)
     plain = all(s == d == 1 for s, d in zip(module.stride, module.dilation, strict=True))
     return odd and plain and module.padding in (tuple(k // 2 for k in module.kernel_size), "same")
-
-
-def _steepest(activation: str) -> float:
-    return max(abs(slope) for slope in SLOPES[activation])
 
 
 def _plus_identity(weight: Tensor, residual: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch.autograd import Function
 from ._check import check_activation, check_sizes
 from .backends import native
 from .forms import ACTIVATIONS, DenseForm
+from .forms.activations import steepest
 from .operators import transforming
 
 __all__ = ["DenseEnergy", "DenseStep"]
@@ -219,7 +220,6 @@ _PSI: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": _gelu_integral,
 }
 _CONVEX = ("tanh", "relu", "sigmoid", "identity")
-_STEEPEST = {"tanh": 1.0, "relu": 1.0, "sigmoid": 0.25, "identity": 1.0, "gelu": 1.13}  # max |φ′|
 
 
 class DenseEnergy(_Inputs):
@@ -310,7 +310,7 @@ class DenseEnergy(_Inputs):
         """A bound L on the curvature of f in x: any γ < 2/L makes a convex f's step contract."""
         norm = float(torch.linalg.matrix_norm(self.state_weight.double(), 2))
         most = 1.0 if self.term_weight is None else float(self.term_weight.abs().amax())
-        return self.curvature + most * _STEEPEST[self.activation] * norm**2
+        return self.curvature + most * steepest(self.activation) * norm**2
 
     def extra_repr(self) -> str:
         """What the constructor was given."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "slope_of"]
+__all__ = ["ACTIVATIONS", "SLOPES", "slope_of", "steepest"]
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -24,6 +24,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,
     "gelu": F.gelu,
 }
+
+
+# The range of φ′, rounded outwards.
+SLOPES = {
+    "identity": (1.0, 1.0),
+    "tanh": (0.0, 1.0),
+    "relu": (0.0, 1.0),
+    "sigmoid": (0.0, 0.25),
+    "softplus": (0.0, 1.0),
+    "gelu": (-0.129, 1.129),
+}
+
+
+def steepest(activation: str) -> float:
+    """max |φ′|."""
+    return max(abs(slope) for slope in SLOPES[activation])
 
 
 def slope_of(activation: str, value: Tensor, at: Tensor) -> Tensor | None:
