@@ -117,7 +117,7 @@ def rows_of(
                     progress.norms = norms
                     backend.picard_step(progress, row(state), row(out), 1.0)  # noqa: B023
 
-            return call
+            return call  # noqa: B023
 
         def cudnn(_: int, a: Any = (kept, z_kept, all_on)) -> None:
             start, z, on = a

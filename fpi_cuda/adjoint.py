@@ -223,7 +223,9 @@ class Problem:
         if isinstance(form, ConvForm):
             kernels = convolutions(self.backend, form, x)
             if kernels is not None:
-                return Masked(self, kernels, form, x)
+                limits = self.limits(x, adjoint=self.linear)
+                tf32 = whole.tf32_allowed(limits) and _convolutions_in_tf32(x)
+                return Masked(self, kernels, form, x, tf32=tf32)
         g, inputs = form.opened()  # what does not depend on x stays out of the loop
         return Forward(self, g, inputs, PerSample(True, self.step))
 
@@ -403,6 +405,14 @@ class Problem:
         if self.on_failure == "raise":
             raise FixedPointError(message, Solution(self.unpack(x), record))
         warn(message, FixedPointWarning)
+
+
+def _convolutions_in_tf32(x: Tensor) -> bool:
+    """Whether torch is set to round the operands of convolutions like x's to tf32."""
+    own: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    everywhere = getattr(torch.backends, "fp32_precision", own)
+    wanted = everywhere if own == "none" else own
+    return x.device.type == "cuda" and x.dtype == torch.float32 and wanted == "tf32"
 
 
 class FixedPoint(Function):

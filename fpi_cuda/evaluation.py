@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .backends.progress import Progress
+from .backends import triton
+from .backends.progress import STATUS, Progress
 from .forms import ConvForm, Form, form_of
 from .modules import Binding, bindable
 from .operators import transforming
@@ -318,25 +319,41 @@ class Adjoint:
 
 
 class Masked:
-    """x ↦ g(x) by kernels that leave finished samples out, whatever the host knows."""
+    """x ↦ g(x) by kernels that leave finished samples out, whatever the host knows.
+
+    Args:
+        owner: the solve.
+        kernels: see `convolutions`.
+        form: the step.
+        like: a state, [B, C, H, W].
+        tf32: whether products may round float32 operands to tf32.
+    """
 
     masks = True
     compact_below = 0.0
 
-    def __init__(self, owner: Owner, kernels: ModuleType, form: ConvForm, like: Tensor) -> None:
+    def __init__(
+        self, owner: Owner, kernels: ModuleType, form: ConvForm, like: Tensor, *, tf32: bool
+    ) -> None:
         self.owner, self.kernels = owner, kernels
         self.out = torch.empty_like(like, memory_format=torch.channels_last)
-        self.chain = kernels.Chain(form.laid_out(), self.out, tf32=kernels.tf32_wanted(like))
-        self.progress: Progress | None = None
+        self.chain = kernels.Chain(form.laid_out(), self.out, tf32=tf32)
+        # Without a record to watch, all are active.
+        self.status = torch.zeros(len(like), dtype=torch.int32, device=like.device)
+        self.active: tuple[Tensor, Tensor] | None = None
+        self.norms: Tensor | None = None
 
     def watch(self, progress: Progress) -> None:
-        self.progress = progress
-        progress.norms = self.chain.norms
+        self.status = progress.counters[:, STATUS]
+        shape = (len(self.out), self.chain.tiles, 2)
+        self.norms = torch.empty(shape, dtype=progress.dtype, device=self.out.device)
+        progress.norms = self.norms
 
     def __call__(self, x: Tensor) -> Tensor:
         self.owner.calls += 1
-        active = self.kernels.active_samples(self.progress, x)
-        self.chain(x.contiguous(memory_format=torch.channels_last), self.out, active)
+        self.active = self.kernels.active_samples(self.status, self.active)
+        x = x.contiguous(memory_format=torch.channels_last)
+        self.chain(x, self.out, *self.active, self.norms)
         return self.out
 
     def select(self, positions: Tensor, x: Tensor) -> Masked | None:
@@ -344,11 +361,9 @@ class Masked:
 
 
 def convolutions(backend: str, form: ConvForm, x: Tensor) -> ModuleType | None:
-    """The kernels for this form and a state like x, or None: the library's convolutions."""
+    """The kernels for this form and a state like x, or None: torch's convolutions serve."""
     if backend not in ("auto", "triton") or (backend == "auto" and x.device.type != "cuda"):
         return None
-    from .backends import triton
-
     if triton.missing(x.device.type) is not None:
         return None
     from .backends.triton import conv

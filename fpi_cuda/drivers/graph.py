@@ -269,6 +269,7 @@ class _Captured:
             outputs = [None if t is None else t.clone() for t in self._outputs]
             found = copy.copy(progress)
             del found.out
+            found.norms = None
             for name in ("counters", "scalars", "tally"):
                 setattr(found, name, getattr(progress, name).clone())
             found.tally = found.tally.cpu()  # the one wait: nobody else's launch may come before

@@ -15,9 +15,14 @@ from ..solution import Record, Status
 from ..solvers import Anderson, Solver
 from . import eager
 
-__all__ = ["refusal", "solve"]
+__all__ = ["refusal", "solve", "tf32_allowed"]
 
 TF32_RTOL = 2e-3  # the least rtol that is left to tf32; others are solved in float32
+
+
+def tf32_allowed(limits: Limits) -> bool:
+    """Whether tf32 is exact enough: it rounds at 4.9e-4, and residuals much below would be that."""
+    return limits.rtol >= TF32_RTOL
 
 
 def refusal(form: DenseForm, x0: Tensor, backend: str, solver: Solver) -> str | None:
@@ -63,8 +68,7 @@ def solve(
     ridge, restart = 0.0, 0.0
     if isinstance(solver, Anderson):
         ridge, restart = solver.ridge_for(x0.dtype), solver.restart
-    # tf32 rounds at 4.9e-4: residuals much below that would be its rounding.
-    tf32 = native.tf32_wanted(x0) and limits.rtol >= TF32_RTOL
+    tf32 = native.tf32_wanted(x0) and tf32_allowed(limits)
     native.dense_solve(progress, x0, form, solver.beta, solver.history, ridge, restart, tf32, slots)
     tally = progress.tally.tolist()
     out = progress.out
