@@ -18,7 +18,7 @@ from test_primitives import DTYPES, FOREVER, close, oracle_of, poisoned, same_bi
 
 from fpi_cuda import Anderson, Picard, Status, backends, fixed_point
 from fpi_cuda.backends import reference, triton
-from fpi_cuda.backends.progress import HEAD, RESIDUAL, STATUS, Limits, Progress
+from fpi_cuda.backends.progress import HEAD, ITERATIONS, RESIDUAL, STATUS, WINDOW, Limits, Progress
 from fpi_cuda.backends.triton import steps
 
 
@@ -101,28 +101,43 @@ def test_a_plan_covers_the_row_with_no_part_left_empty(dtype):
 
 @pytest.mark.parametrize("solver", ["picard", "anderson"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_finish_freeze_and_follow_their_index(plan, solver, dtype):
+def test_rows_finish_freeze_and_follow_their_index(solver, dtype):
     primitives.test_rows_finish_freeze_and_follow_their_index(triton, solver, dtype)
 
 
-def test_finished_rows_of_many_parts_freeze_too(plan):
-    """With NaN in one part only, and the rows before and after it going on."""
-    b, n = 3, 150
-    x, gx = torch.randn(b, n), torch.randn(b, n)
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+def test_rows_in_parts_finish_freeze_and_follow_their_index(plan, solver):
+    """A NaN lies in one part only; the rows before and after go on."""
+    b, n, dtype = 5, 150, torch.float32
+    held = torch.tensor([3, 0, 4])
+    x, gx = torch.randn(3, n), torch.randn(3, n)
     gx[1, 140] = math.nan
-    p = Progress(x, FOREVER)
+    p = Progress(torch.empty(b, n), FOREVER)
+    p.narrow(held)
     p.out.fill_(math.nan)
-    before = x.clone()
-    memory = window(b, 2, n, x.dtype)
-    triton.anderson_step(p, x, gx, 1.0, 1e-6, 10.0, *memory)
-    assert p.counters[:, STATUS].tolist() == [0, 1 + Status.NONFINITE, 0]
+    before, memory = x.clone(), window(b, 2, n, dtype)
+
+    def step(gx):
+        if solver == "picard":
+            triton.picard_step(p, x, gx, 1.0)
+        else:
+            triton.anderson_step(p, x, gx, 1.0, 1e-6, 10.0, *memory)
+
+    step(gx)
+    assert p.counters[:, STATUS].tolist() == [1 + Status.NONFINITE, 0, 0, 0, 0]
+    assert p.counters[:, ITERATIONS].tolist() == [1, 0, 0, 1, 1]
     assert p.tally.tolist() == [2, 1, 1]
-    assert torch.equal(x[1], before[1]) and torch.equal(p.out[1], before[1])
-    assert torch.equal(x[::2], gx[::2]) and p.out[::2].isnan().all()
-    frozen = [x[1].clone(), *(t[1].clone() for t in (p.counters, p.scalars, *memory))]
-    triton.anderson_step(p, x, torch.randn(b, n), 1.0, 1e-6, 10.0, *memory)
-    for kept, t in zip(frozen, (x, p.counters, p.scalars, *memory), strict=True):
-        same_bits(kept, t[1])
+    assert torch.equal(x[1], before[1]) and torch.equal(p.out[0], before[1])
+    assert torch.equal(x[::2], gx[::2]) and p.out[1:].isnan().all()
+    kept = [
+        t.clone() for t in (x[1], p.out[0], p.counters[0], p.scalars[0], *(w[0] for w in memory))
+    ]
+    step(torch.randn(3, n))
+    now = [x[1], p.out[0], p.counters[0], p.scalars[0], *(w[0] for w in memory)]
+    for old, new in zip(kept, now, strict=True):
+        same_bits(old, new)
+    assert p.tally.tolist() == [2, 1, 2]
+    assert p.counters[held, ITERATIONS].tolist() == [2, 1, 2]
 
 
 @pytest.mark.parametrize("floored", [False, True])
@@ -183,9 +198,10 @@ def test_anderson_measures_tiny_rows_too(plan):
     assert float(p.scalars[0, RESIDUAL]) == pytest.approx(3e-29, rel=1e-5)
 
 
-def test_picard_takes_the_sums_that_a_kernel_left(plan):
-    """Also where x and g(x) would say otherwise, as the sums are of values before rounding."""
-    b, n, tiles = 3, 50, 5
+@pytest.mark.parametrize("tiles", [1, 5, 1100])
+def test_picard_takes_the_sums_that_a_kernel_left(plan, tiles):
+    """However many, and where x and g(x) would say otherwise."""
+    b, n = 3, 50
     x, gx = torch.randn(b, n), torch.randn(b, n)
     norms = torch.rand(b, tiles, 2)
     p = Progress(x, FOREVER)
@@ -223,7 +239,7 @@ def test_residual_differences_of_rounding_size_are_not_trusted(plan):
     for k in (0, 1):
         gx = x + torch.ones(1, 8) + k * 2**-24 * torch.randn(1, 8)
         triton.anderson_step(p, x, gx, 0.5, 1e-6, 10.0, *memory)
-    assert p.counters[0, 3] == 1, "window"
+    assert p.counters[0, WINDOW] == 1
     close(x, torch.ones(1, 8), torch.float32)
 
 
