@@ -14,7 +14,7 @@ Both walk a compact list of the active samples: as many programs as the device h
 each with every so-manieth tile of the listed samples. Their number is read on the device.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
@@ -691,6 +691,7 @@ class Chain:
         form: the step.
         like: a state, [B, C, H, W], channels-last; only its shape, dtype and device are used.
         tf32: whether float32's products may round their operands to tf32.
+        config: how to run; None: as `configs` has it for these layers and this device.
 
     Attributes:
         tiles: partial norms a sample.
@@ -699,7 +700,9 @@ class Chain:
         ValueError: for a form that these kernels don't take; says why.
     """
 
-    def __init__(self, form: ConvForm, like: Tensor, *, tf32: bool) -> None:
+    def __init__(
+        self, form: ConvForm, like: Tensor, *, tf32: bool, config: configs.Config | None = None
+    ) -> None:
         reason = refusal(form, like)
         if reason is not None:
             raise ValueError(f"the Triton convolutions do not take this step: {reason}")
@@ -711,8 +714,8 @@ class Chain:
         name = _PRECISION_NAMES[like.dtype]
         if tf32 and name == "float32":
             name = "tf32"
-        capability, multiprocessors = _machine(like.device)
-        config = self.config = configs.choose(self._shape, name, capability)
+        capability, multiprocessors = machine(like.device)
+        config = self.config = config or configs.choose(self._shape, name, capability)
         acc = accumulate_dtype(like.dtype)
         self._layers = [self._layer(form, layer) for layer in range(len(form.weights))]
         self._hidden_activation, self._activation = form.hidden_activation, form.activation
@@ -925,7 +928,7 @@ def _rows(t: Tensor, name: str, view: bool = False) -> Tensor:
 
 
 @cache
-def _machine(device: torch.device) -> tuple[int | None, int]:
+def machine(device: torch.device) -> tuple[int | None, int]:
     """A device's capability, as 90 for 9.0, and multiprocessors; the interpreter has two."""
     if device.type != "cuda":
         return None, 2
