@@ -137,21 +137,23 @@ def _norms(r_squares, g_squares, x, gx, n, BLOCK: tl.constexpr):
     Where one of these may have under- or overflowed, both are measured again, scaled.
     """
     acc: tl.constexpr = r_squares.dtype
+    # Rare, so few registers rather than speed; float64 spills with fewer at a time.
+    WIDTH: tl.constexpr = 512 if acc == tl.float32 and BLOCK > 512 else BLOCK
     r_norm = tl.sqrt(r_squares)
     g_norm = tl.sqrt(g_squares)
     if (_is_trusted(r_squares) & _is_trusted(g_squares)) == 0:
-        r_largest = tl.zeros([BLOCK], acc)
-        g_largest = tl.zeros([BLOCK], acc)
-        for start in range(0, n, BLOCK):
-            r, g = _residual_and_value(x, gx, start + tl.arange(0, BLOCK), n, acc)
+        r_largest = tl.zeros([WIDTH], acc)
+        g_largest = tl.zeros([WIDTH], acc)
+        for start in range(0, n, WIDTH):
+            r, g = _residual_and_value(x, gx, start + tl.arange(0, WIDTH), n, acc)
             r_largest = tl.where(tl.abs(r) > r_largest, tl.abs(r), r_largest)
             g_largest = tl.where(tl.abs(g) > g_largest, tl.abs(g), g_largest)
         r_scale = _scale(tl.max(r_largest))
         g_scale = _scale(tl.max(g_largest))
-        r_scaled = tl.zeros([BLOCK], acc)
-        g_scaled = tl.zeros([BLOCK], acc)
-        for start in range(0, n, BLOCK):
-            r, g = _residual_and_value(x, gx, start + tl.arange(0, BLOCK), n, acc)
+        r_scaled = tl.zeros([WIDTH], acc)
+        g_scaled = tl.zeros([WIDTH], acc)
+        for start in range(0, n, WIDTH):
+            r, g = _residual_and_value(x, gx, start + tl.arange(0, WIDTH), n, acc)
             r_scaled += (r / r_scale) * (r / r_scale)
             g_scaled += (g / g_scale) * (g / g_scale)
         r_norm = r_scale * tl.sqrt(tl.sum(r_scaled))
