@@ -18,6 +18,8 @@ from fpi_cuda.forms.activations import ACTIVATIONS
 from fpi_cuda.forms.conv import ConvForm
 
 with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if INTERPRETED else {}):
+    from triton.runtime import interpreter
+
     from fpi_cuda.backends.triton import conv, tune
 
 # Of the largest value; the interpreter rounds to bfloat16 by cutting bits off.
@@ -422,6 +424,61 @@ def test_the_tuner_measures_checks_and_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "_milliseconds", lambda step: (step(), next(times))[1])
     found = tune.best(case, "float64", torch.device("cuda" if not INTERPRETED else "cpu"))
     assert found == (two[1], 1.0)
+
+
+class Races:
+    """Watches a chain's hidden layers: what one thread reads, another wrote before a barrier.
+
+    The interpreter runs a program's threads in step, so their races show in no result.
+    """
+
+    def __init__(self, monkeypatch, chain, per_tile, omitted):
+        builder = interpreter.interpreter_builder
+        self.first = chain._workspace[0].data_ptr()
+        self.end = self.first + chain._workspace[0].nbytes
+        self.read, self.written, self.found, self.met = set(), set(), [], 0
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def watched_load(ptrs, mask, *rest):
+            at = self.addresses(ptrs, mask)
+            self.found += ["read before it is there"] * bool(at & self.written)
+            self.read |= at
+            return load(ptrs, mask, *rest)
+
+        def watched_store(ptrs, value, mask, *rest):
+            at = self.addresses(ptrs, mask)
+            self.found += ["written while it is read"] * bool(at & self.read)
+            self.found += ["written twice"] * bool(at & self.written)
+            self.written |= at
+            return store(ptrs, value, mask, *rest)
+
+        def barrier():
+            self.met += 1
+            if (self.met - 1) % per_tile != omitted:
+                self.read.clear()
+                self.written.clear()
+
+        monkeypatch.setattr(builder, "create_masked_load", watched_load, raising=False)
+        monkeypatch.setattr(builder, "create_masked_store", watched_store, raising=False)
+        monkeypatch.setattr(builder, "create_barrier", barrier, raising=False)
+
+    def addresses(self, ptrs, mask):
+        at = ptrs.data[mask.data]
+        return set(at[(at >= self.first) & (at < self.end)].tolist())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="watches the interpreter")
+@pytest.mark.parametrize("net", [((1, 16, 1), (3, 3)), ((1, 16, 16, 1), (3, 3, 3))], ids=str)
+@pytest.mark.parametrize("omitted", [None, 0, 1])
+def test_each_barrier_of_a_tile_keeps_threads_from_racing(net, omitted, monkeypatch):
+    form, x = make(net, (5, 9), b=1)
+    chain = conv.Chain(form, x, tf32=False, config=SMALL["fused"])
+    active = conv.active_samples(torch.zeros(1, dtype=torch.int32))
+    races = Races(monkeypatch, chain, 2, omitted)
+    chain(x, torch.empty_like(x), *active)
+    assert chain.tiles == 4, "several a program"
+    assert races.met == 2 * chain.tiles
+    assert bool(races.found) == (omitted is not None)
 
 
 @pytest.mark.cuda
