@@ -241,6 +241,19 @@ def test_every_layer_may_have_a_u(u, config):
 
 
 @BOTH
+def test_what_is_added_and_weights_may_lie_in_any_order(config):
+    form, x = make(((2, 20, 2), (3, 3)), (3, 5), slopes="bits", scale=True)
+    strided = dataclasses.replace(
+        form,
+        weights=tuple(w.mT.contiguous().mT for w in form.weights),
+        u=tuple(u if u is None else u.contiguous() for u in form.u),
+        scale=form.scale.contiguous(),
+        slopes=tuple(s.contiguous() for s in form.slopes),
+    )
+    assert torch.equal(run(strided, x, config)[0], run(form, x, config)[0])
+
+
+@BOTH
 @pytest.mark.parametrize("hidden", ["relu", "tanh"])
 def test_the_adjoint_form_is_the_vector_jacobian_product(hidden, config):
     net = NETS["3-20-7-3"]

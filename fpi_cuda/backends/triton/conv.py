@@ -1,17 +1,21 @@
 """Steps of convolutions in Triton: the layers fused, or one at a time; finished samples left out.
 
 Memory is channels-last. A layer is an implicit GEMM: for each tap of its kernel, pixels × input
-channels times input channels × outputs, summed in float32 (float64 for float64). Products are
-`tl.dot`, on tensor cores where the dtype has them.
+channels times input channels × outputs, summed in float32 (float64 for float64), by `tl.dot`.
 
 `_chain_kernel` computes all layers, two or three of at most 64 channels. A program owns a tile of
 one sample's image and computes each hidden layer on the tile and the halo that the layers after it
-need. A register tile cannot be shifted in Triton, so hidden layers go through a few ten KiB of
-global memory a program, written and read by the same program and so from the caches; a barrier of
-the block stands between. `_conv_kernel` computes one layer of any width.
+need. Triton cannot shift a register tile (`tl.gather` takes hundreds of shuffles a tap), so hidden
+layers go through a few ten KiB of global memory a program, written and read by the same program and
+so from its caches; a barrier of the block stands between. `_conv_kernel` computes one layer of any
+width.
 
-Both walk a compact list of the active samples: as many programs as the device holds at a time,
-each with every so-manieth tile of the listed samples. Their number is read on the device.
+Both walk a compact list of the active samples. There are as many programs as the device holds at a
+time; each takes the tiles of the listed samples whose number is its own, plus a multiple of the
+number of programs. How many samples are listed is read on the device.
+
+A sample's bits depend on the config, which the layers, precision and device choose, and not on the
+batch or on who else is active.
 """
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -634,6 +638,8 @@ def refusal(form: ConvForm, x: Tensor) -> str | None:
             return "Triton has no kernels for the CPU; TRITON_INTERPRET=1 runs them there, slowly"
     elif x.device.type != "cuda":
         return f"its Triton kernels are for CUDA devices, and x is on {x.device}"
+    elif (machine(x.device)[0] or 0) < 80:
+        return "a CUDA device older than compute capability 8.0"
     if x.dtype not in _PRECISION_NAMES:
         return f"no kernels for {x.dtype}"
     for w in form.weights:
@@ -688,7 +694,8 @@ class _Layer:
 class Chain:
     """The step of a `ConvForm` by these kernels.
 
-    Weights are packed and the workspace is allocated once, by operations on the device alone.
+    Weights are packed and the workspace is allocated once, by operations on the device alone, so
+    that a CUDA graph can capture it (with α a number or on the device).
 
     Args:
         form: the step.
@@ -709,8 +716,8 @@ class Chain:
         reason = refusal(form, like)
         if reason is not None:
             raise ValueError(f"the Triton convolutions do not take this step: {reason}")
-        self._like = like
-        b, c, height, width = like.shape
+        b, c, height, width = self._state = like.shape
+        self._dtype = like.dtype
         self._shape = configs.Shape(
             (c, *(w.shape[0] for w in form.weights)), tuple(w.shape[-1] for w in form.weights)
         )
@@ -764,10 +771,10 @@ class Chain:
         return min(self.config.outputs, configs.padded(layer.outputs))
 
     def _layer(self, form: ConvForm, at: int) -> _Layer:
-        weight, like = form.weights[at].detach(), self._like
+        weight = form.weights[at].detach()
         outputs, inputs, kernel, _ = weight.shape
         block_k = min(configs.padded(inputs), self.config.inputs)
-        rows = weight.to(like.dtype).permute(2, 3, 1, 0).reshape(kernel**2, inputs, outputs)
+        rows = weight.to(self._dtype).permute(2, 3, 1, 0).reshape(kernel**2, inputs, outputs)
         in_memory = inputs
         if self.config.fused and at > 0:
             in_memory = configs.padded(inputs)
@@ -808,10 +815,10 @@ class Chain:
             norms: [B, tiles, 2], float32 (float64 for float64): for each listed sample the parts,
                 in a fixed order, of ‖g(x) − x‖² and ‖g(x)‖² over the values as stored in out.
         """
-        if x.shape != self._like.shape or x.dtype != self._like.dtype:
+        if x.shape != self._state or x.dtype != self._dtype:
             raise ValueError(
-                f"x must be as the state that the chain was made for, {tuple(self._like.shape)} "
-                f"of {self._like.dtype}; got {tuple(x.shape)} of {x.dtype}"
+                f"x must be as the state that the chain was made for, {tuple(self._state)} "
+                f"of {self._dtype}; got {tuple(x.shape)} of {x.dtype}"
             )
         if x.numel() == 0:
             return

@@ -58,8 +58,8 @@ def candidates(shape: Shape, precision: str) -> Iterator[Config]:
     """What may run these layers, the rule's config first."""
     rule = configs.rule(shape, precision)
     yield rule
-    laid = itertools.product((16, 32, 64), (4, 8), (1, 2, 3), (1, 2, 3, 4))
-    for inputs, warps, stages, blocks in laid:
+    laid = itertools.product((16, 32), (4, 8), (1, 3), (1, 2, 3, 4))
+    for inputs, warps, stages, blocks in laid:  # programs change last: they compile nothing new
         options = {"inputs": inputs, "warps": warps, "stages": stages, "blocks": blocks}
         found = [
             Config(False, tile, outputs=outputs, **options)
@@ -69,7 +69,7 @@ def candidates(shape: Shape, precision: str) -> Iterator[Config]:
         if configs.can_fuse(shape):
             found += [
                 Config(True, tile, pixels=pixels, **options)
-                for tile in ((8, 16), (8, 32), (16, 32), (14, 30), (32, 32))
+                for tile in ((8, 16), (8, 32), (16, 32), (14, 30))
                 for pixels in (64, 128)
                 if configs.scratch_values(shape, tile) * configs.PRECISIONS[precision] * blocks
                 <= configs.MOST_SCRATCH
