@@ -189,7 +189,14 @@ class Problem:
                 x, v = inputs[:2]
                 linear = Adjoint(self, g, x, v, inputs[2:], self.independence())
                 return self._iterate(linear, x0, v)
-            form = self.form(x0, inputs, params)
+            with torch.set_grad_enabled(self.grad_enabled):
+                form = self.form(x0, inputs, params)
+            if (
+                form is not None
+                and self.grad_enabled
+                and any(t.requires_grad for t in form.tensors)
+            ):
+                form = None  # g captures what needs gradients; its first call finds that out
             if self._takes_whole(form, x0):
                 return self._solve_whole(form, x0, None)
             if self.driver not in ("eager", "whole") and x0.device.type in graph.RECORDERS:

@@ -57,7 +57,8 @@ class _Inputs(nn.Module):
         _check_last(type(self).__name__, "z", z, self._expects)
         if self.input_weight is None:
             return z if self.bias is None else z + self.bias
-        if self.exact and z.dim() == 2 and not transforming():
+        plain = z.dim() == 2 and z.dtype == self.input_weight.dtype and not transforming()
+        if self.exact and plain and z.device.type in native.dense_devices():
             return _ExactLinear.apply(z, self.input_weight, self.bias)  # type: ignore[no-any-return,no-untyped-call]
         return F.linear(z, self.input_weight, self.bias)
 
@@ -74,9 +75,10 @@ class _ExactLinear(Function):
         ctx.save_for_backward(*inputs[:2])  # type: ignore[attr-defined]
 
     @staticmethod
-    def backward(ctx: object, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: object, c: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         z, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        return c @ weight, c.mT @ z, c.sum(0)
+        has_bias = ctx.needs_input_grad[2]  # type: ignore[attr-defined]
+        return c @ weight, c.mT @ z, c.sum(0) if has_bias else None
 
 
 class DenseStep(_Inputs):

@@ -188,6 +188,7 @@ def test_gain_weighs_a_sample_and_has_a_gradient():
 
 
 KINDS = [{}, {"residual": 0.15}, {"bias": False}, {"d": None}, {"exact": True}]
+KINDS += [{"exact": True, "bias": False}]
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
@@ -540,13 +541,47 @@ def test_what_is_more_than_its_layers_is_called():
     hooked.register_forward_hook(doubled)
     shifted = step(5)
     shifted.__class__ = Shifted
-    for g in (hooked, shifted):
+    patched = step(5)
+    patched.forward = lambda x, z: 0.5 * DenseStep.forward(patched, x, z)
+    watched = step(5)
+    watched.register_full_backward_hook(lambda module, at_input, at_output: None)
+    for g in (hooked, shifted, patched, watched):
         sol, _ = solve(g, z, backward=False, tolerance=TIGHT)
         assert sol.path != "native, whole"
         assert_close(sol.x, g(sol.x, z))
     captured = step(5)
     sol = fixed_point(lambda x, z: 1 * captured(x, z), torch.zeros(4, 5, dtype=torch.float64), z)
     assert sol.path.startswith("native, eager, ")
+
+
+@pytest.mark.parametrize("driver", ["auto", "eager"])
+def test_what_a_step_captures_gets_its_gradient(driver):
+    """A step size or a weight that is no parameter: found, and then g is called."""
+    z = torch.randn(4, 3, dtype=torch.float64)
+    energy = DenseEnergy(5, 3, 6).double()
+    rate = torch.tensor(1 / energy.smoothness(), dtype=torch.float64, requires_grad=True)
+    dense = step(5)
+    weight = dense.state_weight.detach().clone().requires_grad_()
+    del dense.state_weight
+    dense.state_weight = weight
+    few = dict(tolerance=Tolerance(0, 0), max_iterations=60, adjoint=TIGHT_ADJOINT)
+    for g, captured in ((GradientStep(energy, rate), rate), (dense, weight)):
+        x0 = torch.zeros(4, 5, dtype=torch.float64)
+        solution = fixed_point(g, x0, z, solver=Picard(), driver=driver, **few)
+        (found,) = torch.autograd.grad(solution.x.square().sum(), captured)
+        x = x0
+        for _ in range(300):
+            x = g(x, z)
+        (expected,) = torch.autograd.grad(x.square().sum(), captured)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_exact_step_is_a_module_like_any_other():
+    g = DenseStep(4, 3, exact=True)
+    x, z = torch.randn(6, 4), torch.randn(6, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert g(x, z.bfloat16()).dtype == torch.bfloat16
+    assert g.to("meta")(x.to("meta"), z.to("meta")).shape == (6, 4)
 
 
 def test_other_drivers_and_shapes_still_solve():

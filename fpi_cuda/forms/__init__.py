@@ -12,6 +12,8 @@ __all__ = ["ACTIVATIONS", "ConvForm", "DenseForm", "Form", "form_of"]
 
 Form = DenseForm | ConvForm
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def form_of(module: Any, method: str, *arguments: Any) -> Form | None:
     """What the module's `method` makes of itself, or None where it does more than that says.
@@ -22,7 +24,9 @@ def form_of(module: Any, method: str, *arguments: Any) -> Form | None:
     owner = next((kind for kind in kinds if method in vars(kind)), None)
     if owner is not next((kind for kind in kinds if "forward" in vars(kind)), object):
         return None
-    if module._forward_hooks or module._forward_pre_hooks:
+    if "forward" in vars(module):  # of this instance alone
+        return None
+    if any(hooks for name, hooks in vars(module).items() if name in _HOOKS):
         return None
     form: Form | None = getattr(module, method)(*arguments)
     return form
