@@ -40,6 +40,26 @@ def pytest_configure(config):
             )
 
 
+# Seconds that a whole run of each folder's tests may take on two cores.
+BUDGETS = {"tests": 480, "tests/emulation": 240, "tests/triton": 240}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How long each folder's tests took, beside its budget."""
+    spent = dict.fromkeys(BUDGETS, 0.0)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            folder = getattr(report, "nodeid", "").rpartition("/")[0]
+            if folder in spent:
+                spent[folder] += getattr(report, "duration", 0.0)
+    for folder, seconds in spent.items():
+        if seconds > 1:
+            terminalreporter.write_line(
+                f"{folder}: {seconds:.0f} s of {BUDGETS[folder]} s"
+                f"{' - OVER ITS BUDGET' if seconds > BUDGETS[folder] else ''}"
+            )
+
+
 @pytest.fixture(params=["reference", "native"])
 def backend(request):
     if "cpu" not in backends.available().get(request.param, ()) and request.param != "reference":

@@ -25,6 +25,7 @@ elif INTERPRETED:
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         from triton.runtime import interpreter
 
+        import fpi_cuda.backends.triton.conv
         import fpi_cuda.backends.triton.steps  # noqa: F401
 else:
     with torch.device("cuda"):  # torch lists its constructors now, before any is patched

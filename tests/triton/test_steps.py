@@ -205,10 +205,12 @@ def test_picard_takes_the_sums_that_a_kernel_left(plan, tiles):
     x, gx = torch.randn(b, n), torch.randn(b, n)
     norms = torch.rand(b, tiles, 2)
     p = Progress(x, FOREVER)
-    triton.picard_step(p, x, gx, 0.6, norms)
+    p.norms = norms
+    triton.picard_step(p, x, gx, 0.6)
     close(p.scalars[:, RESIDUAL], norms[:, :, 0].double().sum(1).sqrt(), torch.float32)
     with pytest.raises(ValueError, match=r"norms must have shape \[3, tiles, 2\]"):
-        triton.picard_step(p, x, gx, 0.6, norms[:2])
+        p.norms = norms[:2]
+        triton.picard_step(p, x, gx, 0.6)
 
 
 @pytest.mark.parametrize("squares", [0.0, 1e-35, math.inf, math.nan])
@@ -218,7 +220,8 @@ def test_picard_measures_what_a_kernel_could_not(plan, squares):
     norms = torch.ones(2, 3, 2)
     norms[0] = squares
     p = Progress(x, FOREVER)
-    triton.picard_step(p, x, gx, 1.0, norms)
+    p.norms = norms
+    triton.picard_step(p, x, gx, 1.0)
     close(p.scalars[0, RESIDUAL], expected[0], torch.float32)
     assert float(p.scalars[1, RESIDUAL]) == pytest.approx(3**0.5)
 

@@ -923,25 +923,24 @@ def damped_update(x: Tensor, gx: Tensor, beta: float) -> None:
         )
 
 
-def picard_step(
-    p: Progress, x: Tensor, gx: Tensor, beta: float, norms: Tensor | None = None
-) -> None:
+def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
     """One damped Picard step of every active row; see `reference.picard_step`.
 
     Args:
-        p: the per-sample record; updated.
+        p: the per-sample record; updated. Its norms, [R, tiles, 2], where it has them, are of each
+            row the sums of squares of g(x) − x and of g(x), by tiles, as the kernel that computed
+            g(x) left them. They are added in their order; where the sum may have over- or
+            underflowed, it is taken again from x and g(x).
         x: iterates, [R, N], contiguous; moved.
         gx: g(x), [R, N], contiguous; only read.
         beta: weight of the new value.
-        norms: [R, tiles, 2], contiguous: of each row the sums of squares of g(x) − x and of g(x),
-            by tiles, as the kernel that computed g(x) left them. They are added in their order;
-            where the sum may have over- or underflowed, it is taken again from x and g(x).
 
     Raises:
         ValueError: shapes, dtypes or strides are not those above.
     """
     _check("picard_step", x, gx, p)
     rows, n = x.shape
+    norms = p.norms
     fits = norms is None or (norms.dim() == 3 and norms.shape[::2] == (rows, 2))
     if norms is not None and not (fits and norms.is_contiguous()):
         raise ValueError(
