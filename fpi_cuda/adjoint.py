@@ -211,9 +211,26 @@ class Problem:
 
     def form(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
         """The step as known layers, where it is no more than that and nothing stands around it."""
-        if self.autocast_dtype is not None or self.batch_dims != 1 or self.parts or transforming():
+        if not isinstance(self.step, UserStep):
             return None
-        return self.step.form(x, inputs, params) if isinstance(self.step, UserStep) else None
+        dim = getattr(self.step.g, "form_dim", 0)
+        if dim == 0:
+            return None
+        if self.batch_dims != 1 or transforming():
+            reason = "under a torch.func transform"
+        elif self.autocast_dtype is not None:
+            reason = "autocast"
+        elif self.parts:
+            reason = "a tuple state"
+        elif dim != x.dim():
+            reason = f"a state of {x.dim()} dimensions"
+        else:
+            found = self.step.form(x, inputs, params)
+            if found is not None:
+                return found
+            reason = "g does more than its layers"
+        self.eagerly_because = f"layers not used: {reason}"
+        return None
 
     def evaluation(
         self,

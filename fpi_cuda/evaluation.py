@@ -97,7 +97,7 @@ class UserStep(Step):
 
     def form(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
         """g as layers that the library knows, if that is all it is; x is what g would get."""
-        if self.binding is None or self.n_params or getattr(self.g, "form_dim", 0) != x.dim():
+        if self.binding is None or self.n_params:
             return None
         return form_of(self.binding.bind(params), "form", x, *inputs)
 

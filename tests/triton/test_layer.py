@@ -6,28 +6,50 @@ import copy
 
 import pytest
 import torch
-from helpers import TIGHT, TIGHT_ADJOINT, assert_solved
+from helpers import assert_solved
 
 import fpi_cuda
-from fpi_cuda import Anderson, ConvStep, FixedPointLayer, Picard, Status
-from fpi_cuda.backends.triton import conv
+from fpi_cuda import (
+    Anderson,
+    ConvStep,
+    FixedPointLayer,
+    ImplicitAdjoint,
+    Picard,
+    Status,
+    Tolerance,
+)
+from fpi_cuda.backends.triton import configs, conv
+from fpi_cuda.backends.triton.configs import Config
+
+# Few iterations: the interpreter takes a tenth of a second for one.
+TOLERANCE, ADJOINT = Tolerance(1e-9, 1e-11), ImplicitAdjoint(tolerance=Tolerance(1e-9))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    def choose(shape, precision, capability):
+        fused = configs.can_fuse(shape)
+        return Config(fused, (4, 8), pixels=32, outputs=32, blocks=1)
+
+    monkeypatch.setattr(configs, "choose", choose)
 
 
 def make(hidden=(5,), dtype=torch.float64, **options):
     options = dict(activation="tanh") | options
     step = ConvStep(3, 2, hidden=hidden, **options).to(dtype)
     with torch.no_grad():
+        step.layers[0].weight.mul_(0.4)
         for layer in step.layers:
             layer.bias.uniform_(-0.5, 0.5)
     return step
 
 
-def images(batch, size=(4, 5), dtype=torch.float64):
+def images(batch, size=(3, 5), dtype=torch.float64):
     return torch.randn(batch, 2, *size, dtype=dtype)
 
 
 def layer_of(step, backend="triton", **options):
-    options = dict(tolerance=TIGHT, adjoint=TIGHT_ADJOINT, on_failure="return") | options
+    options = dict(tolerance=TOLERANCE, adjoint=ADJOINT, on_failure="return") | options
     return FixedPointLayer(step, backend=backend, **options)
 
 
@@ -45,12 +67,15 @@ class Lists:
         monkeypatch.setattr(conv.Chain, "__call__", call)
 
 
-@pytest.mark.parametrize("solver", [Picard(), Picard(beta=0.7), Anderson(3)], ids=str)
-@pytest.mark.parametrize("hidden", [(), (5,), (4, 6)], ids=str)
+@pytest.mark.parametrize(
+    ("hidden", "solver"),
+    [((), Picard(beta=0.7)), ((5,), Picard()), ((5,), Anderson(3)), ((4, 6), Picard())],
+    ids=str,
+)
 def test_solution_counts_and_gradients_are_those_of_the_reference(hidden, solver):
     step = make(hidden, residual=0.1, output_activation="tanh")
-    z = images(3)
-    z *= torch.tensor([0.01, 1, 5.0], dtype=z.dtype)[:, None, None, None]
+    z = images(2)
+    z *= torch.tensor([0.01, 2.0], dtype=z.dtype)[:, None, None, None]
     found = {}
     for backend in ("triton", "reference"):
         leaf = z.clone().requires_grad_()
@@ -67,7 +92,7 @@ def test_solution_counts_and_gradients_are_those_of_the_reference(hidden, solver
     assert torch.equal(ours.status, other.status)
     torch.testing.assert_close(x, wanted, rtol=1e-11, atol=1e-12)
     for a, b in zip(grads, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 def test_relu_keeps_its_slopes_as_bits(monkeypatch):
@@ -83,9 +108,9 @@ def test_relu_keeps_its_slopes_as_bits(monkeypatch):
     z = images(2).requires_grad_()
     layer = layer_of(step)
     (grad,) = torch.autograd.grad(layer(z).square().sum(), z)
-    assert packed == [(2, 5, 4, 5)]
+    assert packed == [(2, 5, 3, 5)]
     (wanted,) = torch.autograd.grad(layer_of(step, "reference")(z).square().sum(), z)
-    torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(grad, wanted, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson(3)], ids=str)
@@ -119,13 +144,12 @@ def test_a_sample_of_nan_leaves_the_others_their_bits():
 
 def test_a_samples_bits_do_not_depend_on_its_batch():
     step = make((5,))
-    z = images(4)
-    for solver in (Picard(), Anderson(3)):
-        layer = layer_of(step, solver=solver)
-        x = layer(z)
-        order = [2, 0, 3, 1]
-        assert torch.equal(layer(z[order]), x[order])
-        assert torch.equal(layer(z[1:2])[0], x[1])
+    z = images(3)
+    layer = layer_of(step, solver=Anderson(3))
+    x = layer(z)
+    order = [2, 0, 1]
+    assert torch.equal(layer(z[order]), x[order])
+    assert torch.equal(layer(z[1:2])[0], x[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -143,8 +167,10 @@ def test_every_dtype_at_its_default_tolerance(dtype):
 def test_first_and_second_derivatives():
     step = make((3,))
     z = images(1, (2, 3)).requires_grad_()
-    assert torch.autograd.gradcheck(layer_of(step), (z,))
-    assert torch.autograd.gradgradcheck(layer_of(step), (z,))
+    layer = layer_of(step)
+    assert torch.autograd.gradcheck(layer, (z,), atol=1e-4, fast_mode=True)
+    assert torch.autograd.gradgradcheck(layer, (z,), atol=1e-4, fast_mode=True)
+    assert "masked" in layer.last.path
 
 
 def test_an_opaque_step_has_triton_steps_and_is_compacted():
@@ -153,7 +179,7 @@ def test_an_opaque_step_has_triton_steps_and_is_compacted():
 
     z = torch.randn(8, 3, dtype=torch.float64)
     z[2:] = 0
-    sol = fpi_cuda.fixed_point(g, torch.zeros_like(z), z, backend="triton", tolerance=TIGHT)
+    sol = fpi_cuda.fixed_point(g, torch.zeros_like(z), z, backend="triton", tolerance=TOLERANCE)
     assert sol.path.startswith("triton, eager")
     assert sol.converged.all()
-    torch.testing.assert_close(sol.x, g(sol.x, z), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(sol.x, g(sol.x, z), rtol=1e-8, atol=1e-9)

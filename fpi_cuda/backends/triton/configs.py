@@ -116,7 +116,7 @@ def rule(shape: Shape, precision: str) -> Config:
             if small and recomputed(shape, tile) <= MOST_RECOMPUTED:
                 return Config(True, tile, **products)
     if precision in ("float32", "float64"):
-        return Config(False, (4, 16), outputs=32, **{**products, "warps": 4, "blocks": 3})
+        return Config(False, (4, 16), outputs=32, inputs=16, stages=2, blocks=3)
     return Config(False, (8, 16), **{**products, "warps": 4, "blocks": 2})
 
 
@@ -126,7 +126,7 @@ _PRODUCTS: dict[str, dict[str, int]] = {
     "bfloat16": {"pixels": 128, "warps": 8, "blocks": 2},
     "float16": {"pixels": 128, "warps": 8, "blocks": 2},
     "tf32": {"pixels": 64, "inputs": 16, "blocks": 3},
-    "float32": {"pixels": 64, "inputs": 16, "stages": 2, "blocks": 3},
+    "float32": {"pixels": 64, "inputs": 16, "blocks": 2},
     "float64": {"pixels": 64, "inputs": 16, "warps": 8, "stages": 2, "blocks": 1},
 }
 
