@@ -165,7 +165,7 @@ def dense(options: Options) -> list[Row]:
 
 def denoise(options: Options) -> list[Row]:
     """Whole solves of the denoising net, by those methods that have a chance: they are dear."""
-    out = ("Picard", methods.PLAIN, methods.COMPILED, "plain Anderson", "torchdeq Broyden")
+    out = ("Picard", methods.PLAIN, methods.COMPILED, "plain Anderson")
     chosen = replace(
         options,
         sizes=problems.DENOISE,
