@@ -309,4 +309,5 @@ def device_name(device: str) -> str:
 def slug(device: str) -> str:
     """A folder's name for this device: cpu-amd-epyc-2-cores, cuda-nvidia-h200."""
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", f"{kind} {device_name(device)}".lower()).strip("-")
+    name = re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b", " ", device_name(device))
+    return re.sub(r"[^a-z0-9]+", "-", f"{kind} {name}".lower()).strip("-")

@@ -46,6 +46,8 @@ bench() {
     'from benchmarks.measure import slug; print(slug("cuda"))')}
   "$PYTHON" -m benchmarks full --device cuda --sizes 256x128 4096x512 64x8192 --budget 0.5 \
     --without "torchdeq Broyden" --json "$folder/full.json"
+  "$PYTHON" -m benchmarks convolutions denoise --device cuda --budget 0.5 \
+    --without "torchdeq Broyden" --json "$folder/nets.json"
   "$PYTHON" -m benchmarks solve --device cuda --kinds conv --sizes 64x16384 --budget 0.5 \
     --without "torchdeq Broyden" --json "$folder/conv.json"
 }

@@ -33,7 +33,9 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def committed() -> list[Path]:
     """The result files of this harness, over all devices."""
-    return sorted(path for name in ("full", "conv") for path in RESULTS.glob(f"*/{name}.json"))
+    return sorted(
+        path for name in ("full", "nets", "conv") for path in RESULTS.glob(f"*/{name}.json")
+    )
 
 
 # --- comparing -------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fpi_cuda
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -57,6 +59,12 @@ def test_the_truth_is_the_dense_solution(tiny):
         torch.testing.assert_close(true.dweight, (i.s * c * slope).T @ x, rtol=1e-9, atol=1e-12)
 
 
+@pytest.fixture(scope="module")
+def tiny_net():
+    problem = problems.make("denoise", 3, problems.CHANNELS * 6 * 6, instances=1)
+    return problem, tuple(measure.exact(instance) for instance in problem.instances)
+
+
 METHODS = [m for m in methods.all_methods() if m.name != methods.COMPILED]
 
 
@@ -64,11 +72,34 @@ METHODS = [m for m in methods.all_methods() if m.name != methods.COMPILED]
 def test_every_method_passes_the_gate(method, tiny):
     if method.missing:
         pytest.skip(method.missing)
+    if method.name in methods.CONVOLUTIONS:
+        pytest.skip("no net of convolutions")
     problem, truth = tiny
     correct = measure.judge(method.build(RULE), problems.g, problem, truth, backward=True)
     assert correct.refusal() is None
     assert correct.in_tolerances <= 1
     assert correct.gradient_error < 5e-3
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_every_method_solves_the_denoising_net(method, tiny_net):
+    if method.missing:
+        pytest.skip(method.missing)
+    if method.name in methods.WHOLE:
+        pytest.skip("no dense layers")
+    problem, truth = tiny_net
+    run = method.build(problem.rule)
+    correct = measure.judge(run, problems.g, problem, truth, backward=True)
+    assert correct.refusal() is None
+    assert correct.gradient_error < 5e-3
+
+
+def test_the_denoising_net_has_the_norm_it_says():
+    instance = problems.make("denoise", 2, problems.CHANNELS * 12 * 12, instances=1).instances[0]
+    first, _, second, _ = problems.layers(instance.weight)
+    for weight in (first[:, : problems.CHANNELS], second):
+        norm, _ = fpi_cuda.contraction.convolution_norm(weight, (12, 12), iterations=100)
+        assert float(norm) == pytest.approx(0.95**0.5, rel=1e-3)
 
 
 def early(g, x0, *rest):
@@ -200,6 +231,53 @@ def test_targets_of_whole_solves():
         verdict = {v.what: v for v in report.verdicts(rows + products)}
         fastest = verdict["fastest rival / Anderson, whole"]
         assert (fastest.target, fastest.measured, fastest.met) == (target, "2.5", True)
+
+
+def test_targets_of_nets():
+    rows = [
+        row("Picard, ConvStep", "ours", 0.6),
+        row("Anderson, ConvStep", "ours", 0.4),
+        row("plain loop, compacted", seconds=0.44),
+        row("torchdeq Anderson", "torchdeq", 0.9),
+        row("torchdeq fixed point", "torchdeq", 1.1),
+    ]
+    found = {v.what: v for v in report.verdicts([r | {"problem": "denoise"} for r in rows])}
+    plain = found["plain loop, compacted / Anderson, ConvStep"]
+    assert (plain.measured, plain.met) == ("1.1", False)
+    assert found["torchdeq Anderson / Anderson, ConvStep"].met is True  # the faster one: 2.25
+
+
+def test_targets_of_an_iteration_on_a_device():
+    rows = [
+        {
+            "suite": "convolutions",
+            "method": method,
+            "widths": (16, 32, 16),
+            "batch": 64,
+            "side": 128,
+            "dtype": "bfloat16",
+            "finished": finished,
+            "median_s": seconds,
+            "flops_per_s": 1e12,
+            "bytes_per_s": 1e12,
+        }
+        for finished, times in ((0, (1.0, 0.9, 1.4)), (32, (0.7, 0.5, 1.0)))
+        for method, seconds in zip(
+            ("ours, Triton step", "ours, native step", "cuDNN, compiled"), times, strict=True
+        )
+    ]
+    found = [(v.measured, v.met) for v in report.verdicts(rows)]
+    assert found == [("1.56", True), ("2.00", True), ("0.56", True)]
+    assert "16 → 32 → 16" in report.render(rows, report.text_table, "")
+
+
+def test_the_denoise_suite_runs_to_its_end(monkeypatch, capsys):
+    monkeypatch.setattr(problems, "DENOISE", ((2, problems.CHANNELS * 5 * 5),))
+    arguments = ["denoise", "convolutions", "--families", "ours", "plain", "--budget", "0.001"]
+    assert command.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "denoise, B = 2, N = 400, forward+backward" in printed
+    assert "plain loop, compacted / " in printed
 
 
 def test_the_dense_suite_runs_to_its_end(monkeypatch, capsys):

@@ -1,32 +1,16 @@
-"""Where there is no GPU, triton's interpreter runs the kernels of this folder's tests.
-
-triton.jit reads TRITON_INTERPRET once, when a function is decorated, triton's own among them. So it
-is set here, before anything else imports triton, and again while one of these tests runs; other
-tests and their processes see the environment that they were given.
-"""
+"""Where there is no GPU, triton's interpreter runs the kernels of this folder's tests."""
 
 from __future__ import annotations
-
-import os
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-
-from fpi_cuda import backends
-
-HERE = backends.triton.missing("cuda") != backends.triton.NOT_INSTALLED
-INTERPRETED = not torch.cuda.is_available()
+from interpreted import HERE, INTERPRETED
 
 if not HERE:
     collect_ignore_glob = ["test_*.py"]
 elif INTERPRETED:
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        from triton.runtime import interpreter
-
-        import fpi_cuda.backends.triton.conv
-        import fpi_cuda.backends.triton.steps  # noqa: F401
+    from interpreted import interpreter
 else:
     with torch.device("cuda"):  # torch lists its constructors now, before any is patched
         torch.empty(0)

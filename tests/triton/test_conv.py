@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from unittest import mock
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from interpreted import INTERPRETED, interpreter
 
 from fpi_cuda.backends.progress import ACTIVE, STATUS, Limits, Progress
-from fpi_cuda.backends.triton import configs
+from fpi_cuda.backends.triton import configs, conv, tune
 from fpi_cuda.backends.triton.configs import Config, Shape
 from fpi_cuda.forms.activations import ACTIVATIONS
 from fpi_cuda.forms.conv import ConvForm
-
-with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if INTERPRETED else {}):
-    from triton.runtime import interpreter
-
-    from fpi_cuda.backends.triton import conv, tune
 
 # Of the largest value; the interpreter rounds to bfloat16 by cutting bits off.
 TOLERANCE = {

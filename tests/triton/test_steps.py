@@ -13,7 +13,7 @@ import sys
 import pytest
 import test_primitives as primitives
 import torch
-from conftest import INTERPRETED
+from interpreted import INTERPRETED
 from test_primitives import DTYPES, FOREVER, close, oracle_of, poisoned, same_bits
 
 from fpi_cuda import Anderson, Picard, Status, backends, fixed_point
