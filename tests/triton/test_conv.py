@@ -343,6 +343,7 @@ def test_no_slopes_are_no_bits():
         ({"activation": "sine"}, "sine"),
         ({"hidden_activation": "sine"}, "sine"),
         ({"dtype": torch.int32}, "int32"),
+        ({"dtype": torch.float64}, "another tensor torch.float32"),
     ],
     ids=str,
 )

@@ -642,6 +642,9 @@ def refusal(form: ConvForm, x: Tensor) -> str | None:
         return "a CUDA device older than compute capability 8.0"
     if x.dtype not in _PRECISION_NAMES:
         return f"no kernels for {x.dtype}"
+    for t in form.tensors:
+        if t.device != x.device or t.dtype not in (x.dtype, torch.bool):
+            return f"x is {x.dtype} on {x.device}, another tensor {t.dtype} on {t.device}"
     for w in form.weights:
         k = w.shape[-1]
         if w.shape[-2] != k or k % 2 == 0 or k > MOST_KERNEL:
