@@ -58,7 +58,7 @@ def fixed_point(
         adjoint: how the backward iteration is solved.
         tolerance: when a sample has converged.
         max_iterations: evaluations of g that a sample may take.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
         on_failure: "warn" with counts, "raise" a `FixedPointError` that carries the solution (from
             backward too), or "return" in silence.
         per_sample: whether g treats samples independently, so that finished ones may be left out
