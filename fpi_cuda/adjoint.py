@@ -389,7 +389,7 @@ class Problem:
                 name=self.driver,
                 options=(
                     *(end is None, self.parts, step.n_inputs, m, self.autocast_dtype),
-                    *(self.adjoint.failed, *options),
+                    *(self.adjoint.failed, self.backend, *options),
                 ),
                 given=[*given, *params[:m], *step.buffers],
                 own=own,

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fpi_cuda
 from fpi_cuda import Anderson, ConvStep, FixedPointLayer, NeuralStep, Picard, Status
+from fpi_cuda.drivers import graph
 from fpi_cuda.forms import ACTIVATIONS
 
 SIZES = [(1, 1), (1, 5), (2, 3), (7, 9), (17, 16)]
@@ -367,6 +368,18 @@ def test_who_is_taken_apart_and_who_is_not():
     assert not takes(step)
     handle.remove()
     assert takes(step)
+
+
+def test_a_graph_of_one_backend_serves_no_other(monkeypatch):
+    requests = []
+    monkeypatch.setitem(graph.RECORDERS, "cpu", graph.CudaRecorder)
+    monkeypatch.setattr(graph, "solve", lambda request: requests.append(request) or "not here")
+    step, z = make(), images(2, (4, 4))
+    backends = ("auto", "native", "reference")
+    for backend in (*backends, "native"):
+        with torch.no_grad():
+            FixedPointLayer(step, driver="graph", backend=backend)(z)
+    assert len({graph._key(request)[1][1] for request in requests}) == len(backends)
 
 
 def test_the_layer_knows_the_state_of_any_image():
