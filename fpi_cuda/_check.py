@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 
 def check_sizes(owner: str, **sizes: int | None) -> None:
     """Raise unless each is a whole number >= 1."""
@@ -14,3 +17,9 @@ def check_activation(owner: str, name: str, activation: str, allowed: tuple[str,
     """Raise unless it is one of those allowed."""
     if activation not in allowed:
         raise ValueError(f"{owner}: {name} must be one of {allowed} (got {activation!r})")
+
+
+def check_residual(owner: str, residual: float) -> None:
+    """Raise unless it is a finite number: of a tensor the gradient would be lost."""
+    if not isinstance(residual, Real) or not math.isfinite(residual):
+        raise ValueError(f"{owner}: residual must be a finite number (got {residual!r})")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ._check import check_activation, check_sizes
+from ._check import check_activation, check_residual, check_sizes
 from .forms import ACTIVATIONS, ConvForm
 
 __all__ = ["ConvStep"]
@@ -78,7 +78,7 @@ class ConvStep(nn.Module):
             )
         for i, width in enumerate(hidden):
             check_sizes(owner, **{f"hidden[{i}]": width})
-        if kernel_size not in range(1, LARGEST_KERNEL + 1, 2):
+        if type(kernel_size) is not int or kernel_size not in range(1, LARGEST_KERNEL + 1, 2):
             raise ValueError(
                 f"{owner}: kernel_size must be odd and at most {LARGEST_KERNEL}, so that the state "
                 f"keeps its size (got {kernel_size!r}); stack more layers to see farther"
@@ -86,8 +86,7 @@ class ConvStep(nn.Module):
         check_activation(owner, "activation", activation, tuple(ACTIVATIONS))
         if output_activation is not None:
             check_activation(owner, "output_activation", output_activation, tuple(ACTIVATIONS))
-        if not math.isfinite(residual):
-            raise ValueError(f"{owner}: residual must be a finite number (got {residual!r})")
+        check_residual(owner, residual)
         super().__init__()
         self.state_channels, self.input_channels = state_channels, input_channels
         self.hidden, self.kernel_size = tuple(hidden), kernel_size
@@ -133,12 +132,23 @@ class ConvStep(nn.Module):
         """The step at z as the solver takes it; of x only the shape is looked at."""
         _check_image("x", x, self.state_channels)
         _check_image("z", z, self.input_channels)
+        if x.dim() != z.dim():
+            raise ValueError(
+                "ConvStep: x and z must both be a batch of images, or both one image (got shapes "
+                f"{tuple(x.shape)} and {tuple(z.shape)})"
+            )
         if x.shape[-2:] != z.shape[-2:]:
             raise ValueError(
                 f"ConvStep: x and z must have one height and width (got {tuple(x.shape[-2:])} and "
                 f"{tuple(z.shape[-2:])}); resize z, or give the layer no x0 of another size"
             )
         first, *rest = self._stack
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in (first, *rest)):
+            raise RuntimeError(
+                "ConvStep: hooks of a layer never run, since its weight is used without it (older "
+                "spectral_norm and weight_norm and torch's pruning are such hooks); use "
+                "torch.nn.utils.parametrizations, or a hook of the step"
+            )
         u = torch.conv2d(z, self.input_weight, first.bias, padding=self.kernel_size // 2)
         last = len(rest)
         return ConvForm(
@@ -159,6 +169,7 @@ class ConvStep(nn.Module):
 
         Raises:
             ValueError: the shapes do not fit the step, or each other.
+            RuntimeError: a layer has hooks.
         """
         return self.form(x, z)(x)
 

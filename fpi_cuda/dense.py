@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ._check import check_activation, check_sizes
+from ._check import check_activation, check_residual, check_sizes
 from .backends import native
 from .forms import ACTIVATIONS, DenseForm
 from .forms.activations import steepest
@@ -146,8 +146,7 @@ class DenseStep(_Inputs):
                     f"{output_activation!r} with hidden=None); name φ by activation"
                 )
             check_activation(owner, "output_activation", output_activation, tuple(ACTIVATIONS))
-        if not math.isfinite(residual):
-            raise ValueError(f"{owner}: residual must be a finite number (got {residual!r})")
+        check_residual(owner, residual)
         super().__init__(input_features, hidden or state_features, bias, exact)
         self.state_features, self.input_features = state_features, input_features
         self.hidden, self.activation = hidden, activation

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers import TIGHT, TIGHT_ADJOINT, assert_close, assert_solved
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fpi_cuda
@@ -116,9 +117,12 @@ def test_fresh_steps_contract():
         (dict(kernel_size=2), "kernel_size must be odd"),
         (dict(kernel_size=9), "at most 7"),
         (dict(kernel_size=-1), "kernel_size must be odd"),
+        (dict(kernel_size=True), "kernel_size must be odd"),
+        (dict(kernel_size=3.0), "kernel_size must be odd"),
         (dict(activation="swish"), "activation must be one of"),
         (dict(output_activation="swish"), "output_activation must be one of"),
         (dict(residual=float("nan")), "residual must be a finite number"),
+        (dict(residual=nn.Parameter(torch.tensor(0.1))), "residual must be a finite number"),
         (dict(hidden=(8, 0)), r"hidden\[1\] must be a whole number"),
         (dict(state_channels=0), "state_channels must be a whole number"),
         (dict(input_channels=None), "input_channels must be"),
@@ -148,6 +152,8 @@ def test_shapes_that_do_not_fit_say_so():
         step(x, z[..., :4])
     with pytest.raises(ValueError, match=r"z must be \[B, 2, H, W\]"):
         FixedPointLayer(step)(z[:, :1])
+    with pytest.raises(ValueError, match="both be a batch of images"):  # z's channels as its batch
+        FixedPointLayer(step)(z[0])
 
 
 def test_copies_and_checkpoints():
@@ -368,6 +374,25 @@ def test_who_is_taken_apart_and_who_is_not():
     assert not takes(step)
     handle.remove()
     assert takes(step)
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+def test_hooks_of_a_layer_run_or_are_an_error():
+    x, z = images(2, (4, 4), 4), images(2, (4, 4))
+    pruned, normalised, hooked = make(), make(), make()
+    prune.l1_unstructured(pruned.layers[0], "weight", 0.5)
+    nn.utils.spectral_norm(normalised.layers[1])
+    hooked.layers[0].register_forward_hook(lambda module, inputs, output: 0 * output)
+    for step in (pruned, normalised, hooked):
+        with pytest.raises(RuntimeError, match="hooks of a layer never run"):
+            step(x, z)
+    for step in (pruned, hooked):
+        with pytest.raises(RuntimeError, match="hooks of a layer never run"):
+            FixedPointLayer(step)(z)
+    # A solve computes the weight as that hook would.
+    layer = FixedPointLayer(normalised.eval(), max_iterations=2, on_failure="return")
+    layer(z).sum().backward()
+    assert normalised.layers[1].weight_orig.grad.abs().sum() > 0
 
 
 def test_a_graph_of_one_backend_serves_no_other(monkeypatch):
