@@ -596,6 +596,8 @@ def _whole_first_order(
 ) -> tuple[Tensor, Sequence[Tensor | None]] | None:
     """The same for a step of dense layers, by one kernel; None where that can't be."""
     assert isinstance(adjoint.step, AdjointStep)
+    if adjoint.driver != "whole" and (adjoint.driver != "auto" or v.dim() != 2):
+        return None  # known without a form, which takes g's weights to make
     n = adjoint.step.inner.n_inputs
     leaves, wanted = _leaves(tensors, need)
     with torch.enable_grad():

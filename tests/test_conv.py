@@ -249,13 +249,16 @@ def test_any_strides_of_z():
 def test_what_z_gives_is_computed_once_a_solve():
     step = make((5,))
     z = images(3, (6, 5))
-    with Counted() as counted, torch.no_grad():
-        layer = FixedPointLayer(step)
-        layer(z)
+    layer = FixedPointLayer(step)
+    with Counted() as counted:
+        x = layer(z)
     evaluations = layer.last.evaluations
     assert evaluations > 3
     assert counted.channels.count(2) == 1  # z's channels
     assert counted.channels.count(4) == evaluations
+    with Counted() as counted:
+        x.sum().backward()
+    assert counted.channels.count(2) == 1
 
 
 def test_the_adjoint_calls_autograd_once_not_in_each_iteration():
@@ -437,7 +440,8 @@ def test_weights_under_a_parametrization_are_computed_once_a_solve():
     for layer in step.layers:
         layer.parametrizations.weight[0].register_forward_hook(lambda *_: calls.append(1))
     layer = FixedPointLayer(step.eval())
-    with torch.no_grad():
-        layer(images(2, (5, 5), dtype=torch.float32))
+    x = layer(images(2, (5, 5), dtype=torch.float32))
     assert layer.last.evaluations > 3
     assert len(calls) == len(step.layers)
+    x.sum().backward()
+    assert len(calls) == 2 * len(step.layers)
