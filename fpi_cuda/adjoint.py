@@ -290,8 +290,8 @@ class Problem:
         return floor, skip if bool(skip.any()) else None
 
     def _full_precision(self) -> contextlib.AbstractContextManager[Any]:
-        # The loop's own arithmetic stays out of the user's autocast.
-        if self.autocast_dtype is None:
+        # The loop's own arithmetic stays out of the user's autocast, and so does a backward in one.
+        if not torch.is_autocast_enabled(self.device_type):
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, enabled=False)
 
@@ -494,10 +494,11 @@ class FixedPoint(Function):
                 x, *tensors[:n] = (t.index_select(0, rows) for t in (x, *tensors[:n]))
         grads: Sequence[Tensor | None]
         c: Tensor | None = None
-        if higher:
-            grads = _general(problem, x, v, tensors, need)
-        else:
-            c, grads = _first_order(problem, x, v, tensors, need)
+        with problem._full_precision():
+            if higher:
+                grads = _general(problem, x, v, tensors, need)
+            else:
+                c, grads = _first_order(problem, x, v, tensors, need)
         for i, g in zip(need, grads, strict=True):
             out[i] = g
         return (None, None, c if ctx.captures else None, *out)

@@ -398,6 +398,21 @@ def test_hooks_of_a_layer_run_or_are_an_error():
     assert normalised.layers[1].weight_orig.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_backward_inside_autocast_is_as_the_forward_was(order):
+    step = make(dtype=torch.float32, activation="tanh")
+    z = images(3, (6, 5), dtype=torch.float32).requires_grad_()
+    found = []
+    for enabled in (False, True):
+        x = FixedPointLayer(step)(z)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            (grad,) = torch.autograd.grad(x.square().sum(), z, create_graph=order == 2)
+            if order == 2:
+                (grad,) = torch.autograd.grad(grad.square().sum(), z)
+        found.append(grad)
+    torch.testing.assert_close(*found)
+
+
 def test_a_graph_of_one_backend_serves_no_other(monkeypatch):
     requests = []
     monkeypatch.setitem(graph.RECORDERS, "cpu", graph.CudaRecorder)
