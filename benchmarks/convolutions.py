@@ -33,15 +33,18 @@ def rows(device: str, budget: float) -> list[Row]:
     """
     if not device.startswith("cuda"):
         return [{"suite": "convolutions", "skipped": "needs a CUDA device"}]
-    before = torch.backends.cudnn.conv.fp32_precision
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
     found = []
     try:
         for net in NETS:
             for dtype, tf32 in PRECISIONS:
-                torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+                convolutions.fp32_precision = products.fp32_precision = "tf32" if tf32 else "ieee"
                 found += rows_of(device, budget, *net, dtype, tf32=tf32)
     finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+        convolutions.fp32_precision, products.fp32_precision = before[:2]
+        torch.backends.cudnn.benchmark = before[2]
     return found
 
 
@@ -87,10 +90,12 @@ def rows_of(
         going &= active
         return torch.where(going[:, None, None, None], h, x), going, going.sum()
 
-    compiled = torch.compile(iteration)
+    torch.compiler.reset()  # sizes of this net alone: none shall be symbolic
+    compiled = torch.compile(iteration, dynamic=False)
+    flops_per_s, bytes_per_s = ceilings(device, kind)
     # On a device several at once, so that launches hide; from a fresh state, lest they converge.
     repeats, found = 10 if device.startswith("cuda") else 1, []
-    for finished in (0, batch // 2):
+    for finished in sorted({0, batch // 2}):
         progress = Progress(x.flatten(1), Limits(0.0, 0.0, 0.0, 10**6, 10**6))
         progress.counters[:finished, STATUS] = fpi_cuda.Status.CONVERGED + 1
         state, out = x.clone(), torch.empty_like(x)
@@ -166,6 +171,8 @@ def rows_of(
                     "refused": refused,
                     "flops_per_s": flops / seconds.median,
                     "bytes_per_s": moved / seconds.median,
+                    # The time that the ceilings of this run would leave, over the time taken.
+                    "of_roofline": max(flops / flops_per_s, moved / bytes_per_s) / seconds.median,
                     **seconds.row(),
                 }
             )
@@ -192,3 +199,17 @@ def error_of(chain: Any, form: ConvForm, x: Tensor) -> float:
     )
     wanted = exact(x[few].double())
     return relative_error(out[few], wanted)
+
+
+def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of a large product and bytes/s of a large copy, at this moment."""
+    size = 8192 if device.startswith("cuda") else 256
+    a, b, c = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    measured = interleave(
+        {"product": lambda _: torch.mm(a, b, out=c), "copy": lambda _: c.copy_(a)},
+        device=device,
+        budget=0.2,
+        rounds=(5, 21),
+    )
+    flops = 2 * size**3 / measured["product"].median
+    return flops, 2 * a.nbytes / measured["copy"].median

@@ -189,21 +189,31 @@ class Problem:
                 x, v = inputs[:2]
                 linear = Adjoint(self, g, x, v, inputs[2:], self.independence())
                 return self._iterate(linear, x0, v)
-            with torch.set_grad_enabled(self.grad_enabled):
-                form = self.form(x0, inputs, params)
-            if (
-                form is not None
-                and self.grad_enabled
-                and any(t.requires_grad for t in form.tensors)
-            ):
-                form = None  # g captures what needs gradients; its first call finds that out
+            may_capture = self.driver not in ("eager", "whole") and (
+                x0.device.type in graph.RECORDERS
+            )
+            # Only dense layers are solved whole; a graph makes the form of others itself.
+            form = None
+            if x0.dim() == 2 or not may_capture:
+                form = self._detached_form(x0, inputs, params)
             if self._takes_whole(form, x0):
                 return self._solve_whole(form, x0, None)
-            if self.driver not in ("eager", "whole") and x0.device.type in graph.RECORDERS:
+            if may_capture:
                 solved = self._solve_captured(x0, inputs, params)
                 if solved is not None:
                     return solved
+                form = form or self._detached_form(x0, inputs, params)
             return self._iterate(self.evaluation(form, x0, inputs, params), x0, None)
+
+    def _detached_form(
+        self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]
+    ) -> Form | None:
+        """The form, unless g captures what needs gradients: its first call finds that out."""
+        with torch.set_grad_enabled(self.grad_enabled):
+            form = self.form(x, inputs, params)
+        if form is None or not any(t.requires_grad for t in form.tensors):
+            return form
+        return None if self.grad_enabled else form
 
     def independence(self) -> PerSample | None:
         """What is known of whether g treats samples independently; None: don't ask."""
@@ -249,7 +259,11 @@ class Problem:
             if kernels is not None:
                 limits = self.limits(x, adjoint=self.linear)
                 tf32 = whole.tf32_allowed(limits) and _convolutions_in_tf32(x)
-                return Masked(self, kernels, form, x, tf32=tf32)
+                # Nobody else reads the kernels' sums: Anderson's step measures r all the same.
+                norms = self.solver.history == 1 and (
+                    backends.choose(self.backend, x) is backends.triton
+                )
+                return Masked(self, kernels, form, x, tf32=tf32, norms=norms)
         g, inputs = form.opened()  # what does not depend on x stays out of the loop
         return Forward(self, g, inputs, PerSample(True, self.step))
 

@@ -360,7 +360,8 @@ def spectral_normalize(
     vector kept as a buffer. The estimate comes from below, and lags while weights move fast: the
     constant may exceed `bound` by some percent, and more after a large step. `lipschitz` tells what
     it is. For convolutions that is done at `size`; without it they take `convolution_bound`, which
-    has neither flaw. Derivatives take the vector as a constant. An energy's vector moves in solves,
+    has neither flaw, but waits for a device, as exact norms do: in a CUDA graph it needs `size`.
+    Derivatives take the vector as a constant. An energy's vector moves in solves,
     not where its gradient is taken by itself.
 
     Args:

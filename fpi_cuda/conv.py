@@ -30,8 +30,8 @@ class ConvStep(nn.Module):
     In `fixed_point` and `FixedPointLayer` U ⋆ z + b₁ is computed once a solve; the adjoint iterates
     transposed convolutions and needs no autograd graph. On CUDA Triton's kernels leave finished
     samples out by themselves (`Solution.path` says "masked"); on the CPU the batch is compacted.
-    Anywhere else it is a module like any other. Fresh weights make a contraction with every
-    activation whose slope is at most 1 (all but gelu, 1.13) where |α| < 0.2;
+    Anywhere else, and under autocast, it is a module like any other. Fresh weights make a
+    contraction with every activation whose slope is at most 1 (all but gelu, 1.13) where |α| < 0.2;
     `contraction.spectral_normalize` keeps trained ones so.
 
     Args:
@@ -143,6 +143,18 @@ class ConvStep(nn.Module):
                 f"{tuple(z.shape[-2:])}); resize z, or give the layer no x0 of another size"
             )
         first, *rest = self._stack
+        for layer in (first, *rest):
+            plain = layer.padding_mode == "zeros" and layer.groups == 1
+            if not plain or (*layer.stride, *layer.dilation) != (1, 1, 1, 1):
+                raise RuntimeError(
+                    "ConvStep: a layer must keep stride 1, dilation 1, one group and zero padding, "
+                    f"with which its weight is used (got {layer})"
+                )
+        if z.dtype != self.input_weight.dtype and not torch.is_autocast_enabled(z.device.type):
+            raise TypeError(
+                f"ConvStep: z must have the weights' dtype, {self.input_weight.dtype} (got "
+                f"{z.dtype}); convert it, or the step"
+            )
         if any(layer._forward_hooks or layer._forward_pre_hooks for layer in (first, *rest)):
             raise RuntimeError(
                 "ConvStep: hooks of a layer never run, since its weight is used without it (older "
@@ -169,7 +181,8 @@ class ConvStep(nn.Module):
 
         Raises:
             ValueError: the shapes do not fit the step, or each other.
-            RuntimeError: a layer has hooks.
+            TypeError: z is of another dtype than the weights, outside autocast.
+            RuntimeError: a layer has hooks, or strides, dilation, groups or padding of its own.
         """
         return self.form(x, z)(x)
 
@@ -181,7 +194,8 @@ class ConvStep(nn.Module):
         )
         if self.output_activation != "identity":
             text += f", output_activation={self.output_activation!r}"
-        return text + f", residual={self.residual:g}"
+        bias = self._stack[0].bias is not None
+        return text + f", residual={self.residual:g}, bias={bias}"
 
 
 def _check_image(name: str, t: Tensor, channels: int) -> None:

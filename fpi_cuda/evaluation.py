@@ -327,15 +327,23 @@ class Masked:
         form: the step.
         like: a state, [B, C, H, W].
         tf32: whether products may round float32 operands to tf32.
+        norms: whether the kernels leave their sums of squares with the record.
     """
 
     masks = True
     compact_below = 0.0
 
     def __init__(
-        self, owner: Owner, kernels: ModuleType, form: ConvForm, like: Tensor, *, tf32: bool
+        self,
+        owner: Owner,
+        kernels: ModuleType,
+        form: ConvForm,
+        like: Tensor,
+        *,
+        tf32: bool,
+        norms: bool,
     ) -> None:
-        self.owner, self.kernels = owner, kernels
+        self.owner, self.kernels, self.wants_norms = owner, kernels, norms
         self.out = torch.empty_like(like, memory_format=torch.channels_last)
         self.chain = kernels.Chain(form.laid_out(), self.out, tf32=tf32)
         # Without a record to watch, all are active.
@@ -345,6 +353,8 @@ class Masked:
 
     def watch(self, progress: Progress) -> None:
         self.status = progress.counters[:, STATUS]
+        if not self.wants_norms:
+            return
         shape = (len(self.out), self.chain.tiles, 2)
         self.norms = torch.empty(shape, dtype=progress.dtype, device=self.out.device)
         progress.norms = self.norms

@@ -260,6 +260,7 @@ def test_targets_of_an_iteration_on_a_device():
             "median_s": seconds,
             "flops_per_s": 1e12,
             "bytes_per_s": 1e12,
+            "of_roofline": 0.5,
         }
         for finished, times in ((0, (1.0, 0.9, 1.4)), (32, (0.7, 0.5, 1.0)))
         for method, seconds in zip(
@@ -269,6 +270,8 @@ def test_targets_of_an_iteration_on_a_device():
     found = [(v.measured, v.met) for v in report.verdicts(rows)]
     assert found == [("1.56", True), ("2.00", True), ("0.56", True)]
     assert "16 → 32 → 16" in report.render(rows, report.text_table, "")
+    alone = [row for row in rows if not row["method"].startswith("ours")]
+    assert [(v.measured, v.met) for v in report.verdicts(alone)] == [("wrong", False)]
 
 
 def test_the_denoise_suite_runs_to_its_end(monkeypatch, capsys):

@@ -156,6 +156,24 @@ def test_shapes_that_do_not_fit_say_so():
         FixedPointLayer(step)(z[0])
 
 
+def test_a_layer_with_ways_of_its_own_is_an_error():
+    x, z = images(2, (5, 5), 4), images(2, (5, 5))
+    for name, value in (("padding_mode", "circular"), ("stride", (2, 2)), ("dilation", (2, 2))):
+        step = make()
+        setattr(step.layers[1], name, value)
+        with pytest.raises(
+            RuntimeError, match="must keep stride 1, dilation 1, one group and zero"
+        ):
+            step(x, z)
+
+
+def test_z_of_another_dtype_is_an_error():
+    step = make()
+    for z in (images(2, (5, 5)).float(), torch.ones(2, 2, 5, 5, dtype=torch.int64)):
+        with pytest.raises(TypeError, match=r"weights' dtype, torch.float64 \(got"):
+            step(images(2, (5, 5), 4), z)
+
+
 def test_copies_and_checkpoints():
     step = make()
     layer = FixedPointLayer(step)

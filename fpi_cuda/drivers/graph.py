@@ -211,7 +211,9 @@ class _Captured:
         def look() -> None:
             nonlocal layout
             with watch:
-                layout = Layout(begin(static)(start))  # the layout that g returns costs no copies
+                evaluate = begin(static)
+                evaluate.watch(Progress(start, request.limits))  # as in `prepare`: the same kernels
+                layout = Layout(evaluate(start))  # the layout that g returns costs no copies
 
         before = recorder.random_state()
         recorder.warm_up(look)

@@ -93,7 +93,7 @@ def double(form):
         each(form.u),
         form.activation,
         form.hidden_activation,
-        cast(form.residual),
+        form.residual,
         cast(form.scale),
         each(form.slopes),
     )
@@ -171,7 +171,7 @@ def test_tf32_is_right_within_its_rounding(config):
 
 @pytest.mark.parametrize("net", [((5, 70, 5), (3, 3)), ((70, 70), (3,)), ((4, 4), (1,))], ids=str)
 def test_wide_and_single_layers_run_one_at_a_time(net):
-    form, x = make(net, (3, 5), b=1, residual=torch.tensor(0.5), activation="tanh")
+    form, x = make(net, (3, 5), b=1, residual=0.5, activation="tanh")
     out = check(form, x, SMALL["by layer"])
     assert not conv.Chain(form, x, tf32=False).config.fused
     torch.testing.assert_close(check(form, x), out, rtol=1e-12, atol=1e-12)
@@ -229,7 +229,7 @@ def test_slopes_as_bits_and_as_numbers_give_the_same_bits(config):
 @BOTH
 @pytest.mark.parametrize("u", [(0, 1, 2), ()], ids=str)
 def test_every_layer_may_have_a_u(u, config):
-    form, x = make(NETS["3-20-7-3"], (5, 9), b=1, u=u, scale=True, residual=torch.tensor(-0.3))
+    form, x = make(NETS["3-20-7-3"], (5, 9), b=1, u=u, scale=True, residual=-0.3)
     check(form, x, config)
 
 

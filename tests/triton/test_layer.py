@@ -113,6 +113,20 @@ def test_relu_keeps_its_slopes_as_bits(monkeypatch):
     torch.testing.assert_close(grad, wanted, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize(("solver", "wanted"), [(Picard(), True), (Anderson(3), False)], ids=str)
+def test_the_kernels_leave_sums_where_the_step_reads_them(monkeypatch, solver, wanted):
+    seen = []
+    plain = conv.Chain.__call__
+
+    def call(chain, x, out, index, count, norms=None):
+        seen.append(norms is not None)
+        plain(chain, x, out, index, count, norms)
+
+    monkeypatch.setattr(conv.Chain, "__call__", call)
+    layer_of(make((5,)), solver=solver, max_iterations=3)(images(1))
+    assert seen == [wanted] * 3
+
+
 @pytest.mark.parametrize("solver", [Picard(), Anderson(3)], ids=str)
 def test_finished_samples_are_left_out_by_the_kernels(monkeypatch, solver):
     lists = Lists(monkeypatch)

@@ -20,7 +20,7 @@ def rows(device):
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 def test_an_iteration_is_measured_with_none_and_with_half_finished(device):

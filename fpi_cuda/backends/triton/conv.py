@@ -553,9 +553,8 @@ def _chain_kernel(
             pair = norms + (b * tiles + tile) * 2
             tl.store(pair, tl.sum(changed, 0).to(norms.dtype.element_ty))
             tl.store(pair + 1, tl.sum(value, 0).to(norms.dtype.element_ty))
-        if (
-            not MIDDLE
-        ):  # else the barrier above stands between a layer's readers and its next writer
+        # With three layers a barrier above stands between a layer's readers and its next writer.
+        if not MIDDLE:
             tl.debug_barrier()
 
 
@@ -698,7 +697,7 @@ class Chain:
     """The step of a `ConvForm` by these kernels.
 
     Weights are packed and the workspace is allocated once, by operations on the device alone, so
-    that a CUDA graph can capture it (with α a number or on the device).
+    that a CUDA graph can capture it.
 
     Args:
         form: the step.
@@ -734,9 +733,7 @@ class Chain:
         self._hidden_activation, self._activation = form.hidden_activation, form.activation
         self._scale = None if form.scale is None else _rows(form.scale, "scale")
         self._alpha: Tensor | None = None
-        if isinstance(form.residual, Tensor):
-            self._alpha = form.residual.detach().to(like.device, acc).reshape(1)
-        elif form.residual != 0:
+        if form.residual != 0:
             self._alpha = torch.full((1,), form.residual, dtype=acc, device=like.device)
         self._options: dict[str, Any] = {
             "AHEAD": config.stages == 1,
