@@ -22,7 +22,7 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile may ask for a hash, which tensors would not give
 class ConvForm:
     """A step of stacked convolutions with all that does not depend on x computed.
 

@@ -15,7 +15,7 @@ from .activations import ACTIVATIONS, slope_of
 __all__ = ["DenseForm"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile may ask for a hash, which tensors would not give
 class DenseForm:
     """A step of one or two dense layers with all that does not depend on x computed.
 
