@@ -5,27 +5,17 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import methods, problems, report, suites
-from .measure import facts
-
-ABOUT = {
-    "quick": "every suite, short: under 2.5 minutes on 2 cores",
-    "full": "every suite but denoise and convolutions, for the committed JSON",
-    "solve": "whole solves, forward and with the backward, ours and the rivals'",
-    "dense": "steps of dense layers solved whole: the Bibtex shape, products, refill",
-    "denoise": "a net of two convolutions, 32 images of mixed noise",
-    "convolutions": "on a CUDA device: one iteration of a net beside compiled cuDNN",
-    "overhead": "time outside g, Anderson, at equal evaluations",
-    "scale": "the state's and the loss's scale do not matter",
-    "kernels": "the step kernels' bandwidth against a copy",
-    "loop": "on a CUDA device: what an iteration costs beside g and the kernels",
-    "import": "import fpi_cuda, after import torch",
-    "report": "rebuild docs/benchmarks.md from benchmarks/results/*/full.json",
-}
+from . import compare, page, problems, suites, tables
+from .machine import facts
+from .methods import FAMILIES, all_methods
+from .records import Row
+from .session import Harness, failures
+from .suites import ABOUT, SUITES, Options
 
 
 def size(text: str) -> tuple[int, int]:
@@ -35,91 +25,104 @@ def size(text: str) -> tuple[int, int]:
     return batch, n
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("suite", nargs="*", choices=[*ABOUT, []], help="; ".join(ABOUT))
-    parser.add_argument(
-        "--list", action="store_true", help="suites and methods, and which are here"
+def folder(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder of data sets (got {text!r})")
+    return path
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    names = [*ABOUT, "report"]
+    about = "; ".join(f"{name}: {text}" for name, text in ABOUT.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Benchmarks whose every row is judged in float64 before it is timed.",
+        epilog=f"{about}; report: rebuild docs/benchmarks.md from the committed JSON",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write rows and facts")
-    parser.add_argument("--sizes", nargs="+", type=size, default=problems.SIZES, metavar="BxN")
-    parser.add_argument(
-        "--peers-at",
-        nargs="*",
-        type=size,
-        default=((256, 128),),
-        metavar="BxN",
-        help="sizes at which `quick` runs torchdeq",
+    add = parser.add_argument
+    add("suite", nargs="*", choices=[*names, []], help=", ".join(names))
+    add("--list", action="store_true", help="suites, methods, and the cells of the suites named")
+    add("--json", type=Path, metavar="FILE", help="where to write rows and facts")
+    add("--compare", type=Path, metavar="OLD.json", help="flag what became slower than plain loops")
+    add("--backend", default="auto", help="of this library: auto, native, triton, reference")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float64", "bfloat16", "float16"),
+        help="of all tensors; tolerances are looser where a dtype needs it",
     )
-    parser.add_argument("--kinds", nargs="+", choices=problems.KINDS, default=problems.DENSE)
-    parser.add_argument(
-        "--families", nargs="+", default=(), metavar="FAMILY", help="ours plain torchdeq"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, help="torch's threads; default: torch's own")
-    parser.add_argument(
-        "--budget", type=float, default=3.5, metavar="SECONDS", help="timed calls of one variant"
-    )
-    parser.add_argument(
-        "--without",
-        nargs="+",
-        choices=[m.name for m in methods.all_methods()],
-        default=(),
-        metavar="METHOD",
-        help="methods to leave out: see --list",
-    )
+    add("--data", type=folder, metavar="DIR", help="real images and word counts, see the docs")
+    add("--sizes", nargs="+", type=size, metavar="BxN", help="instead of the suite's own")
+    add("--kinds", nargs="+", choices=list(problems.KINDS), help="of problems")
+    add("--families", nargs="+", choices=FAMILIES, help="of methods")
+    add("--without", nargs="+", default=(), metavar="METHOD", help="methods to leave out")
+    add("--threads", type=int, help="torch's threads; default: torch's own")
+    add("--budget", type=float, default=2.0, metavar="SECONDS", help="timed calls of one variant")
+    add("-k", dest="select", metavar="EXPRESSION", help="cells to run, as pytest selects")
     options = parser.parse_args(arguments)
     if not options.suite and not options.list:
-        parser.error(f"name a suite: {', '.join(ABOUT)}")
+        parser.error(f"name a suite: {', '.join(names)}")
+    known = {method.name for method in all_methods(grid=True)}
+    for name in options.without:
+        if name not in known:
+            parser.error(f"--without: no method is called {name!r}; see --list")
     return options
 
 
-def show_list() -> None:
+def show_list(cells: Sequence[suites.Cell]) -> None:
     for name, about in ABOUT.items():
-        print(f"{name:10}{about}")
+        print(f"{name:12}{about}")
     print()
-    for method in methods.all_methods():
-        print(f"{method.family:10}{method.name}", f"({method.missing})" if method.missing else "")
+    for method in all_methods(grid=True):
+        note = f" ({method.missing})" if method.missing else ""
+        print(f"{method.family:12}{method.name}{'' if method.default else ' [grid]'}{note}")
+    for cell in cells:
+        print(f"cell        {cell.name}")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
-    if given.list:
-        show_list()
-        return 0
     if given.threads:
         torch.set_num_threads(given.threads)
-    options = suites.Options(
+    options = Options(
         device=given.device,
-        sizes=tuple(given.sizes),
-        kinds=tuple(given.kinds),
-        families=tuple(given.families),
-        budget=given.budget,
+        backend=given.backend,
+        dtype=given.dtype,
+        data=given.data,
+        sizes=tuple(given.sizes) if given.sizes else None,
+        kinds=tuple(given.kinds) if given.kinds else None,
+        families=tuple(given.families) if given.families else None,
         without=tuple(given.without),
-        peers_at=tuple(given.peers_at),
+        budget=given.budget,
     )
-    known = facts(given.device)
-    rows: list[suites.Row] = []
-    for name in given.suite:
-        if name == "report":
-            print(f"{report.PAGE.name}:", "changed" if report.rebuild() else "up to date")
-        else:
-            rows += (suites.SUITES | suites.PRESETS)[name](options)
-    if not rows:
+    named = [name for name in given.suite if name != "report"]
+    cells = [cell for name in named for cell in SUITES[name](options)]
+    if given.list:
+        show_list(cells)
         return 0
-    print(report.render(rows, report.text_table, "\n"))
-    for row in rows:
-        if row["suite"] == "import":
-            print(
-                f"\nimport fpi_cuda: {row['median_s']:.3f} s after torch's {row['torch_s']:.2f} s"
-            )
+    code = 0
+    if named:
+        harness = Harness(cells, facts(given.device), given.json)
+        code = harness.run(*(["-k", given.select] if given.select else []))
+        code = finish(harness, given) or code
+    if "report" in given.suite:
+        print(f"{page.PAGE.name}:", "changed" if page.rebuild() else "up to date")
+    return code
+
+
+def finish(harness: Harness, given: argparse.Namespace) -> int:
+    rows: list[Row] = harness.rows
+    print(tables.render(rows, tables.text_table, "\n"))
     if given.json:
-        report.save(given.json, known, rows)
         print(f"\nwritten: {given.json}")
-    wrong = report.failures(rows)
+    wrong = failures(rows)
     for line in wrong:
         print(f"WRONG: {line}", file=sys.stderr)
-    return 1 if wrong else 0
+    if given.compare:
+        return compare.show(given.compare, harness.facts, rows) or int(bool(wrong))
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

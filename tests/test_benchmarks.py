@@ -14,92 +14,181 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import measure, methods, problems, report, suites  # noqa: E402
+from benchmarks import (  # noqa: E402
+    clock,
+    judge,
+    memory,
+    methods,
+    page,
+    problems,
+    ratios,
+    records,
+    suites,
+    tables,
+    targets,
+)
+from benchmarks.methods import plain  # noqa: E402
+from benchmarks.problems import nets  # noqa: E402
+from benchmarks.problems.problem import spectral_norm  # noqa: E402
+from benchmarks.suites import cell as cells  # noqa: E402
+from benchmarks.suites import (  # noqa: E402
+    convergence,
+    failing,
+    importing,
+    kernels,
+    scale,
+    scaling,
+)
+from benchmarks.suites import dense as dense_suite  # noqa: E402
+from benchmarks.suites import memory as memory_suite  # noqa: E402
 
+DATA = ROOT.parent / "shared" / "data"
 RULE = problems.Rule()
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    problem = problems.make("hard", 16, 8, instances=2)
-    return problem, tuple(measure.exact(instance) for instance in problem.instances)
+    return problems.make("hard", 16, 8, instances=2)
 
 
 @pytest.mark.parametrize("batch,size", problems.SIZES)
 def test_iterations_of_the_problems(batch, size):
-    run = methods.plain(methods.picard_compacted, (0.999, 0.5))(RULE)
+    run = plain.plain(plain.picard_compacted, (0.999, 0.5))
     for kind, slowest, mean in (("easy", (9, 12), (8, 12)), ("hard", (80, 200), (12.5, 18))):
-        problem = problems.make(kind, batch, size)
-        norm = problems.spectral_norm(problem.instances[0].weight)
+        problem = problems.make(kind, batch, size, instances=2)
+        norm = spectral_norm(problem.instances[0].weights[0])
         assert norm == pytest.approx({"easy": 0.9, "hard": 0.99}[kind], rel=1e-5)
-        for instance in problem.instances:
-            g = measure.Counting(problems.g)
-            with torch.no_grad():
-                run(g, *instance.arguments)
-            assert slowest[0] <= g.calls <= slowest[1]
-            assert mean[0] <= g.rows / batch <= mean[1]
-            problems.check_spread(problem, g.calls, g.rows / batch)
+        evaluations, iterations = methods.Solver(problem, run).count()
+        assert slowest[0] <= evaluations <= slowest[1]
+        assert mean[0] <= iterations <= mean[1]
+        problems.check_spread(problem, evaluations, iterations)
+
+
+@pytest.mark.parametrize(
+    "kind,slowest", [("two-layer", (15, 30)), ("energy", (25, 60)), ("linear", (60, 200))]
+)
+def test_iterations_of_the_other_problems(kind, slowest):
+    problem = problems.make(kind, *problems.at(kind), instances=1)
+    evaluations, _ = methods.Solver(problem, plain.plain(plain.picard)).count()
+    assert slowest[0] <= evaluations <= slowest[1]
+
+
+def test_the_stiff_problem_has_its_spectral_radius_and_needs_thousands_of_iterations():
+    problem = problems.make("stiff", 4, 128, instances=1)
+    (weight,) = problem.instances[0].weights
+    values = torch.linalg.eigvalsh(weight.double())
+    assert float(values.abs().max()) == pytest.approx(0.999, abs=1e-6)
+    evaluations, _ = methods.Solver(problem, plain.plain(plain.picard)).count()
+    assert 2000 < evaluations < problem.rule.max_iterations
+
+
+def test_half_of_the_expanding_problem_expands():
+    problem = problems.make("expanding", 8, 16, instances=1)
+    s, (weight,) = problem.instances[0].s, problem.instances[0].weights
+    assert spectral_norm(weight) == pytest.approx(1.0, rel=1e-5)
+    assert s.squeeze(1).tolist() == [0.5, 1.5] * 4
+
+
+def test_jacobis_iteration_solves_its_linear_system():
+    problem = problems.make("linear", 4, 16, instances=1, dtype=torch.float64)
+    i = problem.instances[0]
+    (weight,) = i.weights
+    assert not weight.diagonal().any()
+    assert float(weight.abs().sum(1).max()) == pytest.approx(0.95)
+    (true,) = judge.truth(problem)
+    exact = torch.linalg.solve(torch.eye(16) - weight, i.u.mT).mT
+    torch.testing.assert_close(true.x, exact, rtol=1e-9, atol=1e-12)
 
 
 def test_a_hard_problem_without_spread_is_refused(tiny):
     with pytest.raises(RuntimeError, match="at least 4 times the mean"):
-        problems.check_spread(tiny[0], 30, 10.0)
+        problems.check_spread(tiny, 30, 10.0)
 
 
 def test_the_truth_is_the_dense_solution(tiny):
-    problem, truth = tiny
-    for instance, true in zip(problem.instances, truth, strict=True):
+    for instance, true in zip(tiny.instances, judge.truth(tiny), strict=True):
         i = instance.to(torch.float64)
-        x = true.x
-        assert (problems.g(x, i.u, i.s, i.weight) - x).abs().max() < 1e-12
+        x, (weight,) = true.x, i.weights
+        assert (tiny.g(x, i.u, i.s, weight) - x).abs().max() < 1e-12
         slope = 1 - x**2
-        jacobian = slope[:, :, None] * i.s[:, :, None] * i.weight
-        c = torch.linalg.solve(torch.eye(problem.size) - jacobian.mT, i.loss)
+        jacobian = slope[:, :, None] * i.s[:, :, None] * weight
+        c = torch.linalg.solve(torch.eye(tiny.size) - jacobian.mT, i.loss)
         torch.testing.assert_close(true.du, c * slope, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(true.dweight, (i.s * c * slope).T @ x, rtol=1e-9, atol=1e-12)
+        wanted = (i.s * c * slope).T @ x
+        torch.testing.assert_close(true.dweights[0], wanted, rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
 def tiny_net():
-    problem = problems.make("denoise", 3, problems.CHANNELS * 6 * 6, instances=1)
-    return problem, tuple(measure.exact(instance) for instance in problem.instances)
+    return problems.make("denoise", 3, nets.CHANNELS * 6 * 6, instances=1)
 
 
-METHODS = [m for m in methods.all_methods() if m.name != methods.COMPILED]
+OURS = ("ours", "plain", "replaced")  # the others: test_benchmark_peers.py
+METHODS = [m for m in methods.all_methods() if m.name != methods.COMPILED and m.family in OURS]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_every_method_passes_the_gate(method, tiny):
-    if method.missing:
-        pytest.skip(method.missing)
-    if method.name in methods.CONVOLUTIONS:
-        pytest.skip("no net of convolutions")
-    problem, truth = tiny
-    correct = measure.judge(method.build(RULE), problems.g, problem, truth, backward=True)
-    assert correct.refusal() is None
+    if method.reason(tiny):
+        pytest.skip(method.reason(tiny))
+    correct = judge.judge(method.build(tiny), backward=True)
+    assert correct.refusal(1e-2) is None
     assert correct.in_tolerances <= 1
     assert correct.gradient_error < 5e-3
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_every_method_solves_the_denoising_net(method, tiny_net):
-    if method.missing:
-        pytest.skip(method.missing)
-    if method.name in methods.WHOLE:
-        pytest.skip("no dense layers")
-    problem, truth = tiny_net
-    run = method.build(problem.rule)
-    correct = measure.judge(run, problems.g, problem, truth, backward=True)
-    assert correct.refusal() is None
+    if method.reason(tiny_net):
+        pytest.skip(method.reason(tiny_net))
+    correct = judge.judge(method.build(tiny_net), backward=True)
+    assert correct.refusal(1e-2) is None
     assert correct.gradient_error < 5e-3
 
 
+@pytest.mark.parametrize("kind", ["two-layer", "energy", "linear", "conv"])
+@pytest.mark.parametrize("name", ["Anderson", "Anderson, whole", "plain loop"])
+def test_methods_on_the_other_kinds(kind, name):
+    problem = problems.make(kind, 6, 16, instances=1)
+    (method,) = (m for m in METHODS if m.name == name)
+    if method.reason(problem):
+        pytest.skip(method.reason(problem))
+    assert judge.judge(method.build(problem), backward=True).refusal(1e-2) is None
+
+
 def test_the_denoising_net_has_the_norm_it_says():
-    instance = problems.make("denoise", 2, problems.CHANNELS * 12 * 12, instances=1).instances[0]
-    first, _, second, _ = problems.layers(instance.weight)
-    for weight in (first[:, : problems.CHANNELS], second):
+    problem = problems.make("denoise", 2, nets.CHANNELS * 12 * 12, instances=1)
+    first, _, second, _ = problem.instances[0].weights
+    for weight in (first[:, : nets.CHANNELS], second):
         norm, _ = fpi_cuda.contraction.convolution_norm(weight, (12, 12), iterations=100)
         assert float(norm) == pytest.approx(0.95**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind,size", [("easy", 159), ("denoise", nets.CHANNELS * 16 * 16)])
+def test_real_data_are_another_problem(kind, size):
+    if not DATA.is_dir():
+        pytest.skip("no data sets beside this repository")
+    made, real = (problems.make(kind, 4, size, instances=2, data=d) for d in (None, DATA))
+    assert not torch.equal(made.instances[0].u, real.instances[0].u)
+    assert not torch.equal(real.instances[0].u, real.instances[1].u)
+    assert real.instances[0].u.isfinite().all()
+
+
+def test_a_folder_without_the_data_is_an_error(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="must be a folder that holds multilabel"):
+        problems.make("easy", 4, 159, data=tmp_path)
+    with pytest.raises(SystemExit):
+        command.main(["solve", "--data", str(tmp_path / "no")])
+    assert "must be a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_pass_the_gate(dtype):
+    problem = problems.make("two-layer", 16, 32, instances=1, dtype=dtype)
+    for name in ("Picard", "Anderson"):
+        (method,) = (m for m in METHODS if m.name == name)
+        correct = judge.judge(method.build(problem), backward=True)
+        assert correct.refusal(problem.rule.gradient_error) is None
 
 
 def early(g, x0, *rest):
@@ -110,14 +199,14 @@ def early(g, x0, *rest):
 
 
 def nan_in_one_sample(g, x0, *rest):
-    x = methods.plain(methods.picard)(RULE)(g, x0, *rest).clone()
+    x = plain.plain(plain.picard)(RULE)(g, x0, *rest).clone()
     x[3] = torch.nan
     return x
 
 
 def one_step_gradient(g, x0, *rest):
     with torch.no_grad():
-        x = methods.plain(methods.picard)(RULE)(g, x0, *rest)
+        x = plain.plain(plain.picard)(RULE)(g, x0, *rest)
     return g(x, *rest)
 
 
@@ -126,27 +215,28 @@ def one_step_gradient(g, x0, *rest):
     [(early, "residual"), (nan_in_one_sample, "residual"), (one_step_gradient, "gradient of W")],
 )
 def test_the_gate_refuses_a_wrong_method(wrong, reason, tiny, monkeypatch, capsys, tmp_path):
-    problem, truth = tiny
-    correct = measure.judge(wrong, problems.g, problem, truth, backward=True)
-    assert reason in correct.refusal()
+    runner = methods.Solver(tiny, lambda rule: wrong)
+    assert reason in judge.judge(runner, backward=True).refusal(1e-2)
 
     # The same through the command: no time, no ratio, and the exit code says so where it is ours.
     (plain_loop,) = (m for m in METHODS if m.name == methods.PLAIN)
-    entries = [methods.Method("Picard", "ours", lambda rule: wrong), plain_loop]
-    monkeypatch.setattr(methods, "all_methods", lambda: entries)
+    entries = [methods.torch_method("Picard", "ours", lambda rule: wrong), plain_loop]
+    monkeypatch.setattr(cells, "all_methods", lambda *_, **__: entries)
     file = tmp_path / "out.json"
-    arguments = ["solve", "--sizes", "16x8", "--kinds", "easy", "--budget", "0.001"]
+    arguments = ["training", "--sizes", "16x8", "--kinds", "easy", "--budget", "0.001"]
     assert command.main([*arguments, "--json", str(file)]) == 1
-    _, rows = report.load(file)
-    mine = [row for row in rows if row["family"] == "ours"][1]
+    _, rows = records.load(file)
+    (mine,) = (row for row in rows if row["family"] == "ours")
     assert reason in mine["refused"]
-    assert "median_s" not in mine
-    assert "WRONG: easy (16, 8) forward+backward Picard" in capsys.readouterr().err
+    assert "median_s" not in mine and "samples" not in mine
+    assert "easy-16x8-float32-forward+backward Picard: " in capsys.readouterr().out
 
 
 def row(name, family="plain", seconds=1.0, residual=1e-4, error=1e-4, **more):
     base = {"suite": "solve", "problem": "hard", "batch": 256, "size": 128, "mode": "forward"}
     return base | {
+        "cell": "a cell",
+        "dtype": "float32",
         "method": name,
         "family": family,
         "median_s": seconds,
@@ -160,32 +250,18 @@ def row(name, family="plain", seconds=1.0, residual=1e-4, error=1e-4, **more):
 def test_no_ratio_against_a_more_exact_rival():
     mine = row("Anderson", "ours", 1.0, error=3e-4)
     exact, equal = row("exact", seconds=2.0), row("equal", seconds=4.0, error=2e-4)
-    ratio = report.against_plain(mine, [mine, exact, equal])
+    ratio = ratios.against_plain(mine, [mine, exact, equal])
     assert (ratio.value, ratio.against) == (0.25, "equal")
     assert "gradient error 3.0 times" in ratio.note
-    assert report.against_plain(mine, [mine, exact]).value is None
+    assert ratios.against_plain(mine, [mine, exact]).value is None
     # A rival that is less exact gains by being compared.
-    assert report.against(mine, [row("loose", error=1e-2, seconds=2.0)], "loose").value == 0.5
+    assert ratios.against(mine, [row("loose", error=1e-2, seconds=2.0)], "loose").value == 0.5
     tight = row("tight", seconds=2.0, residual=1e-5)
-    assert report.against(mine, [tight], "tight").value is None
-    assert "residual 10.0 times" in report.against(mine, [tight], "tight").note
+    assert ratios.against(mine, [tight], "tight").value is None
+    assert "residual 10.0 times" in ratios.against(mine, [tight], "tight").note
     # More exact and faster: that ratio is against us, and stays.
-    ratio = report.against_plain(mine, [mine, row("both", seconds=0.5, residual=1e-5), equal])
+    ratio = ratios.against_plain(mine, [mine, row("both", seconds=0.5, residual=1e-5), equal])
     assert (ratio.value, ratio.against) == (2.0, "both")
-
-
-def test_times_are_divided_only_within_one_run():
-    rows = [
-        row("Picard", "ours", 3.0),
-        row("plain loop", seconds=2.0),
-        row("Picard", "ours", 1.0),
-        row("Anderson", "ours", 1.0),
-        row("torchdeq Anderson", "torchdeq", 9.0),
-    ]
-    found = {v.what: v for v in report.verdicts(rows)}
-    assert found["Picard / best plain loop"].measured == "1.50 (plain loop)"
-    assert found["torchdeq Anderson / Anderson"].measured == "9.0"
-    assert len(found) == 2
 
 
 def test_targets():
@@ -193,19 +269,36 @@ def test_targets():
         row("Picard", "ours", 1.05),
         row("Anderson", "ours", 1.2),
         row("plain loop", seconds=1.0),
-        row("torchdeq Anderson", "torchdeq", 12.0),
     ]
-    found = {v.what: v for v in report.verdicts(rows)}
+    found = {v.what: v for v in targets.verdicts(rows)}
     assert found["Picard / best plain loop"].met is True
     assert found["Anderson / best plain loop"].met is False
-    assert found["torchdeq Anderson / Anderson"].measured == "10.0"
     seldom = row("plain loop, compacted, test every 3rd", seconds=0.7)
-    picard = {v.what: v for v in report.verdicts([*rows, seldom])}["Picard / best plain loop"]
+    picard = {v.what: v for v in targets.verdicts([*rows, seldom])}["Picard / best plain loop"]
     assert picard.met is True, "that loop does not test in every iteration as Picard does"
     assert picard.note == "plain loop, compacted, test every 3rd: 1.50"
-    rows[3] = {**rows[3], "skipped": "not installed"}
-    del rows[3]["median_s"]
-    assert {v.what: v for v in report.verdicts(rows)}["torchdeq Anderson / Anderson"].met is None
+    other = [row("Picard", "ours", 3.0, cell="another"), row("plain loop", cell="another")]
+    ratios_ = [v.measured for v in targets.verdicts(rows + other) if v.what.startswith("Picard")]
+    assert ratios_ == ["1.05 (plain loop)", "3.00 (plain loop)"], "only within a cell"
+
+
+def test_targets_against_other_libraries():
+    rows = [
+        row("Anderson", "ours", 1.0),
+        row("Anderson, whole", "ours", 0.4),
+        row("torchdeq Anderson", "torchdeq", 7.0),
+        row("torchdeq fixed point", "torchdeq", 1.1),
+        row("jaxopt fixed point", "jaxopt", 1.3),
+    ]
+    rows = [r | {"suite": "peers"} for r in rows]
+    found = {v.what: v for v in targets.verdicts(rows)}
+    assert found["torchdeq Anderson / Anderson"].measured == "7.0"
+    assert found["torchdeq Anderson / Anderson, whole"].met is False  # 17.5 of 20
+    assert found["fastest torchdeq / Anderson, whole"].met is False  # 2.75 of 3
+    assert found["fastest jaxopt / Anderson, whole"].met is True
+    rows[2] = {**rows[2], "skipped": "not installed"}
+    del rows[2]["median_s"]
+    assert "torchdeq Anderson / Anderson" not in {v.what for v in targets.verdicts(rows)}
 
 
 def test_targets_of_whole_solves():
@@ -213,13 +306,9 @@ def test_targets_of_whole_solves():
         row("Picard, whole", "ours", 0.6),
         row("Anderson, whole", "ours", 0.4),
         row("plain loop", seconds=1.0),
-        row("torchdeq Anderson", "torchdeq", 7.0),
-        row("torchdeq fixed point", "torchdeq", 1.1),
     ]
-    found = {v.what: v for v in report.verdicts(rows)}
+    found = {v.what: v for v in targets.verdicts(rows)}
     assert found["best plain loop / Anderson, whole"].measured == "2.5"
-    assert found["torchdeq Anderson / Anderson, whole"].met is False  # 17.5 of 20
-    assert found["torchdeq fixed point / Anderson, whole"].met is False  # 2.75 of 3
     rows = [r | {"problem": "easy", "mode": "forward+backward"} for r in rows]
     size = {"suite": "products", "batch": 256, "size": 128}
     for part, target in ((0.5, "≥ 1.3"), (0.9, "≥ 1")):
@@ -228,9 +317,28 @@ def test_targets_of_whole_solves():
             size | {"method": "plain loop's iteration", "median_s": 1.0},
             size | {"method": "whole solve's iteration", "median_s": 0.5},
         ]
-        verdict = {v.what: v for v in report.verdicts(rows + products)}
+        verdict = {v.what: v for v in targets.verdicts(rows + products)}
         fastest = verdict["fastest rival / Anderson, whole"]
         assert (fastest.target, fastest.measured, fastest.met) == (target, "2.5", True)
+
+
+def test_targets_of_memory():
+    base = {"suite": "memory", "batch": 8, "size": 4, "mode": "forward", "state_bytes": 10}
+    flat = [
+        base | {"method": m, "family": f, "iterations": k, "peak_bytes": b}
+        for m, f, growth in (("Picard", "ours", 0), ("unrolled", "replaced", 1))
+        for k, b in ((8, 50), (128, 50 + growth * 500))
+    ]
+    held = base | {"method": "Picard", "family": "ours", "peak_bytes": 61, "limit": 60}
+    found = [(v.measured, v.met) for v in targets.verdicts([*flat, held])]
+    assert found == [("6.10", False), ("1.000", True)]
+
+
+def test_anderson_must_win_where_it_is_stiff():
+    rows = [row("Anderson", "ours", 2.0), row("plain loop", seconds=1.5)]
+    rows = [r | {"problem": "stiff"} for r in rows]
+    (found,) = targets.verdicts(rows)
+    assert (found.measured, found.met) == ("1.33 (plain loop)", False)
 
 
 def test_targets_of_nets():
@@ -241,7 +349,7 @@ def test_targets_of_nets():
         row("torchdeq Anderson", "torchdeq", 0.9),
         row("torchdeq fixed point", "torchdeq", 1.1),
     ]
-    found = {v.what: v for v in report.verdicts([r | {"problem": "denoise"} for r in rows])}
+    found = {v.what: v for v in targets.verdicts([r | {"problem": "denoise"} for r in rows])}
     plain = found["plain loop, compacted / Anderson, ConvStep"]
     assert (plain.measured, plain.met) == ("1.1", False)
     assert found["torchdeq Anderson / Anderson, ConvStep"].met is True  # the faster one: 2.25
@@ -267,25 +375,25 @@ def test_targets_of_an_iteration_on_a_device():
             ("ours, Triton step", "ours, native step", "cuDNN, compiled"), times, strict=True
         )
     ]
-    found = [(v.measured, v.met) for v in report.verdicts(rows)]
+    found = [(v.measured, v.met) for v in targets.verdicts(rows)]
     assert found == [("1.56", True), ("2.00", True), ("0.56", True)]
-    assert "16 → 32 → 16" in report.render(rows, report.text_table, "")
+    assert "16 → 32 → 16" in tables.render(rows, tables.text_table, "")
     alone = [row for row in rows if not row["method"].startswith("ours")]
-    assert [(v.measured, v.met) for v in report.verdicts(alone)] == [("wrong", False)]
+    assert [(v.measured, v.met) for v in targets.verdicts(alone)] == [("wrong", False)]
 
 
-def test_the_denoise_suite_runs_to_its_end(monkeypatch, capsys):
-    monkeypatch.setattr(problems, "DENOISE", ((2, problems.CHANNELS * 5 * 5),))
-    arguments = ["denoise", "convolutions", "--families", "ours", "plain", "--budget", "0.001"]
+def test_the_denoise_suite_runs_to_its_end(capsys):
+    size = f"2x{nets.CHANNELS * 5 * 5}"
+    arguments = ["denoise", "--sizes", size, "--families", "ours", "plain", "--budget", "0.001"]
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "denoise, B = 2, N = 400, forward+backward" in printed
+    assert "denoise: denoise, B = 2, N = 400, forward+backward" in printed
     assert "plain loop, compacted / " in printed
 
 
 def test_the_dense_suite_runs_to_its_end(monkeypatch, capsys):
     monkeypatch.setattr(problems, "BIBTEX", ((8, 159),))
-    monkeypatch.setattr(suites, "MOST", 20)
+    monkeypatch.setattr(dense_suite, "MOST", 20)
     arguments = ["dense", "--sizes", "16x8", "--families", "ours", "plain", "--budget", "0.001"]
     assert command.main([*arguments, "--without", methods.COMPILED]) == 0
     printed = capsys.readouterr().out
@@ -296,58 +404,169 @@ def test_the_dense_suite_runs_to_its_end(monkeypatch, capsys):
 def test_variants_take_turns():
     order = []
     calls = {name: lambda i, name=name: order.append((name, i)) for name in "abc"}
-    times = measure.interleave(calls, rounds=(4, 4))
+    times = clock.interleave(calls, rounds=(4, 4))
     timed = [name for name, _ in order[6:]]
     assert timed == list("abc" + "bca" + "cab" + "abc")
-    assert all(len(t.samples) == 4 for t in times.values())
-    assert measure.Times((3.0, 1.0, 2.0)).quartiles == (1.5, 2.5)
+    assert all(t.rounds == (0, 1, 2, 3) for t in times.values())
+    assert clock.Times((3.0, 1.0, 2.0)).quartiles == (1.5, 2.5)
+
+
+def test_peak_memory_is_what_lives_at_once():
+    def call():
+        a = torch.empty(1000)
+        b = torch.empty(3000)
+        del a
+        return b, torch.empty(500)
+
+    assert memory.peak(call, "cpu") == pytest.approx(4 * 4000, abs=256)
+
+
+def test_memory_kept_between_solves_counts():
+    problem = problems.make("easy", 64, 32, instances=1)
+    (method,) = (m for m in METHODS if m.name == "Anderson")
+    window = 2 * methods.HISTORY * 64 * 32 * 4
+    assert method.build(problem).peak_bytes(backward=False) > window
 
 
 def test_the_command_on_a_tiny_size(tmp_path, capsys):
     file = tmp_path / "out.json"
-    arguments = ["solve", "overhead", "scale", "--sizes", "64x32", "--families", "ours", "plain"]
-    arguments += ["--without", methods.COMPILED, "torchdeq Broyden"]
+    arguments = ["solve", "training", "overhead", "scale", "failing", "--sizes", "64x32"]
+    arguments += ["--families", "ours", "plain", "replaced", "--without", methods.COMPILED]
     threads = torch.get_num_threads()
     code = command.main([*arguments, "--budget", "0.001", "--kinds", "easy", "--json", str(file)])
-    facts, rows = report.load(file)
+    facts, rows = records.load(file)
     assert code == 0
     assert facts["threads"] == threads
     assert facts["slug"].startswith("cpu-") and " " not in facts["slug"]
     assert {"commit", "versions", "command", "timestamp", "cpu"} <= facts.keys()
-    done = [r for r in rows if r["suite"] == "solve" and "skipped" not in r]
+    done = [r for r in rows if r["suite"] in ("solve", "training")]
     assert {r["mode"] for r in done} == {"forward", "forward+backward"}
-    assert all(r["q1_s"] <= r["median_s"] <= r["q3_s"] for r in done)
-    assert all(r["residual_in_tolerances"] <= 1 for r in done)
+    for r in done:
+        assert r["q1_s"] <= r["median_s"] <= r["q3_s"]
+        assert len(r["samples"]) == len(r["rounds"]) == r["repeats"]
+        assert r["residual_in_tolerances"] <= 1
+        assert r["peak_bytes"] > 0 and r["evaluations"] > 0
     assert all(r["difference"] <= 1 for r in rows if r["suite"] == "scale")
     printed = capsys.readouterr().out
     assert "Picard: iterations, state scaled" in printed
-    assert "plain loop, compacted" in printed
+    assert "CONVERGED 128, DIVERGED 128" in printed
+    # It is pytest-benchmark's format: its own tools read it.
+    content = json.loads(file.read_text())
+    assert {"machine_info", "commit_info", "benchmarks", "datetime", "version"} <= content.keys()
+    stats = content["benchmarks"][0]["stats"]
+    assert {"min", "max", "mean", "median", "iqr", "rounds", "data"} <= stats.keys()
+
+
+def test_a_failing_claim_is_wrong(monkeypatch):
+    """The suite of failures must not pass whatever the library says."""
+    options = suites.Options(families=("ours",))
+    good = failing.failing_rows(options)
+    assert all(r["refused"] is None for r in good)
+    real = fpi_cuda.fixed_point
+
+    class Boast:
+        def __init__(self, solution):
+            self.solution = solution
+            self.converged = torch.ones_like(solution.converged)
+
+        def __getattr__(self, name):
+            return getattr(self.solution, name)
+
+    def boasting(*args, **kwargs):
+        return Boast(real(*args, **kwargs))
+
+    monkeypatch.setattr(fpi_cuda, "fixed_point", boasting)
+    said = failing.failing_rows(options)
+    assert any("called converged that is not" in (r["refused"] or "") for r in said)
+
+
+def test_scaling_memory_and_convergence_run_to_their_end(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(scaling, "BATCHES", (2, 4))
+    monkeypatch.setattr(scaling, "SIZES", (4, 8))
+    monkeypatch.setattr(scaling, "SLOWEST", (0.5,))
+    monkeypatch.setattr(scaling, "COUNTS", (2, 4))
+    monkeypatch.setattr(memory_suite, "ITERATIONS", (4, 8))
+    monkeypatch.setattr(convergence, "TOLERANCES", (1e-2, 1e-3))
+    arguments = ["scaling", "memory", "convergence", "--families", "ours", "plain", "replaced"]
+    arguments += ["--kinds", "easy", "--sizes", "32x16", "--budget", "0.001"]
+    file = tmp_path / "out.json"
+    assert command.main([*arguments, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    for part in ("scaling: ms against spread", "work and precision: ms of a forward, easy"):
+        assert part in printed
+    _, rows = records.load(file)
+    curve = next(r["residuals"] for r in rows if r.get("curve") == "history")
+    assert curve[0] > 0.5
+    assert curve[-1] <= 1e-4
+    unrolled = [
+        r["peak_bytes"]
+        for r in rows
+        if r["suite"] == "memory" and r["method"] == "unrolled" and r["mode"] != "forward"
+    ]
+    assert unrolled[1] >= unrolled[0] + 4 * 32 * 16 * 4, "unrolling keeps an iterate an iteration"
 
 
 def test_quick_runs_to_its_end(monkeypatch, capsys):
-    for name in ("kernels", "importing"):  # their sizes are their own
-        monkeypatch.setattr(suites, name, lambda _: [])
-    size = ["64x32"]
-    arguments = ["quick", "--sizes", *size, "--peers-at", *size, "--budget", "0.001"]
-    assert command.main([*arguments, "--kinds", "easy"]) == 0
+    for module in (kernels, importing, memory_suite, failing):  # their sizes are their own
+        monkeypatch.setattr(module, "cells", lambda _: [])
+    arguments = ["quick", "--sizes", "64x32", "--budget", "0.001", "--kinds", "easy"]
+    assert command.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "plain loop, compacted" in printed
     assert ("torchdeq Anderson" in printed) == (methods.absent("torchdeq") is None)
 
 
-def test_list_names_every_method(capsys):
-    assert command.main(["--list"]) == 0
+def test_a_cell_that_fails_does_not_stop_the_others(monkeypatch, capsys):
+    def broken(options):
+        raise RuntimeError("broken on purpose")
+
+    def two(options):
+        yield suites.Cell("broken", lambda: broken(options))
+        yield from scale.cells(options)
+
+    monkeypatch.setitem(suites.SUITES, "scale", two)
+    assert command.main(["scale"]) == 1
     printed = capsys.readouterr().out
-    assert all(m.name in printed for m in methods.all_methods())
-    assert all(name in printed for name in (*suites.SUITES, *suites.PRESETS))
+    assert "broken on purpose" in printed and "state scaled" in printed
+
+
+def test_list_names_every_method_and_cell(capsys):
+    assert command.main(["--list", "solve"]) == 0
+    printed = capsys.readouterr().out
+    assert all(m.name in printed for m in methods.all_methods(grid=True))
+    assert all(name in printed for name in suites.SUITES)
+    assert "solve/hard-256x128-float32-forward" in printed
+    assert suites.SUITES.keys() == suites.ABOUT.keys()
+
+
+def test_an_unknown_method_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["solve", "--without", "no such method"])
+    assert "no method is called 'no such method'" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_result_is_an_error(tmp_path):
+    file = tmp_path / "other.json"
+    for text in ("{}", "not JSON", '{"facts": {}, "benchmarks": [1], "untimed": []}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="must be a result file"):
+            records.load(file)
+
+
+def test_result_files_keep_what_they_are_given(tmp_path):
+    content = {"facts": {"a": [1, 2.5], "b": None}, "benchmarks": [], "untimed": [{"index": 0}]}
+    file = tmp_path / "out.json"
+    records.save(file, content)
+    assert json.loads(file.read_text()) == content
+    assert '"a": [1, 2.5]' in file.read_text()
 
 
 def test_page_and_json_agree():
-    page = report.PAGE.read_text()
-    between = page.split(report.BEGIN)[1].split(report.END)[0]
-    assert between.strip() == report.results(), "run python -m benchmarks report"
-    assert str(Path.home()) not in page
-    for path in report.committed():
+    text = page.PAGE.read_text()
+    between = text.split(page.BEGIN)[1].split(page.END)[0]
+    assert between.strip() == page.results(), "run python -m benchmarks report"
+    assert str(Path.home()) not in text
+    for path in page.committed():
         content = json.loads(path.read_text())
         assert content["facts"]["slug"] == path.parent.name
         assert os.sep + "tmp" not in content["facts"]["command"]

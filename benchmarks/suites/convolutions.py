@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -16,36 +17,40 @@ from fpi_cuda.backends import native, triton
 from fpi_cuda.backends.progress import STATUS, Limits, Progress
 from fpi_cuda.forms import ConvForm
 
-from .measure import interleave, relative_error
+from .. import ceilings
+from ..clock import interleave
+from ..judge import relative_error
+from ..records import Row
+from .cell import Cell, Options
 
-Row = dict[str, Any]
-
+Net = tuple[int, tuple[int, ...], int, int]
 # State channels, hidden widths, batch, height: all with one channel of z.
-NETS = ((16, (32,), 64, 128), (1, (32, 32), 64, 128), (16, (32,), 1, 1024))
+NETS: tuple[Net, ...] = ((16, (32,), 64, 128), (1, (32, 32), 64, 128), (16, (32,), 1, 1024))
 LARGEST_ERROR = {"bfloat16": 2e-2, "tf32": 2e-3, "float32": 1e-5}  # of g(x), relative
 PRECISIONS = (("bfloat16", False), ("float32", True), ("float32", False))  # dtype, tf32
 
 
-def rows(device: str, budget: float) -> list[Row]:
+def cells(options: Options) -> Iterator[Cell]:
     """On a CUDA device: one Picard iteration of a net, our kernels beside compiled cuDNN.
 
     With none finished, and with half of the samples: cuDNN then gets the compacted half.
     """
-    if not device.startswith("cuda"):
-        return [{"suite": "convolutions", "skipped": "needs a CUDA device"}]
+    for net in NETS:
+        for dtype, tf32 in PRECISIONS:
+            name = f"convolutions/{net[0]}-{net[2]}x{net[3]}-{'tf32' if tf32 else dtype}"
+            yield Cell(name, functools.partial(rows, options, net, dtype, tf32=tf32))
+
+
+def rows(options: Options, net: Net, dtype: str, *, tf32: bool) -> list[Row]:
     convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = convolutions.fp32_precision, products.fp32_precision, torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
-    found = []
+    convolutions.fp32_precision = products.fp32_precision = "tf32" if tf32 else "ieee"
     try:
-        for net in NETS:
-            for dtype, tf32 in PRECISIONS:
-                convolutions.fp32_precision = products.fp32_precision = "tf32" if tf32 else "ieee"
-                found += rows_of(device, budget, *net, dtype, tf32=tf32)
+        return rows_of(options.device, options.budget, *net, dtype, tf32=tf32)
     finally:
         convolutions.fp32_precision, products.fp32_precision = before[:2]
         torch.backends.cudnn.benchmark = before[2]
-    return found
 
 
 def rows_of(
@@ -92,7 +97,8 @@ def rows_of(
 
     torch.compiler.reset()  # sizes of this net alone: none shall be symbolic
     compiled = torch.compile(iteration, dynamic=False)
-    flops_per_s, bytes_per_s = ceilings(device, kind)
+    flops_per_s, _ = ceilings.product(device, kind, budget=0.2)
+    bytes_per_s, _ = ceilings.copy(device, 512 << 20)
     # On a device several at once, so that launches hide; from a fresh state, lest they converge.
     repeats, found = 10 if device.startswith("cuda") else 1, []
     for finished in sorted({0, batch // 2}):
@@ -199,17 +205,3 @@ def error_of(chain: Any, form: ConvForm, x: Tensor) -> float:
     )
     wanted = exact(x[few].double())
     return relative_error(out[few], wanted)
-
-
-def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of a large product and bytes/s of a large copy, at this moment."""
-    size = 8192 if device.startswith("cuda") else 256
-    a, b, c = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
-    measured = interleave(
-        {"product": lambda _: torch.mm(a, b, out=c), "copy": lambda _: c.copy_(a)},
-        device=device,
-        budget=0.2,
-        rounds=(5, 21),
-    )
-    flops = 2 * size**3 / measured["product"].median
-    return flops, 2 * a.nbytes / measured["copy"].median

@@ -1,0 +1,52 @@
+"""docs/benchmarks.md: its results are made from the committed JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .machine import ROOT
+from .records import load
+from .tables import markdown_table, render
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def committed() -> list[Path]:
+    """The result files of this harness, over all devices."""
+    return sorted(RESULTS.glob("*/*.json"))
+
+
+def section(path: Path) -> str:
+    facts, rows = load(path)
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    threads = facts["threads"]
+    head = (
+        f"## {facts['device_name']}\n\n"
+        f"`{facts['command']}` at commit `{facts['commit']}`, {facts['timestamp']}, "
+        f"{threads} thread{'s' if threads != 1 else ''}, "
+        f"{facts['build']['cpu_capability']} kernels; {versions}; load average at the start "
+        f"{facts['load_average'][0]:.1f}. "
+        f"From `{path.relative_to(ROOT).as_posix()}`."
+    )
+    return head + "\n\n" + render(rows, markdown_table, "### ", targets_first=True)
+
+
+def results() -> str:
+    """The part of the page that is made from the committed JSON."""
+    return "\n\n".join(section(path) for path in committed()) or "No results are committed yet."
+
+
+def rebuild(page: Path = PAGE) -> bool:
+    """Rewrite the page's results.
+
+    Returns:
+        Whether anything changed.
+    """
+    old = page.read_text()
+    before, rest = old.split(BEGIN)
+    _, after = rest.split(END)
+    new = f"{before}{BEGIN}\n\n{results()}\n\n{END}{after}"
+    page.write_text(new)
+    return new != old

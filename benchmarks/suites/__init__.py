@@ -1,0 +1,88 @@
+"""The suites, by the names of the command line: each yields the cells that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from .. import problems
+from ..methods import PEERS
+from . import (
+    convergence,
+    dense,
+    failing,
+    importing,
+    kernels,
+    memory,
+    overhead,
+    scale,
+    scaling,
+    solve,
+)
+from .cell import Cell, Options
+
+__all__ = ["ABOUT", "SUITES", "Cell", "Options"]
+
+Suite = Callable[[Options], Iterable[Cell]]
+
+
+def quick(options: Options) -> Iterator[Cell]:
+    """Every claim, short: few repeats, nothing compiled, the peers at one size."""
+    short = replace(options, budget=options.budget / 8, rounds=(3, 15), instances=2, quick=True)
+    dense_only = replace(short, kinds=options.kinds or problems.DENSE)
+    yield from kernels.cells(short)
+    yield from scale.cells(short)
+    yield from solve.solve(dense_only)
+    yield from solve.training(dense_only)
+    yield from overhead.overhead(replace(short, sizes=(options.sizes or problems.SIZES)[:1]))
+    at_one = (options.sizes or problems.SIZES)[:1]
+    yield from solve.peers(replace(dense_only, sizes=at_one, families=("ours", "plain", *PEERS)))
+    yield from memory.cells(short)
+    yield from failing.cells(short)
+    yield from importing.cells(short)
+
+
+def full(options: Options) -> Iterator[Cell]:
+    """Everything: what the committed JSON is made by."""
+    for name, suite in SUITES.items():
+        if name not in ("quick", "full"):
+            yield from suite(options)
+
+
+SUITES: dict[str, Suite] = {
+    "quick": quick,
+    "full": full,
+    "kernels": kernels.cells,
+    "solve": solve.solve,
+    "training": solve.training,
+    "memory": memory.cells,
+    "peers": solve.peers,
+    "dense": dense.cells,
+    "denoise": solve.denoise,
+    "scaling": scaling.cells,
+    "convergence": convergence.cells,
+    "failing": failing.cells,
+    "overhead": overhead.overhead,
+    "loop": overhead.loop,
+    "scale": scale.cells,
+    "import": importing.cells,
+}
+
+ABOUT = {
+    "quick": "every claim, short: under 2.5 minutes on 2 cores",
+    "full": "all of the suites below, for the committed JSON",
+    "kernels": "step kernels against a copy, roofs of the machine; on CUDA also convolutions",
+    "solve": "whole solves, forward: ours and plain loops",
+    "training": "the same with the backward: loss and gradients, and deep unrolling",
+    "memory": "peak memory against iterations, and states that the library holds",
+    "peers": "beside torchdeq, jaxopt and optimistix, at defaults and at the best of a grid",
+    "dense": "steps of dense layers solved whole: the Bibtex shape, products, refill",
+    "denoise": "a net of two convolutions, 32 images of mixed noise",
+    "scaling": "time against B, N, spread of difficulty, iterations",
+    "convergence": "residual against evaluations, time against the residual reached",
+    "failing": "a batch on half of which the map expands",
+    "overhead": "time outside g, at equal evaluations",
+    "loop": "on a CUDA device: what an iteration costs beside g and the kernels, and syncs",
+    "scale": "the state's and the loss's scale do not matter",
+    "import": "import fpi_cuda, after import torch",
+}

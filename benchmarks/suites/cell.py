@@ -1,0 +1,147 @@
+"""What a suite is made of, and how the methods of one problem are put beside one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import problems
+from ..clock import interleave
+from ..judge import judge
+from ..methods import (
+    COMPACTED,
+    PEERS,
+    Method,
+    Runner,
+    all_methods,
+    compile_seconds,
+)
+from ..problems import Problem
+from ..records import Row
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Options:
+    device: str = "cpu"
+    backend: str = "auto"  # of this library
+    dtype: str = "float32"
+    data: Path | None = None
+    sizes: tuple[Size, ...] | None = None  # None: the suite's own
+    kinds: tuple[str, ...] | None = None
+    families: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()  # methods to leave out
+    budget: float = 2.0  # seconds of timed calls a variant
+    rounds: tuple[int, int] = (5, 31)
+    instances: int = problems.INSTANCES
+    quick: bool = False
+
+    def make(self, kind: str, batch: int, size: int, **more: Any) -> Problem:
+        return problems.make(
+            kind,
+            batch,
+            size,
+            device=self.device,
+            dtype=getattr(torch, self.dtype),
+            data=self.data,
+            **{"instances": self.instances} | more,
+        )
+
+    def methods(self, *families: str, grid: bool = False) -> list[Method]:
+        """Of those families that the suite wants and the command allows."""
+        allowed = families if self.families is None else set(families) & set(self.families)
+        return [
+            method
+            for method in all_methods(self.backend, grid=grid)
+            if method.family in allowed
+            and method.name not in self.without
+            and not (self.quick and method.slow)
+        ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A part of a suite that is run and may fail alone. What is timed in it was timed in turns."""
+
+    name: str
+    run: Callable[[], list[Row]]
+
+
+def contest(
+    suite: str,
+    problem: Problem,
+    methods: Sequence[Method],
+    options: Options,
+    *,
+    backward: bool,
+    runners: dict[str, Runner] | None = None,
+    **more: Any,
+) -> list[Row]:
+    """The rows of one problem: every method judged, then those that were right timed in turns.
+
+    runners: of methods that are built already. more: what the rows shall hold besides.
+    """
+    rows, calls = [], {}
+    for method in methods:
+        row: Row = {
+            "suite": suite,
+            "problem": problem.kind,
+            "batch": problem.batch,
+            "size": problem.size,
+            "dtype": str(problem.dtype).removeprefix("torch."),
+            "device": str(problem.device),
+            "backend": options.backend if method.family == "ours" else None,
+            "mode": "forward+backward" if backward else "forward",
+            "method": method.name,
+            "family": method.family,
+            **more,
+        }
+        reason = method.reason(problem)
+        if method.kinds is not None and problem.kind not in method.kinds:
+            continue
+        rows.append(row)
+        if reason:
+            row["skipped"] = reason
+            continue
+        try:
+            runner = (runners or {}).get(method.name) or method.build(problem)
+            row |= examine(runner, backward=backward)
+        except Exception as error:  # a peer may fail in ways of its own; ours may not
+            if method.family not in PEERS:
+                raise
+            row["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            continue
+        if row["refused"] is None:
+            calls[method.name] = runner.gradients if backward else runner.forward
+        if method.name == COMPACTED and not more:
+            problems.check_spread(problem, row["evaluations"], row["iterations_mean"])
+    measured = interleave(
+        calls,
+        device=options.device,
+        budget=options.budget,
+        rounds=options.rounds,
+        label=f"{problem.name} {'forward+backward' if backward else 'forward'}",
+    )
+    for row in rows:
+        if row["method"] in measured and "skipped" not in row:
+            row.update(measured[row["method"]].row())
+    return rows
+
+
+def examine(runner: Runner, *, backward: bool) -> Row:
+    """Everything about a method on a problem but its time."""
+    compile_s = runner.compile_s + compile_seconds(runner, backward=backward)
+    evaluations, mean = runner.count()
+    correct = judge(runner, backward=backward)
+    return {
+        "compile_s": compile_s,
+        "evaluations": evaluations,
+        "iterations_mean": mean,
+        **correct.row(runner.problem.rule.gradient_error),
+        "peak_bytes": runner.peak_bytes(backward=backward),
+    }

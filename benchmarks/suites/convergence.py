@@ -1,0 +1,99 @@
+"""convergence: the residual after each evaluation of g, and time against the residual reached."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..methods import Method, Solver
+from ..problems import Problem, at
+from ..records import Row
+from .cell import Cell, Options, contest
+from .scaling import chosen
+
+PLACES = {"hard": (256, 128), "energy": at("energy"), "stiff": at("stiff")}
+LONGEST = 1000  # evaluations that are kept
+TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+
+
+def cells(options: Options) -> Iterator[Cell]:
+    for kind in options.kinds or PLACES:
+        size = options.sizes[0] if options.sizes else PLACES.get(kind) or at(kind)
+        name = f"convergence/{kind}-{size[0]}x{size[1]}-{options.dtype}"
+        yield Cell(name, functools.partial(history, options, kind, size))
+        if kind == "stiff":  # its residual says little: the error is a thousand times that
+            continue
+        for rtol in TOLERANCES:
+            yield Cell(
+                f"{name}-{rtol:g}", functools.partial(work_precision, options, kind, size, rtol)
+            )
+
+
+class Recording:
+    """g that keeps the worst relative residual of every batch it is given."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.g, self.residuals = problem.g, list[float]()
+
+    def __call__(self, x: Tensor, *rest: Tensor) -> Tensor:
+        y = self.g(x, *rest)
+        r = torch.linalg.vector_norm((y - x).double(), dim=1)
+        self.residuals.append(float((r / torch.linalg.vector_norm(y.double(), dim=1)).max()))
+        return y
+
+
+def history(options: Options, kind: str, size: tuple[int, int]) -> list[Row]:
+    """Of methods that call g; what a compacted one has left out met the tolerance."""
+    problem = options.make(kind, *size, instances=1)
+    rule = replace(problem.rule, max_iterations=min(LONGEST, problem.rule.max_iterations))
+    problem = replace(problem, rule=rule)
+    rows = []
+    for method in chosen(options):
+        if method.reason(problem) or not opaque(method):
+            continue
+        g = Recording(problem)
+        runner = method.build(replace(problem, g=g))
+        runner.forward(0)  # the first call may look at g more often
+        g.residuals.clear()
+        runner.forward(0)
+        rows.append(
+            {
+                "suite": "convergence",
+                "curve": "history",
+                "problem": kind,
+                "batch": size[0],
+                "size": size[1],
+                "dtype": options.dtype,
+                "mode": "forward",
+                "method": method.name,
+                "family": method.family,
+                "rtol": problem.rule.rtol,
+                "residuals": g.residuals,
+            }
+        )
+    return rows
+
+
+def opaque(method: Method) -> bool:
+    build = method.build
+    return isinstance(build, functools.partial) and build.func is Solver
+
+
+def work_precision(options: Options, kind: str, size: tuple[int, int], rtol: float) -> list[Row]:
+    problem = options.make(kind, *size, instances=1)
+    rule = replace(problem.rule, rtol=rtol, atol=0.0, adjoint_rtol=rtol, max_iterations=2000)
+    short = replace(options, budget=options.budget / 4)
+    methods = [method for method in chosen(options) if method.name != "unrolled"]
+    return contest(
+        "convergence",
+        replace(problem, rule=rule),
+        methods,
+        short,
+        backward=False,
+        curve="work-precision",
+        rtol=rtol,
+    )
