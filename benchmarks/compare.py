@@ -1,0 +1,410 @@
+"""Did we become slower? Two result files, and only ratios that each took within one run.
+
+A time of ours is divided by that of a plain loop that ran in the same round: what slows a machine
+down for both cancels, and two machines may be compared where a regression is not theirs alone.
+The loop is the fastest of the old file that the new one has too. Compared is the median of the
+rounds' log ratios, new less old.
+
+Its standard error is bootstrapped, in blocks of about n^(1/3) successive rounds, since slow spells
+of a shared machine outlast a round. The interval is Student's, with the blocks as the degrees of
+freedom (Welch's formula over the two files), and not the bootstrap's percentiles: a chance of 5 %
+shared among a hundred cells is decided by tails that fifteen rounds do not have.
+
+All intervals hold together with 95 % (Bonferroni, over the cells), so that an unchanged library is
+called worse in less than one comparison in twenty, however many cells it has. That costs power; so
+the mean change of each method over its cells is judged too, as a family of its own, with the cells
+as the sample. This sees what is small but everywhere, and its spread holds what differs from run to
+run but not from round to round (where memory lies, a neighbour's cache), which no interval of one
+cell can know of; the margin is there for that.
+
+    python -m benchmarks.compare OLD.json NEW.json [--margin 0.05]
+
+Exit code: 0, 1 where something is worse or no longer right, 2 where there is nothing to compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import records
+from .records import Row
+
+Result = tuple[Mapping[str, Any], Sequence[Row]]
+
+MARGIN = 0.05  # changes up to this are nobody's business
+CONFIDENCE = 0.95  # of all intervals of a family together
+FEWEST_PAIRS = 5  # in each file; below, a spread cannot be told from luck
+FEWEST_CELLS = 4  # of a method, for a mean over its cells
+RESAMPLES = 2000
+SEED = 0
+
+# What makes two rows of two files the same measurement. Suites that vary one thing more than the
+# sizes say which.
+CELL = ("suite", "problem", "batch", "size", "mode", "dtype", "axis", "value", "curve", "rtol")
+# Facts of the machine and the build that explain a change which is not the library's.
+MACHINE = ("device", "device_name", "cpu", "cores", "threads", "versions", "build")
+
+BAD = ("refused", "worse")  # verdicts that fail a run
+ORDER = (*BAD, "missing", "evaluations", "right again", "better", "same", "too few pairs", "new")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one method in one cell, or in all of them."""
+
+    verdict: str  # one of ORDER
+    where: str
+    method: str
+    against: str = ""  # the plain loop that both files divide by
+    ratio: float | None = None  # time / that loop's: new over old
+    low: float | None = None  # of the interval that holds for all cells at once
+    high: float | None = None
+    pairs: tuple[int, int] | None = None  # rounds in which both were timed: old, new
+    note: str = ""
+
+    @property
+    def bad(self) -> bool:
+        return self.verdict in BAD
+
+
+def compare(
+    old: Path | Result, new: Path | Result, *, margin: float = MARGIN, resamples: int = RESAMPLES
+) -> list[Finding]:
+    """The findings, the worst first.
+
+    Args:
+        old: a result file, or its facts and rows.
+        new: the same.
+        margin: a change is flagged where its whole interval is beyond 1 + margin, or 1 / that.
+        resamples: of the bootstrap.
+    """
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"compare: margin must be at least 0, as 0.05 for 5 % (got {margin})")
+    before, after = cells(loaded(old)[1]), cells(loaded(new)[1])
+    found: list[Finding] = []
+    changes: list[Change] = []
+    for cell, was in before.items():
+        now = after.get(cell, {})
+        for method, row in was.items():
+            if row.get("family") == "ours":
+                found += told(cell, row, now.get(method))
+                if timed(row) and timed(now.get(method)):
+                    changes.append(change(cell, method, was, now, resamples))
+    for cell, now in after.items():
+        for method, row in now.items():
+            known = method in before.get(cell, {})
+            if row.get("family") == "ours" and timed(row) and not known:
+                found.append(Finding("new", where(cell), method, note="not in the old file"))
+    found += judged(changes, margin) + over_cells(changes, margin)
+    return sorted(found, key=lambda f: (ORDER.index(f.verdict), -abs(math.log(f.ratio or 1.0))))
+
+
+def loaded(result: Path | Result) -> Result:
+    return records.load(result) if isinstance(result, Path) else result
+
+
+Cell = tuple[Any, ...]
+
+
+def cells(rows: Iterable[Row]) -> dict[Cell, dict[str, Row]]:
+    """By cell, the rows of its methods. A file that has one twice (quick, then solve): the first.
+
+    Only cells with a plain loop: elsewhere there is nothing that both machines have in common.
+    """
+    found: dict[Cell, dict[str, Row]] = {}
+    for row in rows:
+        if "method" in row and row.get("family") and row.get("suite") not in (None, "grid"):
+            cell = tuple(row.get(key) for key in CELL)
+            found.setdefault(cell, {}).setdefault(row["method"], row)
+    return {
+        cell: methods
+        for cell, methods in found.items()
+        if any(row["family"] == "plain" for row in methods.values())
+    }
+
+
+def where(cell: Cell) -> str:
+    at = dict(zip(CELL, cell, strict=True))
+    parts = [str(at["suite"])]
+    if at["axis"] is not None:
+        parts.append(f"{at['axis']} {at['value']:g}")
+    parts += [str(at["problem"]), f"{at['batch']}x{at['size']}"]
+    parts += [str(at[key]) for key in ("mode", "dtype") if at[key] is not None]
+    if at["rtol"] is not None:
+        parts.append(f"rtol {at['rtol']:g}")
+    return " ".join(parts)
+
+
+def timed(row: Row | None) -> bool:
+    return row is not None and "samples" in row and not row.get("refused")
+
+
+def told(cell: Cell, was: Row, now: Row | None) -> list[Finding]:
+    """What changed that is no matter of chance."""
+    at, method = where(cell), was["method"]
+    if now is None:
+        if not timed(was):
+            return []
+        return [Finding("missing", at, method, note="not in the new file, or no plain loop is")]
+    if now.get("refused") and not was.get("refused"):
+        return [Finding("refused", at, method, note=str(now["refused"]))]
+    if timed(was) and not timed(now):
+        return [Finding("missing", at, method, note=str(now.get("skipped") or "no times"))]
+    found = []
+    if was.get("refused") and not now.get("refused") and "skipped" not in now:
+        found.append(Finding("right again", at, method, note=f"was: {was['refused']}"))
+    a, b = was.get("evaluations"), now.get("evaluations")
+    if a is not None and b is not None and a != b:
+        found.append(Finding("evaluations", at, method, note=f"{a} before, {b} now"))
+    return found
+
+
+# --- chance ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one method in one cell, in the logarithm of its ratio."""
+
+    cell: Cell
+    method: str
+    against: str
+    pairs: tuple[int, int]
+    value: float = math.nan
+    error: float = math.nan  # standard
+    freedom: float = math.nan  # degrees
+
+    @property
+    def enough(self) -> bool:
+        return min(self.pairs) >= FEWEST_PAIRS
+
+
+def log_ratios(row: Row, rival: Row) -> np.ndarray:
+    """Of the rounds that both were timed in, in their order."""
+    times = dict(zip(rival.get("rounds", ()), rival["samples"], strict=False))
+    pairs = zip(row.get("rounds", ()), row["samples"], strict=False)
+    ratios = [s / times[i] for i, s in pairs if i in times and s > 0 and times[i] > 0]
+    return np.log(np.array(ratios, dtype=float))
+
+
+def change(
+    cell: Cell, method: str, was: Mapping[str, Row], now: Mapping[str, Row], resamples: int
+) -> Change:
+    loops = [row for row in was.values() if row["family"] == "plain" and timed(row)]
+    fewest = (0, 0)
+    # The fastest that has the rounds: a loop that sat most of them out tells nothing.
+    for loop in sorted(loops, key=lambda row: float(np.median(row["samples"]))):
+        rival = loop["method"]
+        if not timed(now.get(rival)):
+            continue
+        old = log_ratios(was[method], loop)
+        new = log_ratios(now[method], now[rival])
+        fewest = max(fewest, (len(old), len(new)), key=min)
+        if min(len(old), len(new)) >= FEWEST_PAIRS:
+            return Change(
+                cell, method, rival, (len(old), len(new)), *difference(old, new, resamples)
+            )
+    return Change(cell, method, "", fewest)
+
+
+def difference(old: np.ndarray, new: np.ndarray, resamples: int) -> tuple[float, float, float]:
+    """Of the medians, new less old: its value, standard error and degrees of freedom."""
+    rng = np.random.default_rng(SEED)
+    variances, freedoms = [], []
+    for sample in (old, new):
+        n = len(sample)
+        block = max(1, round(n ** (1 / 3)))
+        medians = np.median(sample[block_indices(rng, n, block, resamples)], axis=1)
+        # n / (n − b): blocks vary less about their own mean than about the true one.
+        variances.append(float(medians.var(ddof=1)) * n / (n - block))
+        freedoms.append(n / block - 1)
+    total = sum(variances)
+    spread = sum(v * v / f for v, f in zip(variances, freedoms, strict=True))
+    freedom = total * total / spread if spread > 0 else sum(freedoms)
+    return float(np.median(new) - np.median(old)), math.sqrt(total), freedom
+
+
+def block_indices(
+    rng: np.random.Generator, n: int, block: int, resamples: int
+) -> np.ndarray:  # [resamples, n]
+    """Rounds drawn in runs of `block`, around the end to the beginning."""
+    starts = rng.integers(0, n, size=(resamples, -(-n // block)))
+    runs = (starts[:, :, None] + np.arange(block)) % n
+    return runs.reshape(resamples, -1)[:, :n]
+
+
+@functools.lru_cache(maxsize=1024)
+def student(tail: float, freedom: float) -> float:
+    """The t that is exceeded with this probability: scipy's, without scipy."""
+    angle = np.linspace(0.0, np.pi / 2, 100_001)  # t = √ν tan(angle) has the density cos^(ν−1)
+    density = np.cos(angle) ** (freedom - 1)
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    beyond = 0.5 * (1 - below / below[-1])
+    return math.sqrt(freedom) * math.tan(float(np.interp(-tail, -beyond, angle)))
+
+
+def verdict(low: float, high: float, margin: float) -> str:
+    """low, high: of the logarithm."""
+    limit = math.log1p(margin)
+    return "worse" if low > limit else "better" if high < -limit else "same"
+
+
+def judged(changes: Sequence[Change], margin: float) -> list[Finding]:
+    """Each cell's change, with intervals that hold for all of them at once."""
+    sure = [c for c in changes if c.enough]
+    found = [
+        Finding("too few pairs", where(c.cell), c.method, pairs=c.pairs, note=few(c))
+        for c in changes
+        if not c.enough
+    ]
+    for c in sure:
+        tail = (1 - CONFIDENCE) / 2 / len(sure)
+        # Rounded so that cells of the same rounds share a quantile.
+        half = c.error * student(tail, math.floor(c.freedom * 10) / 10)
+        found.append(
+            Finding(
+                verdict(c.value - half, c.value + half, margin),
+                where(c.cell),
+                c.method,
+                c.against,
+                math.exp(c.value),
+                math.exp(c.value - half),
+                math.exp(min(c.value + half, 700.0)),
+                c.pairs,
+            )
+        )
+    return found
+
+
+def few(c: Change) -> str:
+    if not max(c.pairs):
+        return "no plain loop was timed with it in both files"
+    return f"at least {FEWEST_PAIRS} rounds are needed in each file: raise --budget"
+
+
+def over_cells(changes: Sequence[Change], margin: float) -> list[Finding]:
+    """Each method's mean change, with its cells as the sample."""
+    by_method: dict[str, list[float]] = {}
+    for c in changes:
+        if c.enough:
+            by_method.setdefault(c.method, []).append(c.value)
+    means = {m: v for m, v in by_method.items() if len(v) >= FEWEST_CELLS}
+    found = []
+    for method, values in means.items():
+        mean, k = float(np.mean(values)), len(values)
+        tail = (1 - CONFIDENCE) / 2 / len(means)
+        half = float(np.std(values, ddof=1)) / math.sqrt(k) * student(tail, k - 1.0)
+        found.append(
+            Finding(
+                verdict(mean - half, mean + half, margin),
+                f"mean of {k} cells",
+                method,
+                "its loops",
+                math.exp(mean),
+                math.exp(mean - half),
+                math.exp(min(mean + half, 700.0)),
+            )
+        )
+    return found
+
+
+# --- text ------------------------------------------------------------------------------------
+
+
+def warnings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """How the machines or their software differ."""
+    found = []
+    for key in MACHINE:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            for name in sorted({*a, *b}):
+                if a.get(name) != b.get(name) and name != "fpi_cuda":
+                    found.append(f"{key}: {name} was {a.get(name)}, is {b.get(name)}")
+        elif a != b:
+            found.append(f"{key} was {a}, is {b}")
+    return found
+
+
+def render(
+    found: Sequence[Finding], differences: Sequence[str] = (), margin: float = MARGIN
+) -> str:
+    """A line a finding, what is bad first, and what they sum up to."""
+    lines = [f"WARNING: {text}" for text in differences]
+    if differences:
+        lines.append("Only ratios to the plain loop are compared, but these may move them too.")
+    head = ["verdict", "where", "method", "new/old", "interval", "rounds", "divided by", "note"]
+    table = [head, *(cells_of(f) for f in found)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+    lines += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+    counts = {name: sum(f.verdict == name for f in found) for name in ORDER}
+    summary = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    lines.append(
+        f"{summary or 'nothing to compare'}. new/old: the ratio of our time to the plain loop's, "
+        f"over what it was; its intervals hold for all cells with {CONFIDENCE:.0%} at once, and "
+        f"for all means; worse or better: beyond {margin:.0%}."
+    )
+    return "\n".join(lines)
+
+
+def cells_of(f: Finding) -> list[str]:
+    interval = "" if f.low is None else f"{f.low:.2f}-{f.high:.2f}"
+    name = f.verdict.upper() if f.bad else f.verdict
+    ratio = "" if f.ratio is None else f"{f.ratio:.2f}"
+    rounds = "" if f.pairs is None else f"{f.pairs[0]}, {f.pairs[1]}"
+    return [name, f.where, f.method, ratio, interval, rounds, f.against, f.note]
+
+
+def show(
+    old: Path, facts: Mapping[str, Any], rows: Sequence[Row], *, margin: float = MARGIN
+) -> int:
+    """Print what changed since the old file.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        before = records.load(old)
+        found = compare(before, (facts, rows), margin=margin)
+    except (OSError, ValueError) as error:
+        print(f"compare: {old} cannot be compared with: {error}", file=sys.stderr)
+        return 2
+    print(render(found, warnings(before[0], facts), margin))
+    if not any(f.verdict not in ("missing", "new") for f in found):
+        print(
+            f"compare: the files must have a cell of ours and a plain loop in common ({old} and "
+            "the new rows have none): run the old command again, with --json",
+            file=sys.stderr,
+        )
+        return 2
+    return int(any(f.bad for f in found))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare", description="What became slower than plain loops."
+    )
+    parser.add_argument("old", type=Path, metavar="OLD.json")
+    parser.add_argument("new", type=Path, metavar="NEW.json")
+    parser.add_argument(
+        "--margin", type=float, default=MARGIN, help="change to let pass (default: %(default)s)"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        facts, rows = records.load(given.new)
+    except (OSError, ValueError) as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    return show(given.old, facts, rows, margin=given.margin)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
