@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import compare, page, problems, suites, tables
+from . import compare, page, problems, records, suites, tables
 from .machine import facts
 from .methods import FAMILIES, all_methods
 from .records import Row
@@ -64,6 +64,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.suite and not options.list:
         parser.error(f"name a suite: {', '.join(names)}")
+    if options.compare:
+        try:
+            records.load(options.compare)  # before the run, not after it
+        except (OSError, ValueError) as error:
+            parser.error(f"--compare: {error}")
     known = {method.name for method in all_methods(grid=True)}
     for name in options.without:
         if name not in known:

@@ -51,12 +51,15 @@ bench() {
   local folder
   folder=${OUT:-benchmarks/results/$("$PYTHON" -c \
     'from benchmarks.measure import slug; print(slug("cuda"))')}
-  "$PYTHON" -m benchmarks full --device cuda --sizes 256x128 4096x512 64x8192 --budget 0.5 \
-    --without "torchdeq Broyden" --json "$folder/full.json"
-  "$PYTHON" -m benchmarks convolutions denoise --device cuda --budget 0.5 \
-    --without "torchdeq Broyden" --json "$folder/nets.json"
-  "$PYTHON" -m benchmarks solve --device cuda --kinds conv --sizes 64x16384 --budget 0.5 \
-    --without "torchdeq Broyden" --json "$folder/conv.json"
+  "$PYTHON" -m benchmarks kernels loop memory failing import --device cuda --budget 0.5 \
+    --sizes 256x128 4096x512 64x8192 --json "$folder/kernels.json"
+  "$PYTHON" -m benchmarks solve training --device cuda --kinds easy hard --budget 0.5 \
+    --sizes 256x128 4096x512 64x8192 --json "$folder/solve.json"
+  "$PYTHON" -m benchmarks solve training --device cuda --kinds conv --sizes 64x16384 --budget 0.5 \
+    --json "$folder/conv.json"
+  "$PYTHON" -m benchmarks denoise dense scaling --device cuda --budget 0.5 --json "$folder/nets.json"
+  "$PYTHON" -m benchmarks peers --device cuda --sizes 256x128 --budget 0.3 --json "$folder/peers.json"
+  "$PYTHON" -m benchmarks.plot "$folder"/*.json || true
 }
 
 for stage in "${@:-all}"; do

@@ -10,12 +10,18 @@ from .tables import markdown_table, render
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
+NAMES = ("full", "kernels", "solve", "nets", "conv", "peers")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def committed() -> list[Path]:
-    """The result files of this harness, over all devices."""
-    return sorted(RESULTS.glob("*/*.json"))
+    """The result files of this harness, over all devices, in the order of the page."""
+    return [
+        path
+        for folder in sorted(RESULTS.iterdir())
+        for name in NAMES
+        if (path := folder / f"{name}.json").exists()
+    ]
 
 
 def section(path: Path) -> str:

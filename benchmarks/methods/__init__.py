@@ -6,6 +6,7 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..problems import Problem
 from . import ours, plain, replaced
@@ -17,7 +18,8 @@ __all__ = ["HISTORY", "Method", "Runner", "Solver", "all_methods", "compile_seco
 PLAIN = "plain loop"
 COMPACTED = "plain loop, compacted"
 COMPILED = "plain loop, compacted, compiled"
-SAME_TASK = (PLAIN, COMPACTED, COMPILED)  # as our Picard: tested in every iteration
+GRAPHED = "plain loop, compiled, CUDA graph"
+SAME_TASK = (PLAIN, COMPACTED, COMPILED, GRAPHED)  # as our Picard: tested in every iteration
 WHOLE = ("Picard, whole", "Anderson, whole")
 CONVOLUTIONS = ("Picard, ConvStep", "Anderson, ConvStep")
 PEERS = ("torchdeq", "jaxopt", "optimistix")
@@ -31,6 +33,7 @@ class Method:
     build: Callable[[Problem], Runner]
     missing: str | None = None  # why it can't run here
     kinds: tuple[str, ...] | None = None  # of problems; None: all
+    device: str | None = None  # "cuda": on no other; None: on any
     slow: bool = False  # the quick suite leaves it out
     default: bool = True  # not of a grid alone
 
@@ -38,6 +41,8 @@ class Method:
         """Why it can't solve this problem here, or None."""
         if self.kinds is not None and problem.kind not in self.kinds:
             return "not for this problem"
+        if self.device is not None and problem.device.type != self.device:
+            return f"needs a {self.device} device"
         return self.missing
 
 
@@ -46,8 +51,8 @@ def absent(package: str) -> str | None:
     return None if found else f"{package} is not installed (pip install -r requirements/peers.txt)"
 
 
-def torch_method(name: str, family: str, build: Build, **more: bool) -> Method:
-    return Method(name, family, functools.partial(Solver, build=build), **more)  # type: ignore[arg-type]
+def torch_method(name: str, family: str, build: Build, **more: Any) -> Method:
+    return Method(name, family, functools.partial(Solver, build=build), **more)
 
 
 DENSE_KINDS = ("easy", "hard", "two-layer", "energy", "linear", "stiff")
@@ -71,6 +76,7 @@ def plain_loops() -> list[Method]:
         torch_method(COMPACTED, "plain", plain.plain(plain.picard_compacted, below)),
         torch_method(f"{COMPACTED}, test every 3rd", "plain", plain.plain(plain.seldom, below)),
         torch_method(COMPILED, "plain", plain.plain(plain.picard_compiled, below), slow=True),
+        torch_method(GRAPHED, "plain", plain.plain(plain.picard_graphed), device="cuda"),
         torch_method("plain Anderson", "plain", plain.plain(plain.anderson)),
         torch_method("plain Anderson, compacted", "plain", plain.plain(plain.anderson, below)),
     ]
