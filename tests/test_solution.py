@@ -165,6 +165,22 @@ def test_a_residual_that_stays_at_rounding_is_stalled(backend, solver):
     torch.testing.assert_close(solution.x, torch.ones(2, 3))
 
 
+def test_a_slow_contraction_above_rounding_is_not_called_stalled(backend):
+    """At N = 4096 the rounding level is 6e-5 ‖g(x)‖; a rate of 0.998 falls by 2 % in ten steps."""
+    rate, n = 0.998, 4096
+    x0, u = torch.zeros(2, n), torch.full((2, n), 1 - rate)
+    solution = fixed_point(
+        lambda x, u: rate * x + u,
+        x0,
+        u,
+        solver=Picard(),
+        tolerance=Tolerance(1e-5, 0.0),
+        max_iterations=5000,
+        backend=backend,
+    )
+    assert solution.converged.all(), solution.status
+
+
 def test_a_real_map_with_a_tolerance_below_rounding_ends_stalled_or_converged(backend, solver):
     z, w = torch.randn(16, 32), contraction(32, 0.7, dtype=torch.float32)
     solution = fixed_point(

@@ -23,7 +23,7 @@ enum Status : int32_t {
 // Columns of counters, int32 [B, kCounters].
 enum Counter { kStatus, kIterations, kReferenceIteration, kWindow, kHead, kCounters };
 
-// Columns of scalars, [B, kScalars]: the last residual norm; the norm at the last fall by 10 %;
+// Columns of scalars, [B, kScalars]: the last residual norm; the norm at the last fall by 0.5 %;
 // a ring of residual norms (Picard) or secant ratios (Anderson).
 enum Scalar { kResidual, kReference, kRing, kRingLength = 5, kScalars = kRing + kRingLength };
 
@@ -33,7 +33,9 @@ enum TallyEntry { kActiveRows, kFailed, kIteration, kTallies };
 
 constexpr double kGrowth = 1e4;           // DIVERGED: this many times the reference,
 constexpr int32_t kGrowthIterations = 5;  // which is this old
-constexpr double kFall = 0.9;             // a residual this much below the reference is progress
+// A residual this much below the reference is progress. Slow contractions must not look stalled: in
+// ten iterations one of rate 0.9995 falls this far.
+constexpr double kFall = 0.995;
 
 constexpr int kNoise = 2;  // Anderson needs residual differences above this many roundings of g(x)
 

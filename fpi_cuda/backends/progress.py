@@ -22,7 +22,9 @@ RING = 5  # residuals (Picard) or secant ratios (Anderson) behind the contractio
 # DIVERGED: the residual is GROWTH times the reference, which is at least GROWTH_ITERATIONS old.
 GROWTH, GROWTH_ITERATIONS = 1e4, 5
 NOISE = 2  # Anderson needs residual differences above this many roundings of g(x)
-FALL = 0.9  # a residual this much below the reference counts as progress
+# A residual this much below the reference counts as progress. Slow contractions must not look
+# stalled: in ten iterations one of rate 0.9995 falls this far.
+FALL = 0.995
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,7 +39,7 @@ class Limits:
     rtol: float
     offset: float  # atol·√N
     rounding: float  # STALLED only below rounding·‖g(x)‖
-    patience: int  # STALLED after this many iterations without a fall by 10 %
+    patience: int  # STALLED after this many iterations without a fall by 0.5 %
     max_iterations: int
 
 
