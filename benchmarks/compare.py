@@ -10,12 +10,16 @@ of a shared machine outlast a round. The interval is Student's, with the blocks 
 freedom (Welch's formula over the two files), and not the bootstrap's percentiles: a chance of 5 %
 shared among a hundred cells is decided by tails that fifteen rounds do not have.
 
+Two runs of the same code differ by more than their rounds do: where memory lies, what neighbours
+do meanwhile. How much, the plain loops tell, whose code is not ours: the changes of their ratios to
+one another, beyond what their own errors explain, are the variance between runs that every interval
+includes. It is never taken for less than (3 %)²: among four runs of one build on a shared machine
+with two cores, intervals without it called two of six comparisons worse.
+
 All intervals hold together with 95 % (Bonferroni, over the cells), so that an unchanged library is
 called worse in less than one comparison in twenty, however many cells it has. That costs power; so
 the mean change of each method over its cells is judged too, as a family of its own, with the cells
-as the sample. This sees what is small but everywhere, and its spread holds what differs from run to
-run but not from round to round (where memory lies, a neighbour's cache), which no interval of one
-cell can know of; the margin is there for that.
+as the sample, which sees what is small but everywhere.
 
     python -m benchmarks.compare OLD.json NEW.json [--margin 0.05]
 
@@ -44,6 +48,8 @@ MARGIN = 0.05  # changes up to this are nobody's business
 CONFIDENCE = 0.95  # of all intervals of a family together
 FEWEST_PAIRS = 5  # in each file; below, a spread cannot be told from luck
 FEWEST_CELLS = 4  # of a method, for a mean over its cells
+BETWEEN = 0.03  # of a ratio, between two runs of the same code: a deviation, at least
+FEWEST_CONTROLS = 4  # changes of plain loops, for the variance between runs
 RESAMPLES = 2000
 SEED = 0
 
@@ -54,7 +60,17 @@ CELL = ("suite", "problem", "batch", "size", "mode", "dtype", "axis", "value", "
 MACHINE = ("device", "device_name", "cpu", "cores", "threads", "versions", "build")
 
 BAD = ("refused", "worse")  # verdicts that fail a run
-ORDER = (*BAD, "missing", "evaluations", "right again", "better", "same", "too few pairs", "new")
+ORDER = (
+    *BAD,
+    "missing",
+    "evaluations",
+    "right again",
+    "better",
+    "same",
+    "too few pairs",
+    "new",
+    "control",
+)
 
 
 @dataclass(frozen=True)
@@ -92,19 +108,26 @@ def compare(
     before, after = cells(loaded(old)[1]), cells(loaded(new)[1])
     found: list[Finding] = []
     changes: list[Change] = []
+    controls: list[Change] = []
     for cell, was in before.items():
         now = after.get(cell, {})
         for method, row in was.items():
             if row.get("family") == "ours":
                 found += told(cell, row, now.get(method))
-                if timed(row) and timed(now.get(method)):
+            if timed(row) and timed(now.get(method)):
+                if row.get("family") == "ours":
                     changes.append(change(cell, method, was, now, resamples))
+                elif row.get("family") == "plain":
+                    controls.append(change(cell, method, was, now, resamples))
     for cell, now in after.items():
         for method, row in now.items():
             known = method in before.get(cell, {})
             if row.get("family") == "ours" and timed(row) and not known:
                 found.append(Finding("new", where(cell), method, note="not in the old file"))
-    found += judged(changes, margin) + over_cells(changes, margin)
+    between = between_runs(controls)
+    found += judged(changes, margin, between) + over_cells(changes, margin, BETWEEN)
+    if between.count:
+        found.append(between.finding())
     return sorted(found, key=lambda f: (ORDER.index(f.verdict), -abs(math.log(f.ratio or 1.0))))
 
 
@@ -252,13 +275,41 @@ def student(tail: float, freedom: float) -> float:
     return math.sqrt(freedom) * math.tan(float(np.interp(-tail, -beyond, angle)))
 
 
+@dataclass(frozen=True)
+class Between:
+    """The variance of log ratios between runs of the same code."""
+
+    variance: float
+    freedom: float = math.inf  # degrees
+    count: int = 0  # of the changes that it was estimated from
+
+    def finding(self) -> Finding:
+        spread = math.exp(math.sqrt(self.variance))
+        note = f"a deviation between runs, from {self.count} ratios of plain loops to one another"
+        return Finding("control", "all cells", "plain loops", ratio=spread, note=note)
+
+
+def between_runs(controls: Sequence[Change]) -> Between:
+    """What the plain loops' changes show beyond their own errors.
+
+    By medians: a loop that another torch made twice as fast shall not hide what we did.
+    """
+    sure = [c for c in controls if c.enough and c.against != c.method]
+    least = BETWEEN**2
+    if len(sure) < FEWEST_CONTROLS:
+        return Between(least)
+    # 0.4549: the median of a squared standard normal.
+    found = float(np.median([c.value**2 / 0.4549 - c.error**2 for c in sure]))
+    return Between(max(found, least), len(sure) - 1 if found > least else math.inf, len(sure))
+
+
 def verdict(low: float, high: float, margin: float) -> str:
     """low, high: of the logarithm."""
     limit = math.log1p(margin)
     return "worse" if low > limit else "better" if high < -limit else "same"
 
 
-def judged(changes: Sequence[Change], margin: float) -> list[Finding]:
+def judged(changes: Sequence[Change], margin: float, between: Between) -> list[Finding]:
     """Each cell's change, with intervals that hold for all of them at once."""
     sure = [c for c in changes if c.enough]
     found = [
@@ -268,8 +319,11 @@ def judged(changes: Sequence[Change], margin: float) -> list[Finding]:
     ]
     for c in sure:
         tail = (1 - CONFIDENCE) / 2 / len(sure)
-        # Rounded so that cells of the same rounds share a quantile.
-        half = c.error * student(tail, math.floor(c.freedom * 10) / 10)
+        variance = c.error**2 + between.variance
+        spread = c.error**4 / c.freedom + between.variance**2 / between.freedom
+        freedom = variance**2 / spread if spread > 0 else c.freedom
+        # Rounded so that cells may share a quantile.
+        half = math.sqrt(variance) * student(tail, math.floor(freedom * 10) / 10)
         found.append(
             Finding(
                 verdict(c.value - half, c.value + half, margin),
@@ -291,8 +345,11 @@ def few(c: Change) -> str:
     return f"at least {FEWEST_PAIRS} rounds are needed in each file: raise --budget"
 
 
-def over_cells(changes: Sequence[Change], margin: float) -> list[Finding]:
-    """Each method's mean change, with its cells as the sample."""
+def over_cells(changes: Sequence[Change], margin: float, between: float) -> list[Finding]:
+    """Each method's mean change, with its cells as the sample.
+
+    between: a deviation that all cells of a run may share.
+    """
     by_method: dict[str, list[float]] = {}
     for c in changes:
         if c.enough:
@@ -302,7 +359,8 @@ def over_cells(changes: Sequence[Change], margin: float) -> list[Finding]:
     for method, values in means.items():
         mean, k = float(np.mean(values)), len(values)
         tail = (1 - CONFIDENCE) / 2 / len(means)
-        half = float(np.std(values, ddof=1)) / math.sqrt(k) * student(tail, k - 1.0)
+        error = math.hypot(float(np.std(values, ddof=1)) / math.sqrt(k), between)
+        half = error * student(tail, k - 1.0)
         found.append(
             Finding(
                 verdict(mean - half, mean + half, margin),
@@ -350,7 +408,8 @@ def render(
     lines.append(
         f"{summary or 'nothing to compare'}. new/old: the ratio of our time to the plain loop's, "
         f"over what it was; its intervals hold for all cells with {CONFIDENCE:.0%} at once, and "
-        f"for all means; worse or better: beyond {margin:.0%}."
+        f"for all means; worse or better: beyond {margin:.0%}. control: what the intervals allow "
+        "for between runs of the same code."
     )
     return "\n".join(lines)
 
@@ -378,7 +437,7 @@ def show(
         print(f"compare: {old} cannot be compared with: {error}", file=sys.stderr)
         return 2
     print(render(found, warnings(before[0], facts), margin))
-    if not any(f.verdict not in ("missing", "new") for f in found):
+    if not any(f.verdict not in ("missing", "new", "control") for f in found):
         print(
             f"compare: the files must have a cell of ours and a plain loop in common ({old} and "
             "the new rows have none): run the old command again, with --json",
