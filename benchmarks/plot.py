@@ -340,15 +340,11 @@ def label_ends(page: Page, ax: Axes, ends: Mapping[str, tuple[float, float, Look
     """Each line's name beside the axes, tied to its last point. The axes' limits must be set."""
     inverse = ax.transAxes.inverted()
     height = page.body
-    wanted = [
-        float(inverse.transform(ax.transData.transform((x, y)))[1]) * height
-        for x, y, _ in ends.values()
-    ]
-    places = apart(wanted, LABEL, height)
+    points = [inverse.transform(ax.transData.transform((x, y))) for x, y, _ in ends.values()]
+    places = apart([float(v) * height for _, v in points], LABEL, height)
+    last = max(float(u) for u, _ in points)
     width = WIDTH - page.left - page.right
-    across = ax.get_xlim()[1] > ax.get_xlim()[0]
-    last = (max if across else min)(x for x, _, _ in ends.values())
-    for (name, (x, y, style)), place in zip(ends.items(), places, strict=True):
+    for (name, (x, y, style)), (u, _), place in zip(ends.items(), points, places, strict=True):
         ax.annotate(
             name,
             (x, y),
@@ -363,7 +359,7 @@ def label_ends(page: Page, ax: Axes, ends: Mapping[str, tuple[float, float, Look
                 "arrowstyle": "-",
                 "color": style.colour,
                 "linewidth": 0.8,
-                "linestyle": "-" if x == last else ":",  # across other lines: no line itself
+                "linestyle": "-" if u > last - 0.05 else ":",  # across other lines: no line itself
                 "alpha": 0.8,
                 "shrinkA": 1,
                 "shrinkB": 3,

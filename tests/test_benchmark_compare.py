@@ -241,6 +241,18 @@ def test_students_quantiles():
     assert compare.student(0.025, 1e4) == pytest.approx(1.9602, rel=1e-4)
 
 
+def test_verdicts():
+    """By the whole interval, on either side of the margin."""
+    for low, high, wanted in (
+        (0.05, 0.1, "worse"),
+        (0.04, 0.1, "same"),
+        (-0.01, 0.01, "same"),
+        (-0.1, -0.04, "same"),
+        (-0.1, -0.05, "better"),
+    ):
+        assert compare.verdict(low, high, 0.05) == wanted
+
+
 def test_blocks_are_of_successive_rounds():
     found = compare.block_indices(np.random.default_rng(0), 9, 3, 50).reshape(50, 3, 3)
     assert ((found[:, :, 1:] - found[:, :, :-1]) % 9 == 1).all()
