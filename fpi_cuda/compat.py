@@ -40,6 +40,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -93,8 +94,9 @@ def default_term_cond(
         True to keep going; False where the change is NaN.
     """
     with torch.no_grad():
-        new, old = x[0].double(), px[0].double()
-        change, size = float((new - old).square().sum()), float(new.square().sum())
+        new, old = x[0], px[0]
+        kind = torch.promote_types(new.dtype, torch.float32)
+        change, size = (float(vector_norm(t, dtype=kind)) ** 2 for t in (new - old, new))
         if math.isfinite(change) and math.isfinite(size):
             change = change / (size + epsilon) if normalized else change
         else:  # NaN or Inf, unless it is only the square that overflowed
@@ -314,11 +316,12 @@ class _TupleStep(UserStep):
                         f"compat: g must return a tensor of x0's shape {tuple(shape)} at {i} "
                         f"(got {got})"
                     )
-            return torch.cat([t.reshape(1, -1) for t in x], 1)
+            rows = [t.reshape(1, -1) for t in x]
+            return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
         def unpack(x: Tensor) -> Tensors:
             lead = x.shape[:-2]  # dimensions that torch.vmap added
-            parts = x.split(sizes, -1)
+            parts = x.split(sizes, -1) if len(sizes) > 1 else (x,)
             return tuple(t.reshape((*lead, *s)) for t, s in zip(parts, shapes, strict=True))
 
         super().__init__(g, 0, len(y) + len(param), pack, unpack)
@@ -360,7 +363,8 @@ class _Conditioned(Problem):
         while True:
             k += 1
             gx, previous = evaluate(x), x
-            if not bool(gx.isfinite().all()):
+            # A sum is NaN or Inf where a value is; where it only overflowed, the values are asked.
+            if not math.isfinite(float(gx.detach().sum())) and not bool(gx.isfinite().all()):
                 warn(
                     f"{self.name}: NaN or Inf after {k} evaluations of g; the state is returned as "
                     "it is. Look at x0 and y, or make g a contraction.",

@@ -122,10 +122,10 @@ class Convolutions(Structured):
 
 def drop_in(rule: Rule) -> Solve:
     """`fpi_cuda.compat`: the old layer's call, whose conditions see the whole batch at once."""
-    return layer_of(compat.fixed_point_iteration, rule)
+    return layer_of(compat.fixed_point_iteration, compat.default_term_cond, rule)
 
 
-def layer_of(iterate: Any, rule: Rule) -> Solve:
+def layer_of(iterate: Any, condition: Any, rule: Rule) -> Solve:
     """A call of the old layer's interface: the batch's change relative to the batch's size.
 
     For the slowest sample to meet the rule the bound on the whole must be tighter: by the share
@@ -137,15 +137,16 @@ def layer_of(iterate: Any, rule: Rule) -> Solve:
             return (g(x[0], *y),)
 
         share = len(x0) ** 0.5
-        forward = condition(rule.rtol / share, rule.max_iterations)
-        backward = condition(rule.adjoint_rtol / share, rule.max_iterations)
+        forward, backward = (
+            functools.partial(
+                condition,
+                threshold=(rtol / share) ** 2,
+                epsilon=1e-30,
+                maxIter=rule.max_iterations,
+            )
+            for rtol in (rule.rtol, rule.adjoint_rtol)
+        )
         (x,) = iterate((u, s, *weights), (x0,), step, forward, backward)
         return x
 
     return solve
-
-
-def condition(rtol: float, most: int) -> Any:
-    return functools.partial(
-        compat.default_term_cond, threshold=rtol**2, epsilon=1e-30, maxIter=most
-    )

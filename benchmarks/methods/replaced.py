@@ -71,8 +71,16 @@ def fixed_point_iteration(
     return (Iteration.apply(f, (forward_cond, backward_cond), *x0, *y),)
 
 
+def term_cond(
+    cnt: int, x: Tensors, px: Tensors, threshold: float, epsilon: float, maxIter: int
+) -> bool:
+    """Keep going: ‖x₀ − px₀‖² > threshold·(‖x₀‖² + epsilon), over the batch."""
+    change, size = ((x[0] - px[0]) ** 2).sum(), (x[0] ** 2).sum()
+    return cnt < maxIter and bool(change / (size + epsilon) > threshold)
+
+
 def old_layer(rule: Rule) -> Solve:
-    return layer_of(fixed_point_iteration, rule)
+    return layer_of(fixed_point_iteration, term_cond, rule)
 
 
 def unrolled(rule: Rule) -> Solve:
