@@ -99,8 +99,8 @@ def peers(*, grid: bool) -> list[Method]:
         for entries, default in ((module.DEFAULTS, True), (module.GRID, False)):
             if default or grid:
                 found += [
-                    Method(name, family, build, absent(family), default=default)
-                    for name, family, build in entries
+                    Method(name, family, build, absent(family), kinds, default=default)
+                    for name, family, build, kinds in entries
                 ]
     return found
 
