@@ -11,9 +11,9 @@ from typing import Any
 from ..problems import Problem
 from . import ours, plain, replaced
 from .ours import HISTORY, SOLVERS
-from .runner import Build, Runner, Solver, compile_seconds, gradients
+from .runner import Build, Runner, Solver, gradients
 
-__all__ = ["HISTORY", "Method", "Runner", "Solver", "all_methods", "compile_seconds", "gradients"]
+__all__ = ["HISTORY", "Method", "Runner", "Solver", "all_methods", "gradients"]
 
 PLAIN = "plain loop"
 COMPACTED = "plain loop, compacted"

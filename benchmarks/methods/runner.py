@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..clock import synchronize, timed
+from ..clock import timed
 from ..memory import peak
 from ..problems import Instance, Problem, Rule, Step
 
@@ -19,7 +19,7 @@ Build = Callable[[Rule], Solve]
 class Runner:
     """A method on a problem. Inputs are prepared before; calls return when they are done."""
 
-    compile_s = 0.0  # seconds of tracing and compiling, apart from the timed calls
+    compile_s = 0.0  # seconds of compilation that a method itself knows of
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -41,7 +41,7 @@ class Runner:
         raise NotImplementedError
 
     def peak_bytes(self, *, backward: bool) -> int:
-        """Peak memory of a call beyond its inputs."""
+        """Peak memory of a call beyond its inputs; not of the first, which may keep something."""
         raise NotImplementedError
 
 
@@ -71,7 +71,6 @@ class Solver(Runner):
 
     def peak_bytes(self, *, backward: bool) -> int:
         call = self.gradients if backward else self.forward
-        call(0)  # what is cached once is no part of a call
         return peak(lambda: call(0), str(self.problem.device))
 
 
@@ -98,12 +97,3 @@ class Counting:
         self.calls += 1
         self.rows += len(x)
         return y[0]
-
-
-def compile_seconds(runner: Runner, *, backward: bool) -> float:
-    """Seconds that the first call takes beyond the second: what a method compiles once."""
-    call = runner.gradients if backward else runner.forward
-    device = str(runner.problem.device)
-    synchronize(device)
-    first = timed(lambda: call(0), device)
-    return max(0.0, first - timed(lambda: call(0), device))

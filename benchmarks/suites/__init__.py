@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from .. import problems
-from ..methods import PEERS
 from . import (
     convergence,
     dense,
@@ -30,13 +29,18 @@ def quick(options: Options) -> Iterator[Cell]:
     """Every claim, short: few repeats, nothing compiled, the peers at one size."""
     short = replace(options, budget=options.budget / 8, rounds=(3, 15), instances=2, quick=True)
     dense_only = replace(short, kinds=options.kinds or problems.DENSE)
+    mine = replace(
+        dense_only,
+        families=tuple({"ours", "plain"} & set(options.families or ("ours", "plain"))),
+        without=(*options.without, "compat layer"),
+    )
     yield from kernels.cells(short)
     yield from scale.cells(short)
-    yield from solve.solve(dense_only)
-    yield from solve.training(dense_only)
+    yield from solve.solve(mine)
+    yield from solve.training(mine)
     yield from overhead.overhead(replace(short, sizes=(options.sizes or problems.SIZES)[:1]))
     at_one = (options.sizes or problems.SIZES)[:1]
-    yield from solve.peers(replace(dense_only, sizes=at_one, families=("ours", "plain", *PEERS)))
+    yield from solve.peers(replace(dense_only, sizes=at_one, families=options.families))
     yield from memory.cells(short)
     yield from failing.cells(short)
     yield from importing.cells(short)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import problems
-from ..clock import interleave
+from ..clock import interleave, timed
 from ..judge import judge
 from ..methods import (
     COMPACTED,
@@ -18,7 +18,6 @@ from ..methods import (
     Method,
     Runner,
     all_methods,
-    compile_seconds,
 )
 from ..problems import Problem
 from ..records import Row
@@ -130,16 +129,18 @@ def contest(
     for row in rows:
         if row["method"] in measured and "skipped" not in row:
             row.update(measured[row["method"]].row())
+            row["compile_s"] = max(0.0, row["first_s"] - row["median_s"])
     return rows
 
 
 def examine(runner: Runner, *, backward: bool) -> Row:
     """Everything about a method on a problem but its time."""
-    compile_s = runner.compile_s + compile_seconds(runner, backward=backward)
+    call = runner.gradients if backward else runner.forward
+    first = timed(lambda: call(0), str(runner.problem.device))
     evaluations, mean = runner.count()
     correct = judge(runner, backward=backward)
     return {
-        "compile_s": compile_s,
+        "first_s": first,
         "evaluations": evaluations,
         "iterations_mean": mean,
         **correct.row(runner.problem.rule.gradient_error),

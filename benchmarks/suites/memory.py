@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..methods import COMPACTED, HISTORY, PEERS, Solver, ours
+from ..methods import COMPACTED, HISTORY, PEERS, Runner, Solver, ours
 from ..methods.ours import SOLVERS
 from ..problems import Instance, Problem, Rule
 from ..records import Row
@@ -49,7 +49,7 @@ def against_iterations(options: Options, size: tuple[int, int], backward: bool) 
             never = Rule(0.0, 0.0, 0.0, max_iterations=count)
             runner = method.build(replace(problem, rule=never))
             row = head(problem, options, method.name, method.family, backward)
-            row |= {"iterations": count, "peak_bytes": runner.peak_bytes(backward=backward)}
+            row |= measured(runner, count, backward=backward)
             rows.append(row)
     return rows
 
@@ -66,10 +66,15 @@ def states(options: Options, size: tuple[int, int]) -> list[Row]:
         for backward in (False, True):
             runner = Solver(problem, ours.opaque(solver, options.backend))
             row = head(problem, options, name, "ours", backward)
-            row |= {"iterations": 20, "peak_bytes": runner.peak_bytes(backward=backward)}
+            row |= measured(runner, 20, backward=backward)
             most = LIMITS[name] + (THE_CALLERS if backward else 0)
             rows.append(row | {"limit": most * row["state_bytes"]})
     return rows
+
+
+def measured(runner: Runner, iterations: int, *, backward: bool) -> Row:
+    (runner.gradients if backward else runner.forward)(0)
+    return {"iterations": iterations, "peak_bytes": runner.peak_bytes(backward=backward)}
 
 
 def half(x: Tensor, u: Tensor, s: Tensor, weight: Tensor) -> Tensor:
