@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from .. import problems
+from ..methods import FAMILIES
 from . import (
     convergence,
     dense,
@@ -27,7 +28,7 @@ Suite = Callable[[Options], Iterable[Cell]]
 
 def quick(options: Options) -> Iterator[Cell]:
     """Every claim, short: few repeats, nothing compiled, the peers at one size."""
-    short = replace(options, budget=options.budget / 8, rounds=(3, 15), instances=2, quick=True)
+    short = replace(options, budget=options.budget / 10, rounds=(3, 15), instances=2, quick=True)
     dense_only = replace(short, kinds=options.kinds or problems.DENSE)
     mine = replace(
         dense_only,
@@ -41,7 +42,8 @@ def quick(options: Options) -> Iterator[Cell]:
     yield from overhead.overhead(replace(short, sizes=(options.sizes or problems.SIZES)[:1]))
     at_one = (options.sizes or problems.SIZES)[:1]
     yield from solve.peers(replace(dense_only, sizes=at_one, families=options.families))
-    yield from memory.cells(short)
+    allowed = tuple({"ours", "plain", "replaced"} & set(options.families or FAMILIES))
+    yield from memory.cells(replace(short, families=allowed))
     yield from failing.cells(short)
     yield from importing.cells(short)
 
