@@ -396,9 +396,9 @@ DEFAULTS = [
     entry("optimistix fixed point", optimistix()),
 ]
 # Left out since they lose wherever they were tried: jaxopt's Broyden with unit steps (diverges on
-# "hard"), GMRES with jaxopt's 20 vectors, Newton's method with inner iterations. Left out since they
-# raise: lineax's BiCGStab, which in float32 takes any negative step length for a breakdown, and J − 1
-# has such; its normal CG on a whole batch, which ends as "singular" on "energy".
+# "hard"), GMRES with jaxopt's 20 vectors, Newton's method with inner iterations. Left out since
+# they raise: lineax's BiCGStab, which in float32 takes any negative step length for a breakdown,
+# and J − 1 has such; its normal CG on a whole batch, which ends as "singular" on "energy".
 GRID = [
     # Iteration is what easy problems want; the adjoint decides.
     entry("jaxopt fixed point, BiCGStab", jaxopt(PICARD, BICGSTAB)),
