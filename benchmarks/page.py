@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .machine import ROOT
@@ -24,24 +25,29 @@ def committed() -> list[Path]:
     ]
 
 
-def section(path: Path) -> str:
-    facts, rows = load(path)
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    threads = facts["threads"]
-    head = (
-        f"## {facts['device_name']}\n\n"
-        f"`{facts['command']}` at commit `{facts['commit']}`, {facts['timestamp']}, "
-        f"{threads} thread{'s' if threads != 1 else ''}, "
-        f"{facts['build']['cpu_capability']} kernels; {versions}; load average at the start "
-        f"{facts['load_average'][0]:.1f}. "
-        f"From `{path.relative_to(ROOT).as_posix()}`."
-    )
-    return head + "\n\n" + render(rows, markdown_table, "### ", targets_first=True)
+def device(paths: Sequence[Path]) -> str:
+    """A section: the runs on one device, their targets, all tables."""
+    runs, rows, name = [], [], ""
+    for path in paths:
+        facts, found = load(path)
+        rows += found
+        name, threads = facts["device_name"], facts["threads"]
+        versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+        runs.append(
+            f"- `{facts['command']}` at commit `{facts['commit']}`, {facts['timestamp']}, "
+            f"{threads} thread{'s' if threads != 1 else ''}, "
+            f"{facts['build']['cpu_capability']} kernels; {versions}; load average at the start "
+            f"{facts['load_average'][0]:.1f}"
+        )
+    tables = render(rows, markdown_table, "### ", targets_first=True)
+    return "\n\n".join([f"## {name}", "\n".join(runs), tables])
 
 
 def results() -> str:
     """The part of the page that is made from the committed JSON."""
-    return "\n\n".join(section(path) for path in committed()) or "No results are committed yet."
+    folders = dict.fromkeys(path.parent for path in committed())
+    parts = (device([p for p in committed() if p.parent == folder]) for folder in folders)
+    return "\n\n".join(parts) or "No results are committed yet."
 
 
 def rebuild(page: Path = PAGE) -> bool:

@@ -39,7 +39,9 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(encode(content) + "\n")
+    whole = path.with_name(path.name + ".part")
+    whole.write_text(encode(content) + "\n")
+    whole.replace(path)  # at no moment is there half a file
 
 
 def encode(value: Any, indent: int = 0) -> str:

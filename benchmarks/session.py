@@ -8,7 +8,6 @@ exit code.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,6 @@ from .records import Row
 from .suites import Cell
 
 BENCH = Path(__file__).with_name("bench.py")
-TIMES = ("samples", "min_s")
 
 
 class Harness:
@@ -67,13 +65,12 @@ class Harness:
             row.update(cell=cell.name, index=len(self.rows))
             self.rows.append(row)
             if "samples" in row:
-                session.benchmarks.append(entry(cell, row, session.options))
+                session.benchmarks.append(entry(cell, row))
+        if self.json is not None:
+            self.save(config, self.json)  # after every cell: a run that is killed keeps its rows
         return failures(rows)
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.json is None or not self.rows:
-            return
-        config = session.config
+    def save(self, config: pytest.Config, path: Path) -> None:
         benchmarks = config._benchmarksession.benchmarks  # type: ignore[attr-defined]
         hook = config.hook
         content = hook.pytest_benchmark_generate_json(
@@ -84,10 +81,10 @@ class Harness:
             commit_info={"id": self.facts["commit"]},
         )
         untimed = [row for row in self.rows if "samples" not in row]
-        records.save(self.json, {"facts": self.facts} | content | {"untimed": untimed})
+        records.save(path, {"facts": self.facts} | content | {"untimed": untimed})
 
 
-def entry(cell: Cell, row: Row, options: Any) -> Metadata:
+def entry(cell: Cell, row: Row) -> Metadata:
     """A row as pytest-benchmark keeps one; its samples are the entry's, the rest `extra_info`."""
     name = f"{cell.name}::{row['method']}"
     extra = {key: value for key, value in row.items() if key != "samples"}
@@ -114,8 +111,3 @@ def failures(rows: Iterable[Row]) -> list[str]:
         for row in rows
         if row.get("family", "ours") == "ours" and row.get("refused")
     ]
-
-
-def show(cells: Iterable[Cell]) -> None:
-    for cell in cells:
-        sys.stdout.write(f"  {cell.name}\n")

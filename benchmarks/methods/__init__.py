@@ -37,13 +37,15 @@ class Method:
     slow: bool = False  # the quick suite leaves it out
     default: bool = True  # not of a grid alone
 
+    def suits(self, problem: Problem) -> bool:
+        """Whether it is for this problem and where it lies."""
+        return (self.kinds is None or problem.kind in self.kinds) and (
+            self.device is None or problem.device.type == self.device
+        )
+
     def reason(self, problem: Problem) -> str | None:
         """Why it can't solve this problem here, or None."""
-        if self.kinds is not None and problem.kind not in self.kinds:
-            return "not for this problem"
-        if self.device is not None and problem.device.type != self.device:
-            return f"needs a {self.device} device"
-        return self.missing
+        return self.missing if self.suits(problem) else "not for this problem"
 
 
 def absent(package: str) -> str | None:

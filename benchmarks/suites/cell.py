@@ -87,6 +87,8 @@ def contest(
     """
     rows, calls = [], {}
     for method in methods:
+        if not method.suits(problem):
+            continue
         row: Row = {
             "suite": suite,
             "problem": problem.kind,
@@ -100,12 +102,9 @@ def contest(
             "family": method.family,
             **more,
         }
-        reason = method.reason(problem)
-        if method.kinds is not None and problem.kind not in method.kinds:
-            continue
         rows.append(row)
-        if reason:
-            row["skipped"] = reason
+        if method.missing:
+            row["skipped"] = method.missing
             continue
         try:
             runner = (runners or {}).get(method.name) or method.build(problem)
