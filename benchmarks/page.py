@@ -11,7 +11,7 @@ from .tables import markdown_table, render
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = ("full", "kernels", "solve", "nets", "conv", "peers")
+NAMES = ("full", "solve", "peers", "dense", "nets", "scaling", "kernels", "conv")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
