@@ -50,7 +50,7 @@ sanitized() {
 bench() {
   local folder
   folder=${OUT:-benchmarks/results/$("$PYTHON" -c \
-    'from benchmarks.measure import slug; print(slug("cuda"))')}
+    'from benchmarks.machine import slug; print(slug("cuda"))')}
   "$PYTHON" -m benchmarks kernels loop memory failing import --device cuda --budget 0.5 \
     --sizes 256x128 4096x512 64x8192 --json "$folder/kernels.json"
   "$PYTHON" -m benchmarks solve training --device cuda --kinds easy hard --budget 0.5 \

@@ -45,7 +45,7 @@ try:
     from skimage.restoration import denoise_nl_means
     from tqdm import tqdm
 
-    from benchmarks.measure import facts, slug
+    from benchmarks.machine import facts, slug
 except ImportError as error:
     raise SystemExit(
         f"examples.denoise needs {error.name}: pip install matplotlib numpy scikit-image tqdm"
