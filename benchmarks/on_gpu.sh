@@ -48,18 +48,23 @@ sanitized() {
 }
 
 bench() {
-  local folder
+  local folder wrong=0
   folder=${OUT:-benchmarks/results/$("$PYTHON" -c \
     'from benchmarks.machine import slug; print(slug("cuda"))')}
-  "$PYTHON" -m benchmarks kernels loop memory failing import --device cuda --budget 0.5 \
-    --sizes 256x128 4096x512 64x8192 --json "$folder/kernels.json"
-  "$PYTHON" -m benchmarks solve training --device cuda --kinds easy hard --budget 0.5 \
-    --sizes 256x128 4096x512 64x8192 --json "$folder/solve.json"
-  "$PYTHON" -m benchmarks solve training --device cuda --kinds conv --sizes 64x16384 --budget 0.5 \
-    --json "$folder/conv.json"
-  "$PYTHON" -m benchmarks denoise dense scaling --device cuda --budget 0.5 --json "$folder/nets.json"
-  "$PYTHON" -m benchmarks peers --device cuda --sizes 256x128 --budget 0.3 --json "$folder/peers.json"
-  "$PYTHON" -m benchmarks.plot "$folder"/*.json || true
+  timed "$folder/kernels.json" kernels loop memory failing import --sizes 256x128 4096x512 64x8192
+  timed "$folder/solve.json" solve training --kinds easy hard --sizes 256x128 4096x512 64x8192
+  timed "$folder/conv.json" solve training --kinds conv --sizes 64x16384
+  timed "$folder/nets.json" denoise dense scaling
+  timed "$folder/peers.json" peers --sizes 256x128
+  "$PYTHON" -m benchmarks.plot "$folder"/*.json
+  return $wrong
+}
+
+# What is wrong in one file does not keep the others from being made.
+timed() {
+  local file=$1
+  shift
+  "$PYTHON" -m benchmarks "$@" --device cuda --budget 0.5 --json "$file" || wrong=1
 }
 
 for stage in "${@:-all}"; do

@@ -98,7 +98,7 @@ def rows_of(
     torch.compiler.reset()  # sizes of this net alone: none shall be symbolic
     compiled = torch.compile(iteration, dynamic=False)
     flops_per_s, _ = ceilings.product(device, kind, budget=0.2)
-    bytes_per_s, _ = ceilings.copy(device, 512 << 20)
+    bytes_per_s, _ = ceilings.copy(device, (512 if device.startswith("cuda") else 8) << 20)
     # On a device several at once, so that launches hide; from a fresh state, lest they converge.
     repeats, found = 10 if device.startswith("cuda") else 1, []
     for finished in sorted({0, batch // 2}):

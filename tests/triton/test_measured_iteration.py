@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import convolutions
+from benchmarks.suites import convolutions
 from fpi_cuda.backends.triton import conv
 
 
