@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from fpi_cuda import backends
 
 from . import compare, page, problems, records, suites, tables
 from .machine import facts
@@ -45,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--list", action="store_true", help="suites, methods, and the cells of the suites named")
     add("--json", type=Path, metavar="FILE", help="where to write rows and facts")
     add("--compare", type=Path, metavar="OLD.json", help="flag what became slower than plain loops")
-    add("--backend", default="auto", help="of this library: auto, native, triton, reference")
+    add("--backend", default="auto", choices=backends.NAMES, help="of this library")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add(
         "--dtype",
@@ -64,6 +67,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.suite and not options.list:
         parser.error(f"name a suite: {', '.join(names)}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch sees no CUDA device here; leave it out")
+    if options.json and (options.json.is_dir() or not writable(options.json)):
+        parser.error(f"--json: must be a file that can be written (got {options.json})")
     if options.compare:
         try:
             records.load(options.compare)  # before the run, not after it
@@ -74,6 +81,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if name not in known:
             parser.error(f"--without: no method is called {name!r}; see --list")
     return options
+
+
+def writable(path: Path) -> bool:
+    """Whether results can be saved there, which is asked before the run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(path.parent, os.W_OK)
 
 
 def show_list(cells: Sequence[suites.Cell]) -> None:

@@ -13,8 +13,8 @@ shared among a hundred cells is decided by tails that fifteen rounds do not have
 Two runs of the same code differ by more than their rounds do: where memory lies, what neighbours
 do meanwhile. How much, the plain loops tell, whose code is not ours: the changes of their ratios to
 one another, beyond what their own errors explain, are the variance between runs that every interval
-includes. It is never taken for less than (3 %)²: among four runs of one build on a shared machine
-with two cores, intervals without it called two of five comparisons worse.
+includes. It is never taken for less than (3 %)²: repeated runs of one build on a shared machine
+differ by more than their rounds explain.
 
 All intervals hold together with 95 % (Bonferroni, over the cells), so that an unchanged library is
 called worse in less than one comparison in twenty, however many cells it has. That costs power; so

@@ -1,5 +1,7 @@
 """What the tests share: tolerances by dtype, problems with known answers, slow and sure oracles."""
 
+import json
+
 import torch
 from torch import nn
 
@@ -121,3 +123,19 @@ class Counter:
     def __call__(self, *args):
         self.calls += 1
         return self.f(*args)
+
+
+def write_results(path, facts, rows):
+    """A benchmark's file as the harness writes it."""
+    rows = [r | {"index": i} for i, r in enumerate(rows)]
+    entries = [
+        {
+            "extra_info": {key: value for key, value in r.items() if key != "samples"},
+            "stats": {"data": r["samples"]},
+        }
+        for r in rows
+        if "samples" in r
+    ]
+    untimed = [r for r in rows if "samples" not in r]
+    path.write_text(json.dumps({"facts": facts, "benchmarks": entries, "untimed": untimed}))
+    return path

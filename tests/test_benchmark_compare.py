@@ -1,11 +1,11 @@
 """The regression check: it sees what became slower, and not what chance or the machine did."""
 
-import json
 import math
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import write_results
 
 np = pytest.importorskip("numpy")
 
@@ -54,22 +54,6 @@ def verdicts(found, *, of_cells=True):
 def one(found):
     (f,) = (f for f in found if not f.where.startswith("mean"))
     return f
-
-
-def write(path, facts, rows):
-    """A file as the harness writes it."""
-    rows = [r | {"index": i} for i, r in enumerate(rows)]
-    entries = [
-        {
-            "extra_info": {key: value for key, value in r.items() if key != "samples"},
-            "stats": {"data": r["samples"]},
-        }
-        for r in rows
-        if "samples" in r
-    ]
-    untimed = [r for r in rows if "samples" not in r]
-    path.write_text(json.dumps({"facts": facts, "benchmarks": entries, "untimed": untimed}))
-    return path
 
 
 # --- chance ----------------------------------------------------------------------------------
@@ -327,8 +311,10 @@ def test_rows_without_optional_keys_and_other_suites_do_not_matter():
 def test_command(tmp_path, capsys):
     rng = np.random.default_rng(12)
     (facts, a), (_, b) = run(rng, 2, 21, 0.01), run(rng, 2, 21, 0.01, ours=1.5)
-    old = write(tmp_path / "old.json", facts, a)
-    new = write(tmp_path / "new.json", facts | {"threads": 4, "versions": {"torch": "3"}}, b)
+    old = write_results(tmp_path / "old.json", facts, a)
+    new = write_results(
+        tmp_path / "new.json", facts | {"threads": 4, "versions": {"torch": "3"}}, b
+    )
     assert records.load(old)[1][0]["samples"] == a[0]["samples"]
     assert compare.main([str(old), str(old)]) == 0
     text = capsys.readouterr().out
@@ -346,8 +332,8 @@ def test_command(tmp_path, capsys):
 def test_command_says_what_is_wrong(tmp_path, capsys):
     rng = np.random.default_rng(13)
     facts, rows = run(rng, 1)
-    good = write(tmp_path / "good.json", facts, rows)
-    other = write(tmp_path / "other.json", facts, [r | {"size": 64} for r in rows])
+    good = write_results(tmp_path / "good.json", facts, rows)
+    other = write_results(tmp_path / "other.json", facts, [r | {"size": 64} for r in rows])
     bad = tmp_path / "bad.json"
     bad.write_text("{}")
     for arguments, message in (

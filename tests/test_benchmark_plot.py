@@ -1,12 +1,12 @@
 """Figures from result files: made where their rows are, the same bytes each time, words as text."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from helpers import write_results
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
@@ -149,19 +149,7 @@ def everything():
 
 
 def write(path, rows, facts=FACTS):
-    """A file as the harness writes it."""
-    rows = [row | {"index": i} for i, row in enumerate(rows)]
-    entries = [
-        {
-            "extra_info": {key: value for key, value in row.items() if key != "samples"},
-            "stats": {"data": row["samples"]},
-        }
-        for row in rows
-        if "samples" in row
-    ]
-    untimed = [row for row in rows if "samples" not in row]
-    path.write_text(json.dumps({"facts": facts, "benchmarks": entries, "untimed": untimed}))
-    return path
+    return write_results(path, facts, rows)
 
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -547,6 +547,53 @@ def test_an_unknown_method_is_an_error(capsys):
     assert "no method is called 'no such method'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--backend", "natife"], "invalid choice: 'natife'"),
+        (["--json", "."], "must be a file that can be written"),
+        (["--sizes", "256"], "a size is written BxN"),
+        (["--compare", "no such file.json"], "--compare"),
+    ],
+)
+def test_a_bad_option_is_an_error_before_anything_runs(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["solve", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        command.main(["solve", "--device", "cuda"])
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--backend", "reference"], ["--dtype", "float64"]])
+def test_other_backends_and_dtypes_run(options, capsys):
+    arguments = ["training", "--sizes", "16x32", "--kinds", "two-layer", "--families", "ours"]
+    assert command.main([*arguments, *options, "--budget", "0.001"]) == 0
+    printed = capsys.readouterr().out
+    assert "training: two-layer, B = 16, N = 32, forward+backward" in printed
+    assert ("Picard, whole" in printed) == ("reference" not in options)
+
+
+def test_a_peer_that_raises_in_the_memory_suite_is_skipped(monkeypatch):
+    def raising(problem):
+        raise MemoryError
+
+    peer = methods.Method("jaxopt fixed point", "jaxopt", raising)
+    monkeypatch.setattr(cells, "all_methods", lambda *_, **__: [peer])
+    options = suites.Options()
+    (skipped,) = memory_suite.against_iterations(options, (8, 4), backward=False)
+    assert skipped["skipped"] == "MemoryError: "
+    ours = methods.Method("Picard", "ours", raising)
+    monkeypatch.setattr(cells, "all_methods", lambda *_, **__: [ours])
+    with pytest.raises(MemoryError):
+        memory_suite.against_iterations(options, (8, 4), backward=False)
+
+
 def test_a_file_that_is_no_result_is_an_error(tmp_path):
     file = tmp_path / "other.json"
     for text in ("{}", "not JSON", '{"facts": {}, "benchmarks": [1], "untimed": []}'):

@@ -62,7 +62,8 @@ DENSE_KINDS = ("easy", "hard", "two-layer", "energy", "linear", "stiff")
 
 def of_this_library(backend: str) -> list[Method]:
     found = [torch_method(n, "ours", ours.opaque(s, backend)) for n, s in SOLVERS.items()]
-    for name, solver in zip(WHOLE, SOLVERS.values(), strict=True):
+    native = backend in ("auto", "native")  # no other solves whole
+    for name, solver in zip(WHOLE, SOLVERS.values(), strict=True) if native else ():
         build = functools.partial(ours.Whole, solver=solver, backend=backend)
         found.append(Method(name, "ours", build, kinds=DENSE_KINDS))
     for name, solver in zip(CONVOLUTIONS, SOLVERS.values(), strict=True):

@@ -155,7 +155,7 @@ class Jax(Runner):
             return jax().grad(self.squares), lambda i: (with_loss(i)[0][1], *with_loss(i))
         return self.batched, lambda i: self.arguments[i][0]
 
-    def call(self, name: str, i: int) -> Any:
+    def run(self, name: str, i: int) -> Any:
         with self.precision():
             if name not in self.compiled:
                 self.refuse(name)
@@ -176,16 +176,16 @@ class Jax(Runner):
             raise MemoryError(f"Jacobians of the samples would take {needed / 2**30:.0f} GiB")
 
     def forward(self, i: int) -> Any:
-        x, _ = self.call("forward", i)
+        x, _ = self.run("forward", i)
         return x
 
     def gradients(self, i: int) -> tuple[Any, ...]:
-        (du, *dweights), (x, _) = self.call("gradients", i)
+        (du, *dweights), (x, _) = self.run("gradients", i)
         return x, du, *dweights
 
     def second(self, i: int) -> Any:
         """The gradient in the first weight of Σ (dL/du)²."""
-        return self.call("second", i)
+        return self.run("second", i)
 
     def tensors(self, out: Any) -> Any:
         if isinstance(out, tuple):
@@ -194,16 +194,16 @@ class Jax(Runner):
 
     def count(self) -> tuple[int, float]:
         if "gradients" in self.compiled:
-            _, (_, steps) = self.call("gradients", 0)
+            _, (_, steps) = self.run("gradients", 0)
         else:
-            _, steps = self.call("forward", 0)
+            _, steps = self.run("forward", 0)
         counts = to_torch(steps)
         return int(counts.max()), float(counts.double().mean())
 
     def peak_bytes(self, *, backward: bool) -> int:
         """XLA's own plan: temporaries and results."""
         name = "gradients" if backward else "forward"
-        self.call(name, 0)
+        self.run(name, 0)
         plan = self.compiled[name][0].memory_analysis()
         return int(plan.temp_size_in_bytes + plan.output_size_in_bytes)
 

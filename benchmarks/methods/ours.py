@@ -83,6 +83,7 @@ class Whole(Structured):
             )
             self.step = fpi_cuda.GradientStep(energy, dense.STEP_SIZE)
         self.step.to(problem.device, problem.dtype)
+        self.gained = any(bool((i.s != 1).any()) for i in problem.instances)
         super().__init__(problem, solver, backend)
 
     def solved(
@@ -92,7 +93,7 @@ class Whole(Structured):
         # These very tensors, which may need gradients.
         names = ("state_weight", "output_weight")
         owner._parameters.update(zip(names, weights, strict=False))
-        gain = (s,) if bool((s != 1).any()) else ()
+        gain = (s,) if self.gained else ()
         self.last = fpi_cuda.fixed_point(self.step, x0, u, *gain, **options)
         if not self.last.path.startswith("native, whole"):
             raise RuntimeError(f"a whole solve was to be measured (got {self.last.path})")

@@ -68,6 +68,34 @@ def finished(r: Tensor, y: Tensor, rtol: float, offset: float, floor: Tensor | N
     return torch.linalg.vector_norm(r, dim=1) <= offset + rtol * size
 
 
+class Places:
+    """Where the rows that are left of a batch belong."""
+
+    out: Tensor | None = None
+    index: Tensor | None = None
+
+    def leave(self, y: Tensor, active: Tensor) -> Tensor:
+        """Put y's rows into their places.
+
+        Returns:
+            Those of them that go on.
+        """
+        keep = active.nonzero().squeeze(1)
+        if self.out is None or self.index is None:
+            self.out, self.index = y, keep  # the finished rows are in their places already
+        else:
+            self.out[self.index] = y
+            self.index = self.index[keep]
+        return keep
+
+    def whole(self, y: Tensor) -> Tensor:
+        """The batch, y its last rows."""
+        if self.out is None or self.index is None:
+            return y
+        self.out[self.index] = y
+        return self.out
+
+
 def picard(f: Any, x: Tensor, rtol: float, offset: float, limit: int, _: float) -> Tensor:
     """The ten lines that everybody writes."""
     for k in range(limit):
@@ -92,7 +120,7 @@ def picard_compacted(
 
     The test is made in every `every`-th iteration: its passes over x cost as much as a cheap g.
     """
-    out, index = None, None
+    places = Places()
     for k in range(limit):
         y = f(x)
         if (k + 1) % every:
@@ -104,18 +132,10 @@ def picard_compacted(
         if left == 0:
             break
         if left <= below * len(active):
-            keep = active.nonzero().squeeze(1)
-            if out is None:
-                out, index = y, keep  # the finished rows are in their places already
-            else:
-                out[index] = y
-                index = index[keep]
+            keep = places.leave(y, active)
             (y,), f = rows(keep, y), f.rows(keep)
         x = y
-    if out is None:
-        return y
-    out[index] = y
-    return out
+    return places.whole(y)
 
 
 def anderson(f: Any, x: Tensor, rtol: float, offset: float, limit: int, below: float) -> Tensor:
@@ -123,7 +143,7 @@ def anderson(f: Any, x: Tensor, rtol: float, offset: float, limit: int, below: f
 
     With `below` > 0 finished samples are left out as above.
     """
-    out = index = last_y = last_r = None
+    places, last_y, last_r = Places(), None, None
     m = HISTORY - 1
     dy, dr = (x.new_empty(len(x), m, x.shape[1]) for _ in range(2))
     gram, eye = x.new_empty(len(x), m, m), torch.eye(m, dtype=x.dtype, device=x.device)
@@ -141,12 +161,7 @@ def anderson(f: Any, x: Tensor, rtol: float, offset: float, limit: int, below: f
             row = torch.bmm(dr[:, :n], dr[:, j, :, None]).squeeze(2)
             gram[:, j, :n], gram[:, :n, j] = row, row
         if 0 < left <= below * len(active):
-            keep = active.nonzero().squeeze(1)
-            if out is None:
-                out, index = y.clone(), keep
-            else:
-                out[index] = y
-                index = index[keep]
+            keep = places.leave(y, active)
             (y, r, dy, dr, gram), f = rows(keep, y, r, dy, dr, gram), f.rows(keep)
         x, last_y, last_r = y, y, r
         if k > 0:
@@ -156,10 +171,7 @@ def anderson(f: Any, x: Tensor, rtol: float, offset: float, limit: int, below: f
             gamma = torch.cholesky_solve(torch.bmm(dr[:, :n], r[:, :, None]), factor)
             gamma = gamma.nan_to_num_(0, 0, 0)
             x = torch.baddbmm(y[:, None], gamma.mT, dy[:, :n], alpha=-1).squeeze(1)
-    if out is None:
-        return y
-    out[index] = y
-    return out
+    return places.whole(y)
 
 
 seldom = functools.partial(picard_compacted, every=3)
@@ -173,25 +185,17 @@ def picard_compiled(
         return seldom(f, x, rtol, offset, limit, below)
     # A g that counts its calls runs as it is: the algorithm is the same.
     step = tested_step if isinstance(f.g, Counting) else compiled_step(f.g)
-    out, index = None, None
+    places = Places()
     for _ in range(limit):
         y, active, left = step(f.g, rtol, offset, x, f.u, f.s, *f.weights)
         left = int(left)
         if left == 0:
             break
         if left <= below * len(active):
-            keep = active.nonzero().squeeze(1)
-            if out is None:
-                out, index = y, keep
-            else:
-                out[index] = y
-                index = index[keep]
+            keep = places.leave(y, active)
             (y,), f = rows(keep, y), f.rows(keep)
         x = y
-    if out is None:
-        return y
-    out[index] = y
-    return out
+    return places.whole(y)
 
 
 def picard_graphed(f: Any, x: Tensor, rtol: float, offset: float, limit: int, _: float) -> Tensor:

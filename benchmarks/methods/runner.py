@@ -19,7 +19,7 @@ Build = Callable[[Rule], Solve]
 class Runner:
     """A method on a problem. Inputs are prepared before; calls return when they are done."""
 
-    compile_s = 0.0  # seconds of compilation that a method itself knows of
+    compile_s = 0.0  # seconds of compilation, where a method knows them
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -31,6 +31,9 @@ class Runner:
     def gradients(self, i: int) -> tuple[Any, ...]:
         """x̂, dL/du and dL/dweights of instance i; L = Σ loss·x̂."""
         raise NotImplementedError
+
+    def call(self, *, backward: bool) -> Callable[[int], Any]:
+        return self.gradients if backward else self.forward
 
     def tensors(self, out: Any) -> Any:
         """A result as tensors of torch."""
@@ -70,7 +73,7 @@ class Solver(Runner):
         return g.calls, g.rows / self.problem.batch
 
     def peak_bytes(self, *, backward: bool) -> int:
-        call = self.gradients if backward else self.forward
+        call = self.call(backward=backward)
         return peak(lambda: call(0), str(self.problem.device))
 
 

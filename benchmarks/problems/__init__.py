@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import dense, hostile, nets
+from . import dense, nets
 from .problem import Instance, Make, Problem, Rule, Step
 
 __all__ = ["KINDS", "SIZES", "Instance", "Problem", "Rule", "Step", "at", "make"]
@@ -29,7 +29,7 @@ KINDS: dict[str, Make] = {
     "stiff": dense.stiff,
     "conv": nets.conv,
     "denoise": nets.denoise,
-    "expanding": hostile.expanding,
+    "expanding": dense.expanding,
 }
 DENSE = ("easy", "hard")
 # The other kinds and where they are solved.

@@ -162,3 +162,16 @@ def stiff(
     us = inputs(random, batch, size, size, count, data)
     rule = Rule(2e-5, 0.0, 2e-5, max_iterations=20_000, gradient_error=5e-2)
     return problem("stiff", affine, random, us, ((weight + weight.T) / 2,), size, rule=rule)
+
+
+def expanding(
+    generator: torch.Generator, batch: int, size: int, count: int, data: Path | None
+) -> Problem:
+    """Affine with ‖W‖₂ = 1: every second sample has s = 0.5, the others 1.5 and grow for ever."""
+    random = Random(generator)
+    weight = symmetric(random, size, 1.0)
+    us = inputs(random, batch, size, size, count, data)
+    made = problem("expanding", affine, random, us, (weight,), size)
+    for instance in made.instances:
+        instance.s[0::2], instance.s[1::2] = 0.5, 1.5
+    return made

@@ -12,13 +12,7 @@ import torch
 from .. import problems
 from ..clock import interleave, timed
 from ..judge import judge
-from ..methods import (
-    COMPACTED,
-    PEERS,
-    Method,
-    Runner,
-    all_methods,
-)
+from ..methods import PEERS, Method, Runner, all_methods
 from ..problems import Problem
 from ..records import Row
 
@@ -71,6 +65,30 @@ class Cell:
     run: Callable[[], list[Row]]
 
 
+def mode(backward: bool) -> str:
+    return "forward+backward" if backward else "forward"
+
+
+def head(suite: str, problem: Problem, method: Method, *, backward: bool) -> Row:
+    """What a row says of the problem and the method."""
+    return {
+        "suite": suite,
+        "problem": problem.kind,
+        "batch": problem.batch,
+        "size": problem.size,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "device": str(problem.device),
+        "mode": mode(backward),
+        "method": method.name,
+        "family": method.family,
+    }
+
+
+def brief(error: Exception) -> str:
+    """What a method raised, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def contest(
     suite: str,
     problem: Problem,
@@ -89,19 +107,7 @@ def contest(
     for method in methods:
         if not method.suits(problem):
             continue
-        row: Row = {
-            "suite": suite,
-            "problem": problem.kind,
-            "batch": problem.batch,
-            "size": problem.size,
-            "dtype": str(problem.dtype).removeprefix("torch."),
-            "device": str(problem.device),
-            "backend": options.backend if method.family == "ours" else None,
-            "mode": "forward+backward" if backward else "forward",
-            "method": method.name,
-            "family": method.family,
-            **more,
-        }
+        row = head(suite, problem, method, backward=backward) | more
         rows.append(row)
         if method.missing:
             row["skipped"] = method.missing
@@ -112,34 +118,33 @@ def contest(
         except Exception as error:  # a peer may fail in ways of its own; ours may not
             if method.family not in PEERS:
                 raise
-            row["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            row["skipped"] = brief(error)
             continue
         if row["refused"] is None:
-            calls[method.name] = runner.gradients if backward else runner.forward
-        if method.name == COMPACTED and not more:
-            problems.check_spread(problem, row["evaluations"], row["iterations_mean"])
+            calls[method.name] = runner.call(backward=backward)
     measured = interleave(
         calls,
         device=options.device,
         budget=options.budget,
         rounds=options.rounds,
-        label=f"{problem.name} {'forward+backward' if backward else 'forward'}",
+        label=f"{problem.name} {mode(backward)}",
     )
     for row in rows:
         if row["method"] in measured and "skipped" not in row:
             row.update(measured[row["method"]].row())
-            row["compile_s"] = max(0.0, row["first_s"] - row["median_s"])
+            row["compile_s"] = row["compile_s"] or max(0.0, row["first_s"] - row["median_s"])
     return rows
 
 
 def examine(runner: Runner, *, backward: bool) -> Row:
     """Everything about a method on a problem but its time."""
-    call = runner.gradients if backward else runner.forward
+    call = runner.call(backward=backward)
     first = timed(lambda: call(0), str(runner.problem.device))
     evaluations, mean = runner.count()
     correct = judge(runner, backward=backward)
     return {
         "first_s": first,
+        "compile_s": runner.compile_s,  # else what the first call takes beyond the others
         "evaluations": evaluations,
         "iterations_mean": mean,
         **correct.row(runner.problem.rule.gradient_error),

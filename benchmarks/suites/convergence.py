@@ -12,7 +12,7 @@ from torch import Tensor
 from ..methods import Method, Solver
 from ..problems import Problem, at
 from ..records import Row
-from .cell import Cell, Options, contest
+from .cell import Cell, Options, contest, head
 from .scaling import chosen
 
 PLACES = {"hard": (256, 128), "energy": at("energy"), "stiff": at("stiff")}
@@ -60,21 +60,9 @@ def history(options: Options, kind: str, size: tuple[int, int]) -> list[Row]:
         runner.forward(0)  # the first call may look at g more often
         g.residuals.clear()
         runner.forward(0)
-        rows.append(
-            {
-                "suite": "convergence",
-                "curve": "history",
-                "problem": kind,
-                "batch": size[0],
-                "size": size[1],
-                "dtype": options.dtype,
-                "mode": "forward",
-                "method": method.name,
-                "family": method.family,
-                "rtol": problem.rule.rtol,
-                "residuals": g.residuals,
-            }
-        )
+        row = head("convergence", problem, method, backward=False)
+        row |= {"curve": "history", "rtol": rule.rtol, "residuals": g.residuals}
+        rows.append(row)
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,16 +19,15 @@ from ..clock import interleave
 from ..methods import ours, plain
 from ..problems import Problem, Rule
 from ..records import Row
-from .cell import Cell, Options, Size, contest
+from .cell import Cell, Options, Size, contest, mode
 
 
 def cells(options: Options) -> Iterator[Cell]:
     for kind in ("easy", "energy"):
         for batch, size in problems.BIBTEX:
             for backward in (False, True):
-                mode = "forward+backward" if backward else "forward"
                 yield Cell(
-                    f"dense/{kind}-{batch}x{size}-{options.dtype}-{mode}",
+                    f"dense/{kind}-{batch}x{size}-{options.dtype}-{mode(backward)}",
                     functools.partial(bibtex, options, kind, (batch, size), backward),
                 )
     for size in (*(options.sizes or problems.SIZES), *problems.BIBTEX):
@@ -86,14 +86,7 @@ def products(options: Options, batch: int, size: int) -> list[Row]:
 
 def passes(problem: Problem, count: int) -> Callable[[int], Any]:
     """A whole solve of so many iterations."""
-    fixed = Problem(
-        problem.kind,
-        problem.g,
-        problem.batch,
-        problem.size,
-        problem.instances,
-        Rule(0.0, 0.0, max_iterations=count),
-    )
+    fixed = replace(problem, rule=Rule(0.0, 0.0, max_iterations=count))
     return ours.Whole(fixed, fpi_cuda.Picard()).forward
 
 

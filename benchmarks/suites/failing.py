@@ -15,7 +15,7 @@ from ..methods import PEERS, SOLVERS
 from ..methods.ours import options_for
 from ..problems import Problem
 from ..records import Row
-from .cell import Cell, Options
+from .cell import Cell, Options, brief, head
 
 
 def cells(options: Options) -> Iterator[Cell]:
@@ -28,16 +28,7 @@ def failing_rows(options: Options) -> list[Row]:
     for method in options.methods("ours", "plain", "replaced", *PEERS):
         if method.reason(problem) or method.slow:
             continue
-        row: Row = {
-            "suite": "failing",
-            "problem": problem.kind,
-            "batch": problem.batch,
-            "size": problem.size,
-            "dtype": options.dtype,
-            "method": method.name,
-            "family": method.family,
-            "refused": None,
-        }
+        row = head("failing", problem, method, backward=False) | {"refused": None}
         rows.append(row)
         try:
             runner = method.build(problem)
@@ -46,7 +37,7 @@ def failing_rows(options: Options) -> list[Row]:
             row["once_s"] = timed(lambda call=runner.forward: call(0), options.device)
             row |= outcome(problem, runner.tensors(runner.forward(0)))
         except Exception as error:  # whatever a method does about it is what is reported
-            row["raised"] = f"{type(error).__name__}: {str(error)[:120]}"
+            row["raised"] = brief(error)
     for row in rows:
         if row["method"] in SOLVERS:
             row.update(what_we_say(problem, options, row["method"]))

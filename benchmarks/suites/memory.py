@@ -9,11 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..methods import COMPACTED, HISTORY, PEERS, Runner, Solver, ours
-from ..methods.ours import SOLVERS
+from ..methods import COMPACTED, HISTORY, PEERS, Method
 from ..problems import Instance, Problem, Rule
 from ..records import Row
-from .cell import Cell, Options
+from .cell import Cell, Options, brief, head, mode
 
 ITERATIONS = (8, 16, 32, 64, 128)
 SIZES = ((256, 128), (1024, 256))
@@ -25,9 +24,8 @@ LIMITS = {"Picard": 6, "Anderson": 2 * HISTORY + 6}
 def cells(options: Options) -> Iterator[Cell]:
     for size in (options.sizes or SIZES)[: 1 if options.quick else None]:
         for backward in (False, True):
-            mode = "forward+backward" if backward else "forward"
             yield Cell(
-                f"memory/easy-{size[0]}x{size[1]}-{options.dtype}-{mode}",
+                f"memory/easy-{size[0]}x{size[1]}-{options.dtype}-{mode(backward)}",
                 functools.partial(against_iterations, options, size, backward),
             )
         name = f"memory/states-{size[0]}x{size[1]}-{options.dtype}"
@@ -47,10 +45,10 @@ def against_iterations(options: Options, size: tuple[int, int], backward: bool) 
             continue  # their conditions cannot be told to never stop
         for count in ITERATIONS:
             never = Rule(0.0, 0.0, 0.0, max_iterations=count)
-            runner = method.build(replace(problem, rule=never))
-            row = head(problem, options, method.name, method.family, backward)
-            row |= measured(runner, count, backward=backward)
+            row = measured(method, replace(problem, rule=never), backward=backward)
             rows.append(row)
+            if "skipped" in row:
+                break
     return rows
 
 
@@ -62,35 +60,29 @@ def states(options: Options, size: tuple[int, int]) -> list[Row]:
     instance = Instance(x0, u, torch.ones(batch, 1, **kind), (torch.tensor(0.5, **kind),), loss)
     problem = Problem("half", half, batch, n, (instance,), Rule(0.0, 0.0, 0.0, 20))
     rows = []
-    for name, solver in SOLVERS.items():
-        for backward in (False, True):
-            runner = Solver(problem, ours.opaque(solver, options.backend))
-            row = head(problem, options, name, "ours", backward)
-            row |= measured(runner, 20, backward=backward)
-            most = LIMITS[name] + (THE_CALLERS if backward else 0)
+    for method in options.methods("ours"):
+        for backward in (False, True) if method.name in LIMITS else ():
+            row = measured(method, problem, backward=backward)
+            most = LIMITS[method.name] + (THE_CALLERS if backward else 0)
             rows.append(row | {"limit": most * row["state_bytes"]})
     return rows
 
 
-def measured(runner: Runner, iterations: int, *, backward: bool) -> Row:
-    (runner.gradients if backward else runner.forward)(0)
-    return {"iterations": iterations, "peak_bytes": runner.peak_bytes(backward=backward)}
+def measured(method: Method, problem: Problem, *, backward: bool) -> Row:
+    row = head("memory", problem, method, backward=backward)
+    row |= {
+        "iterations": problem.rule.max_iterations,
+        "state_bytes": problem.instances[0].x0.nbytes,
+    }
+    try:
+        runner = method.build(problem)
+        runner.call(backward=backward)(0)
+        return row | {"peak_bytes": runner.peak_bytes(backward=backward)}
+    except Exception as error:  # a peer may fail in ways of its own; ours may not
+        if method.family not in PEERS:
+            raise
+        return row | {"skipped": brief(error)}
 
 
 def half(x: Tensor, u: Tensor, s: Tensor, weight: Tensor) -> Tensor:
     return torch.addcmul(u, x, weight)
-
-
-def head(problem: Problem, options: Options, method: str, family: str, backward: bool) -> Row:
-    item = problem.instances[0].x0.element_size()
-    return {
-        "suite": "memory",
-        "problem": problem.kind,
-        "batch": problem.batch,
-        "size": problem.size,
-        "dtype": options.dtype,
-        "mode": "forward+backward" if backward else "forward",
-        "method": method,
-        "family": family,
-        "state_bytes": problem.batch * problem.size * item,
-    }

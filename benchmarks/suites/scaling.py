@@ -11,7 +11,7 @@ from ..clock import interleave
 from ..methods import COMPACTED, PEERS, Method
 from ..problems import Rule
 from ..records import Row
-from .cell import Cell, Options, contest
+from .cell import Cell, Options, contest, head
 
 NAMES = (
     "Picard",
@@ -81,8 +81,6 @@ def iterations(options: Options) -> list[Row]:
             label=f"{count} iterations",
         )
         for name, times in measured.items():
-            row: Row = {"suite": "scaling", "axis": "iterations", "value": count}
-            row |= {"problem": "easy", "batch": 256, "size": 128, "mode": "forward"}
-            row |= {"dtype": options.dtype, "method": name, "family": methods[name].family}
-            rows.append(row | times.row())
+            row = head("scaling", problem, methods[name], backward=False)
+            rows.append(row | {"axis": "iterations", "value": count} | times.row())
     return rows

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from .. import problems
 from ..clock import timed
-from ..methods import PEERS, Method, Runner
+from ..methods import COMPACTED, PEERS, Method, Runner
 from ..problems import Problem
 from ..records import Row
-from .cell import Cell, Options, Size, contest, examine
+from .cell import Cell, Options, Size, brief, contest, examine, head, mode
 
 BACKWARD = {
     "solve": (False,),
@@ -33,9 +33,8 @@ def places(suite: str, options: Options) -> list[tuple[str, Size]]:
 def cells(suite: str, options: Options) -> Iterator[Cell]:
     for kind, (batch, size) in places(suite, options):
         for backward in BACKWARD[suite]:
-            mode = "forward+backward" if backward else "forward"
             yield Cell(
-                f"{suite}/{kind}-{batch}x{size}-{options.dtype}-{mode}",
+                f"{suite}/{kind}-{batch}x{size}-{options.dtype}-{mode(backward)}",
                 functools.partial(cell, suite, options, kind, (batch, size), backward),
             )
 
@@ -47,7 +46,11 @@ def cell(suite: str, options: Options, kind: str, size: Size, backward: bool) ->
     methods = options.methods("ours", "plain", "replaced")
     if suite == "solve":  # as the plain loop, forward
         methods = [method for method in methods if method.name != "unrolled"]
-    return contest(suite, problem, methods, options, backward=backward)
+    rows = contest(suite, problem, methods, options, backward=backward)
+    for row in rows:
+        if row["method"] == COMPACTED:
+            problems.check_spread(problem, row["evaluations"], row["iterations_mean"])
+    return rows
 
 
 def solve(options: Options) -> Iterator[Cell]:
@@ -65,8 +68,7 @@ def peers(options: Options) -> Iterator[Cell]:
 def denoise(options: Options) -> Iterator[Cell]:
     """The denoising net, by those methods that have a chance: its iterations are dear."""
     for backward in BACKWARD["denoise"]:
-        mode = "forward+backward" if backward else "forward"
-        name = f"denoise/denoise-{options.dtype}-{mode}"
+        name = f"denoise/denoise-{options.dtype}-{mode(backward)}"
         yield Cell(name, functools.partial(denoise_cell, options, backward))
 
 
@@ -118,22 +120,13 @@ def beside_peers(problem: Problem, options: Options, *, backward: bool) -> list[
 
 def screen(method: Method, problem: Problem, *, backward: bool) -> tuple[Row, Runner | None]:
     """A setting's correctness and a rough time."""
-    row: Row = {
-        "suite": "grid",
-        "problem": problem.kind,
-        "batch": problem.batch,
-        "size": problem.size,
-        "dtype": str(problem.dtype).removeprefix("torch."),
-        "mode": "forward+backward" if backward else "forward",
-        "method": method.name,
-        "family": method.family,
-    }
+    row = head("grid", problem, method, backward=backward)
     try:
         runner = method.build(problem)
         row |= examine(runner, backward=backward)
-        call = runner.gradients if backward else runner.forward
+        call = runner.call(backward=backward)
         times = [timed(functools.partial(call, i), str(problem.device)) for i in range(SCREENED)]
-        row["compile_s"] = max(0.0, row["first_s"] - min(times))
+        row["compile_s"] = row["compile_s"] or max(0.0, row["first_s"] - min(times))
     except Exception as error:  # a setting that its library does not support
-        return row | {"skipped": f"{type(error).__name__}: {str(error)[:200]}"}, None
+        return row | {"skipped": brief(error)}, None
     return row | {"screened_s": min(times)}, runner
