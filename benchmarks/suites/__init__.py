@@ -75,7 +75,7 @@ SUITES: dict[str, Suite] = {
 }
 
 ABOUT = {
-    "quick": "every claim, short: under 2.5 minutes on 2 cores",
+    "quick": "every claim, short: about 2.5 minutes on 2 cores",
     "full": "all of the suites below, for the committed JSON",
     "kernels": "step kernels against a copy, roofs of the machine; on CUDA also convolutions",
     "solve": "whole solves, forward: ours and plain loops",
