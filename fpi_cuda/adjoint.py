@@ -221,10 +221,8 @@ class Problem:
 
     def form(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
         """The step as known layers, where it is no more than that and nothing stands around it."""
-        if not isinstance(self.step, UserStep):
-            return None
-        dim = getattr(self.step.g, "form_dim", 0)
-        if dim == 0:
+        dim = self.step.form_dim
+        if dim == 0 or not isinstance(self.step, UserStep):
             return None
         if self.batch_dims != 1 or transforming():
             reason = "under a torch.func transform"
@@ -300,8 +298,7 @@ class Problem:
         b = self.batch_dims
         rows = v.reshape(v.shape[:b].numel(), v.shape[b:].numel()).to(accumulate_dtype(v.dtype))
         floor = torch.linalg.vector_norm(rows, dim=1)
-        skip = floor == 0
-        return floor, skip if bool(skip.any()) else None
+        return floor, None if bool(floor.all()) else floor == 0
 
     def _full_precision(self) -> contextlib.AbstractContextManager[Any]:
         # The loop's own arithmetic stays out of the user's autocast, and so does a backward in one.
@@ -596,9 +593,12 @@ def _first_order(
     with adjoint._full_precision():
         linear = _linearise(adjoint, x, v, tensors[:n], tensors[n:], need)
         if isinstance(linear.evaluate, Adjoint):
-            # Later, smaller linearisations need no path to the params.
-            with torch.no_grad(), problem.autocast():
-                linear.evaluate.g = problem.step.bind([t.detach() for t in tensors[n:]])
+
+            def unattached() -> Callable[..., Tensor]:
+                with torch.no_grad(), problem.autocast():
+                    return problem.step.bind([t.detach() for t in tensors[n:]])
+
+            linear.evaluate.unattached = unattached
         with torch.no_grad():
             c, keep = adjoint._iterate(linear.evaluate, v, v)
     if keep is not None:
@@ -611,9 +611,12 @@ def _whole_first_order(
 ) -> tuple[Tensor, Sequence[Tensor | None]] | None:
     """The same for a step of dense layers, by one kernel; None where that can't be."""
     assert isinstance(adjoint.step, AdjointStep)
-    if adjoint.driver != "whole" and (adjoint.driver != "auto" or v.dim() != 2):
+    inner = adjoint.step.inner
+    if adjoint.driver != "whole" and (
+        adjoint.driver != "auto" or v.dim() != 2 or inner.form_dim != 2
+    ):
         return None  # known without a form, which takes g's weights to make
-    n = adjoint.step.inner.n_inputs
+    n = inner.n_inputs
     leaves, wanted = _leaves(tensors, need)
     with torch.enable_grad():
         form = _inner(adjoint).form(x, leaves[:n], leaves[n:])
@@ -673,7 +676,7 @@ def _linearise(
     assert isinstance(step, AdjointStep)
     leaves, wanted = _leaves((*inputs, *params), need)
     with torch.enable_grad():
-        form = _inner(adjoint).form(x, leaves[:n], leaves[n:])
+        form = _inner(adjoint).form(x, leaves[:n], leaves[n:]) if step.inner.form_dim else None
         if form is not None:
             y, transposed = form.linearised(x.detach().requires_grad_())
             return Linearised(adjoint.evaluation(transposed.plus(v), v), y, wanted)

@@ -52,6 +52,7 @@ class Step:
     """
 
     n_inputs: int
+    form_dim = 0  # dimensions of the states for which the step may have a form; 0: it never has
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
         """The step with its shared tensors put in."""
@@ -83,6 +84,7 @@ class UserStep(Step):
         self.g, self.n_inputs, self.n_params = g, n_inputs, n_params
         self.pack, self.unpack = pack, unpack
         self.binding = Binding(g) if bindable(g) else None  # type: ignore[arg-type]
+        self.form_dim = getattr(g, "form_dim", 0)
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -285,6 +287,8 @@ class Adjoint:
         self.per_sample = per_sample
         # A smaller batch costs one more linearisation: it must save more than that.
         self.compact_below = 0.0 if per_sample is None or per_sample.known is False else 0.5
+        # Gives g without a path to the params, which smaller linearisations do not need.
+        self.unattached: Callable[[], Bound] | None = None
         owner.calls += 1
         with torch.enable_grad(), owner.autocast():
             self.x = x.detach().requires_grad_()
@@ -304,6 +308,8 @@ class Adjoint:
             return take(t.detach(), positions)
 
         def smaller() -> Adjoint:
+            if self.unattached is not None:
+                self.g, self.unattached = self.unattached(), None
             inputs = [rows(t) for t in self.inputs]
             return Adjoint(self.owner, self.g, rows(self.x), rows(self.v), inputs, self.per_sample)
 

@@ -11,6 +11,9 @@ from ..backends.progress import STATUS, Limits, Progress
 from ..solution import Record, Status
 from .layout import Layout
 
+# Leaving samples out takes about as long as an iteration does on this many values.
+WORTHWHILE = 2**15
+
 
 class Evaluation(Protocol):
     """What the loop iterates: x ↦ g(x) on the rows it holds."""
@@ -70,6 +73,7 @@ def iterate(
         progress.counters[:, STATUS].masked_fill_(skip, Status.CONVERGED + 1)
         progress.out.copy_(x)
         active -= int(skip.sum())
+    before = active
     evaluate.watch(progress)
     rows = "masked" if evaluate.masks else "whole batch"
     now = read is Tensor.tolist
@@ -77,7 +81,10 @@ def iterate(
     rows_shape = tuple(batch)
     state = layout.state(x, rows_shape)
     while active:
-        if active <= evaluate.compact_below * len(x):
+        # Where most of the active samples ended at once, the others are about to: what is left out
+        # would be left out of one iteration.
+        rush = 2 * active < before and (len(x) - active) * layout.n < WORTHWHILE
+        if active <= evaluate.compact_below * len(x) and not rush:
             keep = progress.active_rows() if now else progress.first_rows(active)
             smaller = evaluate.select(keep, state)
             if smaller is None:
@@ -98,6 +105,7 @@ def iterate(
                 layout, state = wanted, wanted.state(x, rows_shape)
             step = solver.start(backend, progress, progress.out)
         step(x, layout.rows(gx))
+        before = active
         active, failed, _ = read(progress.tally)
     record = Record(
         progress=progress,
