@@ -24,7 +24,7 @@ print(middle - start, time.perf_counter() - middle)
 
 
 def cells(options: Options) -> Iterator[Cell]:
-    yield Cell("import", lambda: import_rows(max(5, options.rounds[0])))
+    yield Cell("import", lambda: import_rows(3 if options.quick else 5))
 
 
 def import_rows(repeats: int) -> list[Row]:
