@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from fpi_cuda.backends import scratch
@@ -33,12 +34,29 @@ def peak(call: Callable[[], Any], device: str) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    held = top = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
+    # The profiler reports frees of what an earlier profile saw allocated: those are none of this call.
+    held, top, live = 0, 0, dict[int, int]()
+    for pointer, size in changes(profiler):
+        if size > 0:
+            live[pointer] = size
+            held += size
             top = max(top, held)
+        else:
+            held -= live.pop(pointer, 0)
     return top
+
+
+def changes(profiler: profile) -> list[tuple[int, int]]:
+    """Address and bytes of every allocation, and of every free with the bytes negative, in order."""
+    found = []
+    nodes = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while nodes:
+        node = nodes.pop()
+        if node.tag == _EventType.Allocation:
+            fields = node.extra_fields
+            found.append((node.start_time_ns, fields.ptr, fields.alloc_size))
+        nodes += node.children
+    return [(pointer, size) for _, pointer, size in sorted(found, key=lambda event: event[0])]
 
 
 @contextmanager

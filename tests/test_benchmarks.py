@@ -421,6 +421,17 @@ def test_peak_memory_is_what_lives_at_once():
     assert memory.peak(call, "cpu") == pytest.approx(4 * 4000, abs=256)
 
 
+def test_peak_memory_counts_no_free_of_what_an_earlier_call_allocated():
+    kept = []
+
+    def call():
+        kept.clear()
+        kept.append(torch.empty(1000))
+        return torch.empty(2000)
+
+    assert [memory.peak(call, "cpu") for _ in range(3)] == [4 * 3000] * 3
+
+
 def test_memory_kept_between_solves_counts():
     problem = problems.make("easy", 64, 32, instances=1)
     (method,) = (m for m in METHODS if m.name == "Anderson")
