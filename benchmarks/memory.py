@@ -34,7 +34,7 @@ def peak(call: Callable[[], Any], device: str) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    # The profiler reports frees of what an earlier profile saw allocated: those are none of this call.
+    # The profiler tells of frees of what an earlier profile saw allocated, too: none of this call.
     held, top, live = 0, 0, dict[int, int]()
     for pointer, size in changes(profiler):
         if size > 0:
@@ -47,7 +47,7 @@ def peak(call: Callable[[], Any], device: str) -> int:
 
 
 def changes(profiler: profile) -> list[tuple[int, int]]:
-    """Address and bytes of every allocation, and of every free with the bytes negative, in order."""
+    """Address and bytes of every allocation and, negative, of every free, in order."""
     found = []
     nodes = list(profiler.profiler.kineto_results.experimental_event_tree())
     while nodes:
