@@ -20,7 +20,7 @@ import fpi_cuda
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def facts(device: str) -> dict[str, Any]:
+def facts(device: str, program: str = "benchmarks") -> dict[str, Any]:
     """What a reader must know to believe or repeat a run."""
     packages = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("torchdeq", "jax", "jaxopt", "optimistix"):
@@ -29,7 +29,7 @@ def facts(device: str) -> dict[str, Any]:
             packages[name] = version
     packages["fpi_cuda"] = fpi_cuda.__version__
     return {
-        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
+        "command": f"python -m {program} " + shlex.join(sys.argv[1:]),
         "timestamp": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "device": device,

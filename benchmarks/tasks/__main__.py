@@ -1,0 +1,180 @@
+"""The paper's experiments: train, tune, evaluate, report.
+
+    python -m benchmarks.tasks TASK train [--methods M ...] [--seeds 0 1 2 3 4] --data DIR
+    torchrun --nproc-per-node 2 -m benchmarks.tasks TASK train --data DIR
+    python -m benchmarks.tasks TASK tune --data DIR
+    python -m benchmarks.tasks TASK eval --data DIR
+    python -m benchmarks.tasks TASK report
+
+A run that was interrupted goes on where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import records
+from ..machine import facts
+from . import checkpoint, page
+from .bibtex import Multilabel
+from .task import Settings, Task
+from .training import Place, Run, place
+
+TASKS: dict[str, Task] = {task.name: task for task in (Multilabel("bibtex"), Multilabel("enron"))}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("task", choices=list(TASKS))
+    add("action", choices=("train", "tune", "eval", "report"))
+    add("--data", type=folder, metavar="DIR", help="data sets, as the docs say")
+    add("--out", type=Path, default=Path("runs"), metavar="DIR", help="of the runs; default: runs")
+    add("--methods", nargs="+", metavar="METHOD", help="default: all of the task's")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings other than the recipe")
+    add("--quick", action="store_true", help="two epochs, one seed: does it run?")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--amp", action="store_true", help="bfloat16 autocast, on a GPU")
+    add("--threads", type=int, help="torch's threads; default: torch's own")
+    given = parser.parse_args(arguments)
+    task = TASKS[given.task]
+    for method in given.methods or ():
+        if method not in task.methods:
+            parser.error(f"--methods: {given.task} has {', '.join(task.methods)} (got {method!r})")
+    if given.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {given.device}: torch sees no CUDA device here; leave it out")
+    if given.amp and not given.device.startswith("cuda"):
+        parser.error("--amp: is for a GPU; name it by --device cuda")
+    if given.action != "report" and given.data is None:
+        parser.error(f"{given.action}: needs the data; name its folder by --data")
+    given.methods = given.methods or list(task.methods)
+    try:
+        given.set = dict(pair.split("=", 1) for pair in given.set)
+        for method in given.methods:
+            settings(task, method, 0, given)
+    except ValueError as error:
+        parser.error(f"--set: NAME=VALUE ({error})")
+    return given
+
+
+def folder(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir() or not any(path.iterdir()):
+        raise argparse.ArgumentTypeError(f"must be a folder of data sets (got {text!r})")
+    return path
+
+
+def settings(task: Task, method: str, seed: int, given: argparse.Namespace) -> Settings:
+    chosen = replace(task.settings(method), seed=seed).with_values(**given.set)
+    return replace(chosen, epochs=2, batch=512) if given.quick else chosen
+
+
+def train(task: Task, given: argparse.Namespace, where: Place) -> None:
+    for method, seed in itertools.product(given.methods, given.seeds[: 1 if given.quick else None]):
+        chosen = settings(task, method, seed, given)
+        run = Run(task, chosen, task.load(given.data, seed), home(given, method, seed), where)
+        result = run.finish()
+        if run.first:
+            print(f"{method}, seed {seed}: {shown(result['test'])}")
+
+
+def home(given: argparse.Namespace, method: str, seed: int) -> Path:
+    path: Path = given.out / given.task / method / f"seed-{seed}"
+    return path
+
+
+def tune(task: Task, given: argparse.Namespace, where: Place) -> None:
+    """Try every setting of the grid with one seed; validation alone says which is best."""
+    for method in given.methods:
+        grid, tried = task.grid(method), []
+        for values in itertools.product(*grid.values()):
+            point = dict(zip(grid, values, strict=True))
+            chosen = settings(task, method, 0, given).with_values(**point)
+            name = ",".join(f"{k}={v}" for k, v in point.items())
+            place_of = given.out / given.task / "tune" / method / name
+            result = Run(task, chosen, task.load(given.data, 0), place_of, where).finish()
+            tried.append({"settings": point, task.score: result["best"]["validation"][task.score]})
+        tried.sort(key=lambda row: -row[task.score])
+        if where.rank == 0:
+            path = given.out / given.task / "tune" / f"{method}.json"
+            records.save(path, {"facts": facts(given.device, "benchmarks.tasks"), "tried": tried})
+            for row in tried:
+                print(
+                    f"{method}: {task.score} {row[task.score]:.4f} on validation, {row['settings']}"
+                )
+
+
+def evaluate(task: Task, given: argparse.Namespace, where: Place) -> None:
+    """The test figures of the best checkpoint of each run."""
+    found = 0
+    for method, seed in itertools.product(given.methods, given.seeds):
+        path = home(given, method, seed) / "best.pt"
+        if not path.exists():
+            continue
+        found += 1
+        state = checkpoint.load(path)
+        kept = Settings(**state["settings"])
+        model = task.model(kept).to(where.device)
+        model.load_state_dict(state["model"])
+        parts = task.load(given.data, kept.seed)
+        figures = task.test(model.eval(), parts.test, where.device, state["best"]["validation"])
+        print(f"{method}, seed {seed}, epoch {state['best']['epoch']}: {shown(figures)}")
+    if not found:
+        raise FileNotFoundError(
+            f"eval: {given.out / given.task} must hold METHOD/seed-N/best.pt of a run; train "
+            "first, or name its folder by --out"
+        )
+
+
+def report(task: Task, given: argparse.Namespace) -> None:
+    """Gather the results of the runs, where there are any, and rebuild the page."""
+    paths = sorted((given.out / task.name).glob("*/seed-*/result.json"))
+    tuned = sorted((given.out / task.name / "tune").glob("*.json"))
+    if paths:
+        here = facts(given.device, "benchmarks.tasks")
+        content: dict[str, Any] = {
+            "facts": here,
+            "task": task.name,
+            "runs": [json.loads(path.read_text()) for path in paths],
+            "tuned": {path.stem: json.loads(path.read_text())["tried"] for path in tuned},
+        }
+        path = page.RESULTS / here["slug"] / "tasks" / f"{task.name}.json"
+        records.save(path, content)
+        print(f"written: {path}")
+    print(f"{page.PAGE.name}:", "changed" if page.rebuild() else "up to date")
+
+
+def shown(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse(arguments)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    task = TASKS[given.task]
+    try:
+        if given.action == "report":
+            report(task, given)
+            return 0
+        with place(given.device, given.amp) as where:
+            {"train": train, "tune": tune, "eval": evaluate}[given.action](task, given, where)
+    except (OSError, ValueError) as error:  # of the user's files: their messages say what to do
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

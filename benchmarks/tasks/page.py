@@ -1,0 +1,149 @@
+"""docs/experiments.md: its results are made from the committed JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..machine import ROOT
+from ..tables import Table, markdown_table
+from . import pictures
+from .solves import mean
+
+PAGE = ROOT / "docs" / "experiments.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+Content = dict[str, Any]
+
+
+def committed() -> list[Path]:
+    return sorted(RESULTS.glob("*/tasks/*.json"))
+
+
+def prefix(path: Path) -> str:
+    """Of a result's figures: its device and its task."""
+    return f"{path.parent.parent.name}-{path.stem}"
+
+
+def methods(content: Content) -> dict[str, list[dict[str, Any]]]:
+    """Runs by method, in their order of seeds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in sorted(content["runs"], key=lambda run: run["settings"]["seed"]):
+        found.setdefault(run["settings"]["method"], []).append(run)
+    return dict(sorted(found.items(), key=lambda item: item[0]))
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    if len(values) < 2:
+        return format(values[0], form)
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+
+
+def table(rows: Sequence[dict[str, str]]) -> Table:
+    """Of rows whose columns may differ."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [columns, *([row.get(name, "") for name in columns] for row in rows)]
+
+
+def results_table(content: Content) -> Table:
+    """A row a method: the test score over seeds, and what it cost."""
+    rows = []
+    for method, runs in methods(content).items():
+        figures = [run["test"] for run in runs]
+        row = {"method": method, "seeds": str(len(runs)), "parameters": str(runs[0]["parameters"])}
+        for name in figures[0]:
+            row[name] = spread([f[name] for f in figures], ".2f")
+        row["epochs"] = spread([len(run["log"]) for run in runs], ".0f")
+        row["s an epoch"] = spread(
+            [statistics.median(e["seconds"] for e in run["log"]) for run in runs]
+        )
+        rows.append(row)
+    return table(rows)
+
+
+def solves_table(content: Content) -> Table:
+    """A row a method that solves: iterations and failures of the last epoch, over all seeds."""
+    rows = []
+    for method, runs in methods(content).items():
+        last = [run["log"][-1] for run in runs]
+        if "iterations" not in last[0]:
+            continue
+        samples = sum(sum(e["iterations"].values()) for e in last)
+        backward = [e["backward_iterations"] for e in last if e["backward_iterations"]]
+        rows.append(
+            {
+                "method": method,
+                "iterations, mean": spread([mean(e["iterations"]) for e in last], ".1f"),
+                "most": str(max(int(k) for e in last for k in e["iterations"])),
+                "backward, mean": spread([mean(b) for b in backward], ".1f") if backward else "",
+                "not converged": f"{sum(e['failed'] for e in last)} of {samples}",
+                "backward not converged": str(sum(e["failed_backward"] for e in last)),
+            }
+        )
+    return table(rows)
+
+
+def tuned_table(tried: Sequence[dict[str, Any]], score: str) -> Table:
+    return table(
+        [
+            {k: str(v) for k, v in row["settings"].items()}
+            | {f"{score}, validation": f"{row[score]:.2f}"}
+            for row in tried
+        ]
+    )
+
+
+def sections(content: Content, name: str) -> Iterator[str]:
+    facts = content["facts"]
+    yield f"## {content['task']}, on {facts['device_name']}"
+    yield (
+        f"`{facts['command']}` at commit `{facts['commit']}`, {facts['timestamp']}, "
+        f"{facts['threads']} threads, torch {facts['versions']['torch']}. Mean ± standard "
+        "deviation over the seeds."
+    )
+    yield markdown_table(results_table(content))
+    solved = solves_table(content)
+    if len(solved) > 1:
+        yield "Solves of the last epoch of training:"
+        yield markdown_table(solved)
+    for picture in pictures.names(content):
+        yield f"![{picture}](plots/{name}-{picture}.svg)"
+    for title, rows in content.get("tables", {}).items():
+        yield f"### {title}"
+        yield markdown_table(table(rows))
+    for method, tried in content["tuned"].items():
+        score = next(k for k in tried[0] if k != "settings")
+        yield f"### {method}: what was tried, seed 0, chosen on validation"
+        yield markdown_table(tuned_table(tried, score))
+
+
+def results() -> str:
+    """The part of the page that is made from the committed JSON."""
+    parts = []
+    for path in committed():
+        content = json.loads(path.read_text())
+        parts += sections(content, prefix(path))
+    return "\n\n".join(parts) or "No results are committed yet."
+
+
+def rebuild(path: Path | None = None, *, draw: bool = True) -> bool:
+    """Rewrite the page's results and its figures.
+
+    Returns:
+        Whether the page changed.
+    """
+    target = path or PAGE
+    old = target.read_text()
+    before, rest = old.split(BEGIN)
+    _, after = rest.split(END)
+    new = f"{before}{BEGIN}\n\n{results()}\n\n{END}{after}"
+    target.write_text(new)
+    if draw:
+        for file in committed():
+            content = json.loads(file.read_text())
+            pictures.draw(content, target.parent / "plots", prefix(file))
+    return new != old

@@ -1,0 +1,118 @@
+"""Figures of an experiment, made from its JSON alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..plot import COLOURS, STYLE, Look, Page, Picture, label_ends, label_room, save
+
+Content = Mapping[str, Any]
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+assert set(COLOURS.values()) <= {*PALETTE}
+
+
+def by_method(content: Content) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in content["runs"]:
+        found.setdefault(run["settings"]["method"], []).append(run)
+    return dict(sorted(found.items()))
+
+
+def looks(methods: Sequence[str]) -> dict[str, Look]:
+    return {
+        method: Look(PALETTE[i % len(PALETTE)], "o", "-", "FPI" in method)
+        for i, method in enumerate(methods)
+    }
+
+
+def epochs(content: Content, name: str, title: str) -> Figure:
+    """A figure of each epoch's log: the mean over the seeds that reached it, and their range."""
+    groups = by_method(content)
+    about = "mean over the seeds still running; the band is their range"
+    page = Page(content["facts"], title, about, right=label_room(groups))
+    ax, ends = page.axes(), {}
+    for (method, runs), style in zip(groups.items(), looks(list(groups)).values(), strict=True):
+        columns = [
+            [run["log"][i][name] for run in runs if i < len(run["log"])]
+            for i in range(max(len(run["log"]) for run in runs))
+        ]
+        means = [sum(column) / len(column) for column in columns]
+        x = range(1, len(means) + 1)
+        ax.plot(x, means, color=style.colour, linewidth=style.width)
+        ax.fill_between(
+            x, [*map(min, columns)], [*map(max, columns)], color=style.colour, alpha=0.12, lw=0
+        )
+        ends[method] = (len(means), means[-1], style)
+    ax.set(xlabel="epoch", ylabel=name)
+    ax.set_xlim(1, None)
+    label_ends(page, ax, ends)
+    return page.figure
+
+
+def solves(content: Content) -> Figure:
+    """Iterations and residuals of the last epoch's solves."""
+    groups = {m: runs for m, runs in by_method(content).items() if solved(runs)}
+    about = "share of the samples of the last epoch of training, all seeds; forward and backward"
+    page = Page(content["facts"], "Iterations and residuals", about, body=3.2)
+    colours = looks(list(by_method(content)))
+    for i, (key, label) in enumerate(
+        (
+            ("iterations", "iterations, forward"),
+            ("backward_iterations", "iterations, backward"),
+            ("residuals", "residual, power of ten"),
+        )
+    ):
+        ax = page.axes(x=2.45 * i, width=2.0)
+        for method, runs in groups.items():
+            bars(ax, runs, key, method, colours[method])
+        ax.set(xlabel=label)
+        if i == 0:
+            ax.set(ylabel="share of samples")
+            ax.legend(fontsize=7, frameon=False)
+    return page.figure
+
+
+def bars(ax: Axes, runs: Sequence[Mapping[str, Any]], key: str, method: str, style: Look) -> None:
+    total: Counter[int] = Counter()
+    for run in runs:
+        total.update({int(k): n for k, n in run["log"][-1][key].items()})
+    if total:
+        values = sorted(total)
+        shares = [total[v] / sum(total.values()) for v in values]
+        ax.plot(values, shares, "o-", color=style.colour, markersize=3, linewidth=1.2, label=method)
+
+
+def solved(runs: Sequence[Mapping[str, Any]]) -> bool:
+    return all("iterations" in run["log"][-1] for run in runs)
+
+
+def score(content: Content) -> str:
+    return next(iter(content["runs"][0]["best"]["validation"]))
+
+
+def figures(content: Content) -> dict[str, Callable[[], Figure]]:
+    name, task = score(content), content["task"]
+    found = {
+        "loss": lambda: epochs(content, "loss", f"{task}: loss of training"),
+        "score": lambda: epochs(content, name, f"{task}: {name} on the validation part"),
+    }
+    if any(solved(runs) for runs in by_method(content).values()):
+        found["solves"] = lambda: solves(content)
+    return found
+
+
+def names(content: Content) -> list[str]:
+    return list(figures(content))
+
+
+def draw(content: Content, folder: Path, prefix: str) -> list[Path]:
+    with matplotlib.rc_context(STYLE):
+        drawn = [Picture(name, make()) for name, make in figures(content).items()]
+    return [path for picture in drawn for path in save(picture, folder, prefix)]

@@ -1,0 +1,239 @@
+"""The loop over epochs: resumable, stopped early, on one process or several."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from tqdm import tqdm
+
+from .. import records
+from . import checkpoint
+from .solves import Solves
+from .task import Batch, Figures, Parts, Settings, Task
+
+Log = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run computes."""
+
+    device: torch.device
+    amp: bool = False  # bfloat16 autocast
+    rank: int = 0
+    world: int = 1
+
+    def share(self, batch: Batch) -> Batch:
+        """This process's rows of a batch."""
+        mine = (t[self.rank :: self.world] if self.world > 1 else t for t in batch)
+        return tuple(t.to(self.device, non_blocking=True) for t in mine)
+
+
+@contextmanager
+def place(device: str, amp: bool) -> Iterator[Place]:
+    """The place of this process; under torchrun, one of several."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Place(torch.device(device), amp)
+        return
+    cuda = device.startswith("cuda")
+    here = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device(device)
+    if cuda:
+        torch.cuda.set_device(here)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Place(here, amp, dist.get_rank(), world)
+    finally:
+        dist.destroy_process_group()
+
+
+class Run:
+    """One training run, in a folder of its own: log.jsonl, last.pt, best.pt, result.json.
+
+    Every epoch ends with a checkpoint and draws its random numbers from (seed, epoch) alone, so a
+    run that was killed goes on from its last epoch and, on the CPU, ends with the same bits.
+    """
+
+    def __init__(
+        self, task: Task, settings: Settings, parts: Parts, folder: Path, where: Place
+    ) -> None:
+        self.task, self.settings, self.parts = task, settings, parts
+        self.folder, self.where = folder, where
+        torch.manual_seed(settings.seed)
+        self.model = task.model(settings).to(where.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.average = AveragedModel(self.model, avg_fn=get_ema_avg_fn(settings.average))
+        self.log: Log = []
+        self.best: dict[str, Any] = {"epoch": -1, "validation": {}}
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.where.rank == 0
+
+    def finish(self) -> dict[str, Any]:
+        """Train to the end, from the last checkpoint where there is one.
+
+        Returns:
+            The result, which result.json holds.
+        """
+        done = self.folder / "result.json"
+        if done.exists():
+            result = json.loads(done.read_text())
+            self._must_agree(done, result["settings"])
+            return result
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        parallel = DistributedDataParallel(self.model) if self.where.world > 1 else self.model
+        name = f"{self.settings.method}, seed {self.settings.seed}"
+        bar = tqdm(
+            total=self.settings.epochs, initial=len(self.log), desc=name, disable=not self.first
+        )
+        with bar:
+            while len(self.log) < self.settings.epochs and not self._stale():
+                entry = self._epoch(parallel)
+                self._validate(entry)
+                bar.update()
+                bar.set_postfix({self.task.score: f"{entry[self.task.score]:.4g}"})
+        return self._result()
+
+    def _stale(self) -> bool:
+        return len(self.log) - 1 - int(self.best["epoch"]) >= self.settings.patience > 0
+
+    def _epoch(self, parallel: nn.Module) -> dict[str, Any]:
+        epoch, settings, where = len(self.log), self.settings, self.where
+        generator = torch.Generator().manual_seed(1_000_003 * settings.seed + epoch)
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        order = torch.randperm(len(self.parts.train), generator=generator)
+        self.model.train()
+        start, total, solves = time.perf_counter(), 0.0, Solves()
+        for rows in order.split(settings.batch):
+            batch = self.task.batch(self.parts.train[rows], settings, generator)
+            with torch.autocast(where.device.type, torch.bfloat16, enabled=where.amp):
+                losses = self.task.losses(parallel, where.share(batch))
+            # Processes' gradients are averaged; the batch's last rows may be uneven among them.
+            loss = losses.sum() * (where.world / len(rows))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.average.update_parameters(self.model)
+            total += float(losses.detach().sum())
+            solves.add(self.model)
+        total, solves = gathered(total, solves, where)
+        entry = {
+            "epoch": epoch,
+            "loss": total / len(order),
+            "seconds": time.perf_counter() - start,
+        }
+        return entry | solves.row()
+
+    def _validate(self, entry: dict[str, Any]) -> None:
+        """Score the epoch, log it, save: the best first, since the last says that it is there."""
+        figures: Figures = {}
+        if self.first:
+            figures = self.task.validate(
+                self.average.module.eval(), self.parts.validation, self.where.device
+            )
+        figures = agreed(figures, self.where)
+        entry |= figures
+        better = figures[self.task.score] > self.best["validation"].get(
+            self.task.score, float("-inf")
+        )
+        if better:
+            self.best = {"epoch": entry["epoch"], "validation": figures}
+        self.log.append(entry)
+        if not self.first:
+            return
+        common = {"task": self.task.name, "settings": asdict(self.settings), "best": self.best}
+        if better:
+            checkpoint.save(
+                self.folder / "best.pt", common | {"model": self.average.module.state_dict()}
+            )
+        checkpoint.save(
+            self.folder / "last.pt",
+            common
+            | {
+                "model": self.model.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "log": self.log,
+            },
+        )
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _resume(self) -> None:
+        path = self.folder / "last.pt"
+        if path.exists():
+            state = checkpoint.load(path)
+            self._must_agree(path, state["settings"])
+            self.model.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.log, self.best = state["log"], state["best"]
+        if self.first:  # a kill may have come between the checkpoint and its line
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
+            (self.folder / "log.jsonl").write_text(lines)
+
+    def _must_agree(self, path: Path, settings: dict[str, Any]) -> None:
+        mine = asdict(self.settings)
+        other = [
+            f"{k} {settings.get(k)!r}, not {v!r}" for k, v in mine.items() if settings.get(k) != v
+        ]
+        if other:
+            raise ValueError(
+                f"{path} must be of a run with the same settings (it has {'; '.join(other)}); "
+                "give this run another --out, or delete that folder"
+            )
+
+    def _result(self) -> dict[str, Any]:
+        if self.where.world > 1:
+            dist.barrier()  # best.pt is the first process's
+        state = checkpoint.load(self.folder / "best.pt")
+        self.model.load_state_dict(state["model"])
+        model = self.model.eval()
+        test = self.task.test(model, self.parts.test, self.where.device, self.best["validation"])
+        result = {
+            "task": self.task.name,
+            "settings": asdict(self.settings),
+            "best": self.best,
+            "test": test,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "processes": self.where.world,
+            "log": self.log,
+        }
+        if self.first:
+            records.save(self.folder / "result.json", result)
+        return result
+
+
+def gathered(total: float, solves: Solves, where: Place) -> tuple[float, Solves]:
+    """Sums over all processes."""
+    if where.world == 1:
+        return total, solves
+    found: list[Any] = [None] * where.world
+    dist.all_gather_object(found, (total, solves))
+    return sum(t for t, _ in found), sum((s for _, s in found), Solves())
+
+
+def agreed(figures: Figures, where: Place) -> Figures:
+    """The first process's, for all."""
+    if where.world == 1:
+        return figures
+    shared = [figures]
+    dist.broadcast_object_list(shared, src=0, device=where.device)
+    return shared[0]
