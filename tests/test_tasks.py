@@ -201,6 +201,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("method", Multilabel.methods)
 def test_every_method_trains_and_is_scored(method, data, tmp_path):
+    if "torchdeq" in method:
+        pytest.importorskip("torchdeq")
     settings = Multilabel("small").settings(method).with_values(epochs=2, hidden=16, state=6)
     result = run(tmp_path / "run", data, settings).finish()
     assert len(result["log"]) == 2
@@ -302,7 +304,7 @@ def test_the_commands_in_turn(small, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(page, "RESULTS", tmp_path / "results")
     page.PAGE.write_text(f"before\n{page.BEGIN}\n{page.END}\nafter\n")
     common = ["--data", str(data), "--out", str(out), "--methods", "MLP", "FPI_NN", "--quick"]
-    for action in ("train", "eval", "report"):
+    for action in ("train", "eval", "study", "report"):
         assert program.main(["small", action, *common]) == 0
     printed = capsys.readouterr().out
     assert printed.count("FPI_NN, seed 0") == 2

@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 -m benchmarks.tasks TASK train --data DIR
     python -m benchmarks.tasks TASK tune --data DIR
     python -m benchmarks.tasks TASK eval --data DIR
+    python -m benchmarks.tasks TASK study --data DIR    # of the trained nets: gradients, minima
     python -m benchmarks.tasks TASK report
 
 A run that was interrupted goes on where it was when the same command is given again.
@@ -24,6 +25,7 @@ import torch
 
 from .. import records
 from ..machine import facts
+from ..tables import text_table
 from . import checkpoint, page
 from .bibtex import Multilabel
 from .task import Settings, Task
@@ -37,7 +39,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("task", choices=list(TASKS))
-    add("action", choices=("train", "tune", "eval", "report"))
+    add("action", choices=("train", "tune", "eval", "study", "report"))
     add("--data", type=folder, metavar="DIR", help="data sets, as the docs say")
     add("--out", type=Path, default=Path("runs"), metavar="DIR", help="of the runs; default: runs")
     add("--methods", nargs="+", metavar="METHOD", help="default: all of the task's")
@@ -137,16 +139,31 @@ def evaluate(task: Task, given: argparse.Namespace, where: Place) -> None:
         )
 
 
+def examine(task: Task, given: argparse.Namespace, where: Place) -> None:
+    """Tables about the trained nets of seed 0."""
+    tables = task.study(given.out / given.task, given.data)
+    if not tables:
+        raise FileNotFoundError(
+            f"study: {given.out / given.task} must hold seed-0/best.pt of a method that solves; "
+            "train first, or name its folder by --out"
+        )
+    records.save(given.out / given.task / "study.json", tables)
+    for title, rows in tables.items():
+        print(f"{title}\n\n{text_table(page.table(rows))}\n")
+
+
 def report(task: Task, given: argparse.Namespace) -> None:
     """Gather the results of the runs, where there are any, and rebuild the page."""
     paths = sorted((given.out / task.name).glob("*/seed-*/result.json"))
     tuned = sorted((given.out / task.name / "tune").glob("*.json"))
+    studied = given.out / task.name / "study.json"
     if paths:
         here = facts(given.device, "benchmarks.tasks")
         content: dict[str, Any] = {
             "facts": here,
             "task": task.name,
             "runs": [json.loads(path.read_text()) for path in paths],
+            "tables": json.loads(studied.read_text()) if studied.exists() else {},
             "tuned": {path.stem: json.loads(path.read_text())["tried"] for path in tuned},
         }
         path = page.RESULTS / here["slug"] / "tasks" / f"{task.name}.json"
@@ -169,7 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report(task, given)
             return 0
         with place(given.device, given.amp) as where:
-            {"train": train, "tune": tune, "eval": evaluate}[given.action](task, given, where)
+            actions = {"train": train, "tune": tune, "eval": evaluate, "study": examine}
+            actions[given.action](task, given, where)
     except (OSError, ValueError) as error:  # of the user's files: their messages say what to do
         print(f"error: {error}", file=sys.stderr)
         return 1

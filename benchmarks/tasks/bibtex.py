@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,115 +11,142 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpi_cuda import (
-    DenseEnergy,
-    DenseStep,
-    FixedPointLayer,
-    GradientStep,
-)
+from fpi_cuda import DenseEnergy, DenseStep, FixedPointLayer, GradientStep
 
+from .energy import ConvexNetwork
+from .layers import TorchDeq, Unrolled
 from .multilabel import Samples, best_threshold, example_f1, read
 from .task import Batch, Figures, Parts, Settings, Task
 
+Options = Mapping[str, Any]
 VALIDATION = 0.1  # of the training split
-CLOSED = 1e4  # taken from what a dropped unit gets: relu leaves nothing of it
 
 
 class Net(nn.Module):
-    """Scores of labels; subclasses say how they follow from a hidden layer."""
+    """Scores of labels from a hidden layer; the subclasses go on from there.
 
-    def __init__(self, features: int, labels: int, options: Mapping[str, Any]) -> None:
+    Args:
+        features, labels: how many.
+        options: of the settings.
+    """
+
+    def __init__(self, features: int, labels: int, options: Options) -> None:
         super().__init__()
-        self.dropout = float(options["dropout"])
+        self.options = options
         self.hidden = nn.Linear(features, int(options["hidden"]))
         self.scores = nn.Linear(int(options["hidden"]), labels)
 
     def forward(
-        self, z: Tensor, keep_input: Tensor | None = None, keep: Tensor | None = None
-    ) -> Tensor:
+        self,
+        z: Tensor,
+        keep_input: Tensor | None = None,
+        keep: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, labels], and those of one step from `given`, where a net takes such steps.
+
+        Args:
+            z: [B, features].
+            keep_input, keep: dropout's masks of z and of the hidden layer.
+            given: [B, labels], what to start the one step from; None: as the fixed point.
+        """
         h = torch.relu(self.hidden(z if keep_input is None else z * keep_input))
-        return self.from_hidden(h if keep is None else h * keep)
+        return self.solved(h if keep is None else h * keep, given)
 
-    def from_hidden(self, h: Tensor) -> Tensor:
-        return self.scores(h)
+    def solved(self, h: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores = self.scores(h)
+        return scores, scores
+
+    def layer_of(self, g: nn.Module) -> nn.Module:
+        """The layer around a step: this library's, or one to compare it with."""
+        if self.options["layer"] == "torchdeq":
+            return TorchDeq(g)
+        if self.options["layer"] == "unrolled":
+            return Unrolled(g, int(self.options["steps"]))
+        return FixedPointLayer(g, on_failure="return")
 
 
-class Refined(Net):
-    """FPI_NN: an embedding of labels, s = tanh(W s + U h + b), is added to the MLP."""
+class MeanField(Net):
+    """FPI_NN: labels that see one another, p = σ(W p + V h + b), as in a mean-field iteration."""
 
-    def __init__(self, features: int, labels: int, options: Mapping[str, Any]) -> None:
+    def __init__(self, features: int, labels: int, options: Options) -> None:
         super().__init__(features, labels, options)
-        state = int(options["state"])
-        self.layer = FixedPointLayer(DenseStep(state, int(options["hidden"])), on_failure="return")
-        self.read = nn.Linear(state, labels, bias=False)
-
-    def from_hidden(self, h: Tensor) -> Tensor:
-        return self.scores(h) + self.read(self.layer(h))
-
-
-class Hidden(Net):
-    """FPI_NN: the MLP whose hidden layer sees the scores too: x = W₂ relu(W₁ x + U z + b).
-
-    Dropout stays what it is in an MLP: a dropped unit's input is taken below zero, and since relu
-    is homogeneous, what the others give is scaled by scaling all that they get.
-    """
-
-    def __init__(self, features: int, labels: int, options: Mapping[str, Any]) -> None:
-        super().__init__(features, labels, options)
-        step = DenseStep(labels, None, hidden=int(options["hidden"]), activation="relu", bias=False)
+        step = DenseStep(labels, None, activation="sigmoid", bias=False)
         with torch.no_grad():
             step.state_weight *= 0.1
-            step.output_weight.copy_(self.scores.weight)
-        self.bias = self.scores.bias
-        del self.scores
-        self.layer = FixedPointLayer(step, on_failure="return")
+        self.layer = self.layer_of(step)
 
-    def forward(
-        self, z: Tensor, keep_input: Tensor | None = None, keep: Tensor | None = None
-    ) -> Tensor:
-        u = self.hidden(z if keep_input is None else z * keep_input)
-        if keep is None:
-            return self.layer(u) + self.bias
-        scale = 1 / (1 - self.dropout)
-        u = scale * u - CLOSED * (keep == 0)
-        return self.layer(u, torch.full_like(u[:, :1], scale)) + self.bias
+    def solved(self, h: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+        own = self.scores(h)
+        p = self.layer(own)
+        coupling = self.layer.g.state_weight
+        return own + F.linear(p, coupling), own + F.linear(p if given is None else given, coupling)
 
 
 class Energy(Net):
-    """FPI_GD: y minimises ½ λ ‖y‖² + Σ a ψ(W y + U h + b), and is added to the MLP."""
+    """FPI_GD: y minimises f(y, h) = ½ ‖y‖² + Σ ψ(W y + U h + b) and is added to the scores."""
 
-    def __init__(self, features: int, labels: int, options: Mapping[str, Any]) -> None:
+    step_size = 0.5
+
+    def __init__(self, features: int, labels: int, options: Options) -> None:
         super().__init__(features, labels, options)
-        energy = DenseEnergy(
-            labels,
-            int(options["hidden"]),
-            hidden=int(options["state"]),
-            activation=options["activation"],
-            curvature=1.0,
-            convex=bool(options["convex"]),
-        )
-        if energy.term_weight is not None:
-            with torch.no_grad():
-                energy.term_weight.fill_(options["sign"])
-        self.layer = FixedPointLayer(GradientStep(energy, 0.5), on_failure="return")
+        energy = self.energy_of(labels, int(options["hidden"]), int(options["state"]))
+        self.layer = self.layer_of(GradientStep(energy, self.step_size))
 
-    def from_hidden(self, h: Tensor) -> Tensor:
-        return self.scores(h) + self.layer(h)
+    def energy_of(self, labels: int, hidden: int, state: int) -> nn.Module:
+        return DenseEnergy(labels, hidden, hidden=state)
+
+    def solved(self, h: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores = self.scores(h) + self.layer(h)
+        return scores, scores
 
 
-NETS: dict[str, type[Net]] = {
-    "MLP": Net,
-    "FPI_NN": Refined,
-    "FPI_NN hidden": Hidden,
-    "FPI_GD": Energy,
+class Convex(Energy):
+    """FPI_GD with a convex network of two layers for its energy."""
+
+    step_size = 0.25
+
+    def energy_of(self, labels: int, hidden: int, state: int) -> nn.Module:
+        return ConvexNetwork(labels, hidden, state)
+
+
+STEPS = (1, 5, 20)
+OPTIONS = {
+    "hidden": 500,
+    "state": 64,
+    "dropout": 0.5,
+    "input_dropout": 0.2,
+    "entropy": 0.3,  # weight of the cross entropy, beside that of 1 − F1
+    "F1": 20.0,
+    "teacher": 0.0,  # weight of the loss of one step from labels with noise
+    "layer": "ours",
+    "steps": 0,
 }
+# A net and what of its options is not as above. The MLP is as large as FPI_NN: 159² weights more.
+METHODS: dict[str, tuple[type[Net], dict[str, Any]]] = {
+    "MLP": (Net, {"hidden": 513}),
+    "FPI_NN": (MeanField, {"teacher": 0.3}),
+    "FPI_GD": (Energy, {}),
+    "FPI_GD, ICNN": (Convex, {}),
+    "FPI_NN, torchdeq": (MeanField, {"teacher": 0.3, "layer": "torchdeq"}),
+    "FPI_GD, torchdeq": (Energy, {"layer": "torchdeq"}),
+    **{
+        f"{name}, {steps} step{'s' if steps > 1 else ''}": (
+            net,
+            more | {"layer": "unrolled", "steps": steps},
+        )
+        for name, net, more in (("FPI_NN", MeanField, {"teacher": 0.3}), ("FPI_GD", Energy, {}))
+        for steps in STEPS
+    },
+}
+NOISE = 0.2  # share of a sample's labels that a teacher leaves out, and of another's that it adds
 
 
 class Multilabel(Task):
-    """A set of Mulan's; scores by binary cross entropy, labels by a threshold."""
+    """A set of Mulan's: scores by cross entropy and a soft F1, labels by one threshold."""
 
     score = "F1"
-    methods = tuple(NETS)
+    methods = tuple(METHODS)
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -127,26 +155,16 @@ class Multilabel(Task):
         return Settings(
             method,
             epochs=60,
-            patience=15,
+            patience=12,
             batch=128,
             learning_rate=1e-3,
-            weight_decay=0.0,
             average=0.99,
-            options={
-                "hidden": 500,
-                "state": 64,
-                "dropout": 0.5,
-                "input_dropout": 0.2,
-                "penalty": 0.0,
-                "activation": "tanh",
-                "convex": 0,
-                "sign": -1.0,
-            },
+            options=OPTIONS | METHODS[method][1],
         )
 
     def grid(self, method: str) -> Mapping[str, Sequence[Any]]:
         return {
-            "learning_rate": (5e-4, 1e-3, 2e-3),
+            "learning_rate": (5e-4, 1e-3),
             "dropout": (0.5, 0.7),
             "input_dropout": (0.2, 0.4),
         }
@@ -154,14 +172,14 @@ class Multilabel(Task):
     def load(self, data: Path | None, seed: int) -> Parts:
         if data is None:
             raise ValueError(f"{self.name}: needs the data; name its folder by --data")
-        train, test = read(data, self.name)
+        train, test = _read(data, self.name)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
         cut = round(VALIDATION * len(train))
         self.sizes = train.features.shape[1], train.labels.shape[1]
         return Parts(train[order[cut:]], train[order[:cut]], test)
 
     def model(self, settings: Settings) -> nn.Module:
-        return NETS[settings.method](*self.sizes, settings.options)
+        return METHODS[settings.method][0](*self.sizes, settings.options)
 
     def batch(self, samples: Samples, settings: Settings, generator: torch.Generator) -> Batch:
         options, b = settings.options, len(samples)
@@ -172,16 +190,25 @@ class Multilabel(Task):
                 (int(options["hidden"]), "dropout"),
             )
         )
-        return samples.features, samples.labels, *masks
+        return samples.features, samples.labels, *masks, noisy(samples.labels, generator)
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        z, labels, keep_input, keep = batch
-        scores = model(z, keep_input, keep)
-        return F.binary_cross_entropy_with_logits(scores, labels, reduction="none").sum(1)
+    def losses(self, model: nn.Module, batch: Batch, settings: Settings) -> Tensor:
+        z, labels, keep_input, keep, given = batch
+        options = settings.options
+        scores, one_step = model(z, keep_input, keep, given)
+        losses = loss(scores, labels, options)
+        if options["teacher"]:
+            losses = losses + options["teacher"] * entropy(one_step, labels)
+        return losses
 
     def validate(self, model: nn.Module, samples: Samples, device: torch.device) -> Figures:
         threshold, f1 = best_threshold(probabilities(model, samples, device), samples.labels)
         return {"F1": 100 * f1, "threshold": threshold}
+
+    def study(self, folder: Path, data: Path) -> Mapping[str, Sequence[Mapping[str, str]]]:
+        from .study import study
+
+        return study(self, folder, data)
 
     def test(
         self, model: nn.Module, samples: Samples, device: torch.device, validated: Figures
@@ -191,13 +218,35 @@ class Multilabel(Task):
         return {"F1": 100 * float(example_f1(predicted, samples.labels).mean())}
 
 
+_read = functools.cache(read)
+
+
 def kept(b: int, size: int, dropout: float, generator: torch.Generator) -> Tensor:
     """0 with this probability, else what makes up for it; [b, size]."""
     return (torch.rand(b, size, generator=generator) >= dropout) / (1 - dropout)
 
 
+def noisy(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels of which some are missing and some are another sample's; [B, labels]."""
+    other = labels[torch.randperm(len(labels), generator=generator)]
+    missing, added = torch.rand(2, *labels.shape, generator=generator) < NOISE
+    return torch.maximum(labels * ~missing, other * added)
+
+
+def entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross entropy of each sample, [B]."""
+    return F.binary_cross_entropy_with_logits(scores, labels, reduction="none").sum(1)
+
+
+def loss(scores: Tensor, labels: Tensor, options: Options) -> Tensor:
+    """Of each sample, [B]: cross entropy, and 1 − F1 with probabilities for decisions."""
+    p = torch.sigmoid(scores)
+    f1 = 2 * (p * labels).sum(1) / (p.sum(1) + labels.sum(1))
+    return options["entropy"] * entropy(scores, labels) + options["F1"] * (1 - f1)
+
+
 @torch.no_grad()
 def probabilities(model: nn.Module, samples: Samples, device: torch.device) -> Tensor:
     """[B, labels], on the CPU."""
-    parts = (torch.sigmoid(model(z.to(device))) for z in samples.features.split(512))
+    parts = (torch.sigmoid(model(z.to(device))[0]) for z in samples.features.split(512))
     return torch.cat([part.float().cpu() for part in parts])

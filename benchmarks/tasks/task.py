@@ -97,12 +97,16 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+    def losses(self, model: nn.Module, batch: Batch, settings: Settings) -> Tensor:
         """Of each sample, [B]."""
 
     @abstractmethod
     def validate(self, model: nn.Module, samples: Any, device: torch.device) -> Figures:
         """Figures with the score among them, and what was chosen on the way."""
+
+    def study(self, folder: Path, data: Path) -> Mapping[str, Sequence[Mapping[str, str]]]:
+        """Tables about the trained nets under a folder of runs; none unless a task has some."""
+        return {}
 
     @abstractmethod
     def test(

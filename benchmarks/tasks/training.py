@@ -124,7 +124,7 @@ class Run:
         for rows in order.split(settings.batch):
             batch = self.task.batch(self.parts.train[rows], settings, generator)
             with torch.autocast(where.device.type, torch.bfloat16, enabled=where.amp):
-                losses = self.task.losses(parallel, where.share(batch))
+                losses = self.task.losses(parallel, where.share(batch), settings)
             # Processes' gradients are averaged; the batch's last rows may be uneven among them.
             loss = losses.sum() * (where.world / len(rows))
             self.optimizer.zero_grad()

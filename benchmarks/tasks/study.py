@@ -1,0 +1,121 @@
+"""Of trained nets: what fixed step counts cost, how near FPI_GD comes to the minimum."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpi_cuda import FixedPointLayer, ImplicitAdjoint, Tolerance
+
+from . import checkpoint
+from .bibtex import STEPS, Multilabel
+from .energy import certify
+from .layers import Unrolled
+from .task import Settings
+
+TIGHT = Tolerance(rtol=1e-12, atol=1e-14)
+BATCH = 256
+Table = list[dict[str, str]]
+
+
+def trained(task: Multilabel, path: Path) -> tuple[nn.Module, Settings]:
+    state = checkpoint.load(path)
+    settings = Settings(**state["settings"])
+    model = task.model(settings)
+    model.load_state_dict(state["model"])
+    return model.eval(), settings
+
+
+def exactly(layer: Any) -> FixedPointLayer:
+    """Solved to 1e-12, forward and backward."""
+    return FixedPointLayer(
+        layer.g,
+        tolerance=TIGHT,
+        adjoint=ImplicitAdjoint(tolerance=TIGHT),
+        max_iterations=5000,
+        on_failure="raise",
+    )
+
+
+def gradient(task: Multilabel, model: nn.Module, batch: Any, settings: Settings) -> Tensor:
+    """Of the mean loss in all parameters, as one vector in float64."""
+    leaves = list(model.parameters())
+    loss = task.losses(model, batch, settings).mean()
+    return torch.cat([g.double().flatten() for g in torch.autograd.grad(loss, leaves)])
+
+
+def gradient_errors(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]]:
+    """Relative errors of the gradient at the trained weights, by how the layer is computed."""
+    for method in ("FPI_NN", "FPI_GD"):
+        path = folder / method / "seed-0" / "best.pt"
+        if not path.exists():
+            continue
+        model, settings = trained(task, path)
+        train = task.load(data, 0).train
+        samples = train[torch.arange(min(BATCH, len(train)))]
+        batch = task.batch(samples, settings, torch.Generator().manual_seed(0))
+        wide = tuple(t.double() for t in batch)
+        exact = copy.deepcopy(model).double()
+        exact.layer = exactly(exact.layer)
+        reference = gradient(task, exact, wide, settings)
+        row = {"method": method}
+        for steps in STEPS:
+            unrolled = copy.deepcopy(model).double()
+            unrolled.layer = Unrolled(unrolled.layer.g, steps)
+            found = gradient(task, unrolled, wide, settings)
+            row[f"{steps} step{'s' if steps > 1 else ''}, float64"] = error(found, reference)
+        row["converged, float32, default tolerance"] = error(
+            gradient(task, model, batch, settings), reference
+        )
+        yield row
+
+
+def error(found: Tensor, reference: Tensor) -> str:
+    return f"{float((found - reference).norm() / reference.norm()):.1e}"
+
+
+def certificates(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]]:
+    """Bounds on the distance of the default solution to the minimum, over the test samples."""
+    for method in ("FPI_GD", "FPI_GD, ICNN"):
+        path = folder / method / "seed-0" / "best.pt"
+        if not path.exists():
+            continue
+        model, _ = trained(task, path)
+        z = task.load(data, 0).test.features
+        with torch.no_grad():
+            h = torch.relu(model.hidden(z))
+            y = model.layer(h)
+        energy = copy.deepcopy(model.layer.g.energy).double()
+        found = certify(energy, energy.curvature, y.double(), h.double())
+        with torch.no_grad():
+            minimum = exactly(copy.deepcopy(model.layer).double())(h.double())
+        away = torch.linalg.vector_norm(y.double() - minimum, dim=1)
+        size = torch.linalg.vector_norm(minimum, dim=1)
+        yield {
+            "method": method,
+            "‖y‖, median": f"{float(size.median()):.2f}",
+            "‖∂f/∂y‖, worst": f"{float(found.gradient_norm.max()):.1e}",
+            "‖y − y*‖ ≤, worst": f"{float(found.distance.max()):.1e}",
+            "‖y − y*‖, worst": f"{float(away.max()):.1e}",
+            "f(y) − f(y*) ≤, worst": f"{float(found.gap.max()):.1e}",
+            "bound holds for": f"{int((away <= found.distance * (1 + 1e-9)).sum())} of {len(z)}",
+            "iterations, mean": f"{float(model.layer.last.iterations.float().mean()):.1f}",
+        }
+
+
+def study(task: Multilabel, folder: Path, data: Path) -> dict[str, Table]:
+    """The tables of the page, from seed 0 of the runs in the folder."""
+    tables = {
+        "Relative error of the gradient at the trained weights (256 training samples)": list(
+            gradient_errors(task, folder, data)
+        ),
+        "FPI_GD's solution at default tolerance against the minimum (test samples, float64)": list(
+            certificates(task, folder, data)
+        ),
+    }
+    return {title: rows for title, rows in tables.items() if rows}
