@@ -2,6 +2,7 @@
 # On a machine with a CUDA device, nvcc and a torch that has CUDA: build, test, check the kernels'
 # memory accesses, time, write JSON.
 #   benchmarks/on_gpu.sh [build] [test] [sanitize] [bench]    no argument: all, under ten minutes
+#   DATA=DIR benchmarks/on_gpu.sh tasks                    the experiments
 # PYTHON: the interpreter (default python3). OUT: where the JSON goes; default: the device's folder
 # under benchmarks/results.
 set -euo pipefail
@@ -60,6 +61,13 @@ bench() {
   return $wrong
 }
 
+# The paper's experiments, in bfloat16 autocast; DATA: the folder of data sets. Not among all.
+tasks() {
+  "$PYTHON" -m benchmarks.tasks bibtex train --data "${DATA:?names the folder of data sets}" \
+    --device cuda --amp --out runs/cuda
+  "$PYTHON" -m benchmarks.tasks bibtex report --device cuda --out runs/cuda
+}
+
 # What is wrong in one file does not keep the others from being made.
 timed() {
   local file=$1
@@ -76,7 +84,8 @@ for stage in "${@:-all}"; do
     test) tests ;;
     sanitize) sanitize ;;
     bench) bench ;;
-    *) echo "on_gpu.sh: unknown stage $stage; there are build, test, sanitize, bench" >&2; exit 2 ;;
+    tasks) tasks ;;
+    *) echo "on_gpu.sh: unknown stage $stage; there are build, test, sanitize, bench, tasks" >&2; exit 2 ;;
   esac
   echo "== $stage: $((SECONDS - start)) s"
 done

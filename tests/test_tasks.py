@@ -18,6 +18,7 @@ from benchmarks.tasks.bibtex import Multilabel
 from benchmarks.tasks.task import Settings
 
 FEATURES, LABELS = 30, 7
+DATA = ROOT.parent / "shared" / "data"
 
 
 def samples(b, seed):
@@ -316,6 +317,33 @@ def test_the_commands_in_turn(small, data, tmp_path, monkeypatch, capsys):
     for name in ("loss", "score", "solves"):
         assert len(list((docs / "plots").glob(f"*-small-{name}.*"))) == 2
     assert not page.rebuild(draw=False)
+
+
+def test_tuning_tries_the_grid_and_chooses_by_validation(small, data, tmp_path, capsys):
+    out = tmp_path / "runs"
+    given = ["--data", str(data), "--out", str(out), "--methods", "MLP", "--quick"]
+    small.grid = lambda method: {"dropout": (0.0, 0.9), "batch": (64,)}
+    assert program.main(["small", "tune", *given, "--seeds", "0", "1"]) == 0
+    tried = json.loads((out / "small/tune/MLP.json").read_text())["tried"]
+    assert {row["settings"]["dropout"] for row in tried} == {0.0, 0.9}
+    assert tried[0]["F1"] >= tried[1]["F1"]
+    runs = sorted(out.glob("small/tune/MLP/*/seed-*/result.json"))
+    assert len(runs) == 4
+    results = [json.loads(path.read_text()) for path in runs]
+    scores = [r["best"]["validation"]["F1"] for r in results if r["settings"]["options"]["dropout"]]
+    assert tried[[row["settings"]["dropout"] for row in tried].index(0.9)]["F1"] == pytest.approx(
+        sum(scores) / 2, rel=1e-5
+    )
+    assert "0.9" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not (DATA / "multilabel").is_dir(), reason="the data sets are not here")
+def test_bibtex_itself_quickly(tmp_path, capsys):
+    given = ["--data", str(DATA), "--out", str(tmp_path), "--methods", "FPI_NN", "--quick"]
+    assert program.main(["bibtex", "train", *given]) == 0
+    result = json.loads(next(tmp_path.glob("bibtex/FPI_NN/seed-0/result.json")).read_text())
+    assert result["test"]["F1"] > 10
+    assert result["log"][-1]["failed"] == 0
 
 
 def test_the_committed_page_is_that_of_the_committed_json(tmp_path):

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def folder(text: str) -> Path:
 
 def settings(task: Task, method: str, seed: int, given: argparse.Namespace) -> Settings:
     chosen = replace(task.settings(method), seed=seed).with_values(**given.set)
-    return replace(chosen, epochs=2, batch=512) if given.quick else chosen
+    return replace(chosen, epochs=2, average=0.9) if given.quick else chosen
 
 
 def train(task: Task, given: argparse.Namespace, where: Place) -> None:
@@ -97,24 +98,25 @@ def home(given: argparse.Namespace, method: str, seed: int) -> Path:
 
 
 def tune(task: Task, given: argparse.Namespace, where: Place) -> None:
-    """Try every setting of the grid with one seed; validation alone says which is best."""
+    """Try every setting of the grid with every seed; validation alone says which is best."""
     for method in given.methods:
         grid, tried = task.grid(method), []
         for values in itertools.product(*grid.values()):
             point = dict(zip(grid, values, strict=True))
-            chosen = settings(task, method, 0, given).with_values(**point)
-            name = ",".join(f"{k}={v}" for k, v in point.items())
-            place_of = given.out / given.task / "tune" / method / name
-            result = Run(task, chosen, task.load(given.data, 0), place_of, where).finish()
-            tried.append({"settings": point, task.score: result["best"]["validation"][task.score]})
+            name, scores = ",".join(f"{k}={v}" for k, v in point.items()), []
+            for seed in given.seeds:
+                chosen = settings(task, method, seed, given).with_values(**point)
+                path = given.out / given.task / "tune" / method / name / f"seed-{seed}"
+                result = Run(task, chosen, task.load(given.data, seed), path, where).finish()
+                scores.append(result["best"]["validation"][task.score])
+            tried.append({"settings": point, "seeds": len(scores), task.score: mean(scores)})
         tried.sort(key=lambda row: -row[task.score])
         if where.rank == 0:
             path = given.out / given.task / "tune" / f"{method}.json"
-            records.save(path, {"facts": facts(given.device, "benchmarks.tasks"), "tried": tried})
+            here = facts(given.device, "benchmarks.tasks")
+            records.save(path, {"facts": here, "tried": tried})
             for row in tried:
-                print(
-                    f"{method}: {task.score} {row[task.score]:.4f} on validation, {row['settings']}"
-                )
+                print(f"{method}: {task.score} {row[task.score]:.2f}, {row['settings']}")
 
 
 def evaluate(task: Task, given: argparse.Namespace, where: Place) -> None:
@@ -162,7 +164,7 @@ def report(task: Task, given: argparse.Namespace) -> None:
         content: dict[str, Any] = {
             "facts": here,
             "task": task.name,
-            "runs": [json.loads(path.read_text()) for path in paths],
+            "runs": [page.summary(json.loads(path.read_text())) for path in paths],
             "tables": json.loads(studied.read_text()) if studied.exists() else {},
             "tuned": {path.stem: json.loads(path.read_text())["tried"] for path in tuned},
         }

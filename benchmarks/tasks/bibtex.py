@@ -37,25 +37,19 @@ class Net(nn.Module):
         self.scores = nn.Linear(int(options["hidden"]), labels)
 
     def forward(
-        self,
-        z: Tensor,
-        keep_input: Tensor | None = None,
-        keep: Tensor | None = None,
-        given: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits [B, labels], and those of one step from `given`, where a net takes such steps.
+        self, z: Tensor, keep_input: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, labels].
 
         Args:
             z: [B, features].
             keep_input, keep: dropout's masks of z and of the hidden layer.
-            given: [B, labels], what to start the one step from; None: as the fixed point.
         """
         h = torch.relu(self.hidden(z if keep_input is None else z * keep_input))
-        return self.solved(h if keep is None else h * keep, given)
+        return self.solved(h if keep is None else h * keep)
 
-    def solved(self, h: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
-        scores = self.scores(h)
-        return scores, scores
+    def solved(self, h: Tensor) -> Tensor:
+        return self.scores(h)
 
     def layer_of(self, g: nn.Module) -> nn.Module:
         """The layer around a step: this library's, or one to compare it with."""
@@ -66,21 +60,17 @@ class Net(nn.Module):
         return FixedPointLayer(g, on_failure="return")
 
 
-class MeanField(Net):
-    """FPI_NN: labels that see one another, p = σ(W p + V h + b), as in a mean-field iteration."""
+class Embedding(Net):
+    """FPI_NN: an embedding of the labels, s = tanh(W s + U h + b), adds R s to the scores."""
 
     def __init__(self, features: int, labels: int, options: Options) -> None:
         super().__init__(features, labels, options)
-        step = DenseStep(labels, None, activation="sigmoid", bias=False)
-        with torch.no_grad():
-            step.state_weight *= 0.1
-        self.layer = self.layer_of(step)
+        state = int(options["state"])
+        self.layer = self.layer_of(DenseStep(state, int(options["hidden"])))
+        self.read = nn.Linear(state, labels, bias=False)
 
-    def solved(self, h: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
-        own = self.scores(h)
-        p = self.layer(own)
-        coupling = self.layer.g.state_weight
-        return own + F.linear(p, coupling), own + F.linear(p if given is None else given, coupling)
+    def solved(self, h: Tensor) -> Tensor:
+        return self.scores(h) + self.read(self.layer(h))
 
 
 class Energy(Net):
@@ -96,9 +86,8 @@ class Energy(Net):
     def energy_of(self, labels: int, hidden: int, state: int) -> nn.Module:
         return DenseEnergy(labels, hidden, hidden=state)
 
-    def solved(self, h: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
-        scores = self.scores(h) + self.layer(h)
-        return scores, scores
+    def solved(self, h: Tensor) -> Tensor:
+        return self.scores(h) + self.layer(h)
 
 
 class Convex(Energy):
@@ -116,30 +105,28 @@ OPTIONS = {
     "state": 64,
     "dropout": 0.5,
     "input_dropout": 0.2,
-    "entropy": 0.3,  # weight of the cross entropy, beside that of 1 − F1
-    "F1": 20.0,
-    "teacher": 0.0,  # weight of the loss of one step from labels with noise
+    "entropy": 0.3,  # weight of the cross entropy
+    "F1": 20.0,  # of 1 − F1
     "layer": "ours",
     "steps": 0,
 }
-# A net and what of its options is not as above. The MLP is as large as FPI_NN: 159² weights more.
+# A net and what of its options is not as above. The MLP is as large as FPI_NN.
 METHODS: dict[str, tuple[type[Net], dict[str, Any]]] = {
-    "MLP": (Net, {"hidden": 513}),
-    "FPI_NN": (MeanField, {"teacher": 0.3}),
+    "MLP": (Net, {"hidden": 523}),
+    "FPI_NN": (Embedding, {}),
     "FPI_GD": (Energy, {}),
     "FPI_GD, ICNN": (Convex, {}),
-    "FPI_NN, torchdeq": (MeanField, {"teacher": 0.3, "layer": "torchdeq"}),
+    "FPI_NN, torchdeq": (Embedding, {"layer": "torchdeq"}),
     "FPI_GD, torchdeq": (Energy, {"layer": "torchdeq"}),
     **{
         f"{name}, {steps} step{'s' if steps > 1 else ''}": (
             net,
-            more | {"layer": "unrolled", "steps": steps},
+            {"layer": "unrolled", "steps": steps},
         )
-        for name, net, more in (("FPI_NN", MeanField, {"teacher": 0.3}), ("FPI_GD", Energy, {}))
+        for name, net in (("FPI_NN", Embedding), ("FPI_GD", Energy))
         for steps in STEPS
     },
 }
-NOISE = 0.2  # share of a sample's labels that a teacher leaves out, and of another's that it adds
 
 
 class Multilabel(Task):
@@ -164,9 +151,8 @@ class Multilabel(Task):
 
     def grid(self, method: str) -> Mapping[str, Sequence[Any]]:
         return {
-            "learning_rate": (5e-4, 1e-3),
-            "dropout": (0.5, 0.7),
-            "input_dropout": (0.2, 0.4),
+            "input_dropout": (0.2, 0.4, 0.6),
+            "dropout": (0.3, 0.5, 0.7),
         }
 
     def load(self, data: Path | None, seed: int) -> Parts:
@@ -190,16 +176,11 @@ class Multilabel(Task):
                 (int(options["hidden"]), "dropout"),
             )
         )
-        return samples.features, samples.labels, *masks, noisy(samples.labels, generator)
+        return samples.features, samples.labels, *masks
 
     def losses(self, model: nn.Module, batch: Batch, settings: Settings) -> Tensor:
-        z, labels, keep_input, keep, given = batch
-        options = settings.options
-        scores, one_step = model(z, keep_input, keep, given)
-        losses = loss(scores, labels, options)
-        if options["teacher"]:
-            losses = losses + options["teacher"] * entropy(one_step, labels)
-        return losses
+        z, labels, *masks = batch
+        return loss(model(z, *masks), labels, settings.options)
 
     def validate(self, model: nn.Module, samples: Samples, device: torch.device) -> Figures:
         threshold, f1 = best_threshold(probabilities(model, samples, device), samples.labels)
@@ -226,27 +207,16 @@ def kept(b: int, size: int, dropout: float, generator: torch.Generator) -> Tenso
     return (torch.rand(b, size, generator=generator) >= dropout) / (1 - dropout)
 
 
-def noisy(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Labels of which some are missing and some are another sample's; [B, labels]."""
-    other = labels[torch.randperm(len(labels), generator=generator)]
-    missing, added = torch.rand(2, *labels.shape, generator=generator) < NOISE
-    return torch.maximum(labels * ~missing, other * added)
-
-
-def entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross entropy of each sample, [B]."""
-    return F.binary_cross_entropy_with_logits(scores, labels, reduction="none").sum(1)
-
-
 def loss(scores: Tensor, labels: Tensor, options: Options) -> Tensor:
     """Of each sample, [B]: cross entropy, and 1 − F1 with probabilities for decisions."""
+    entropy = F.binary_cross_entropy_with_logits(scores, labels, reduction="none").sum(1)
     p = torch.sigmoid(scores)
     f1 = 2 * (p * labels).sum(1) / (p.sum(1) + labels.sum(1))
-    return options["entropy"] * entropy(scores, labels) + options["F1"] * (1 - f1)
+    return options["entropy"] * entropy + options["F1"] * (1 - f1)
 
 
 @torch.no_grad()
 def probabilities(model: nn.Module, samples: Samples, device: torch.device) -> Tensor:
     """[B, labels], on the CPU."""
-    parts = (torch.sigmoid(model(z.to(device))[0]) for z in samples.features.split(512))
+    parts = (torch.sigmoid(model(z.to(device))) for z in samples.features.split(512))
     return torch.cat([part.float().cpu() for part in parts])

@@ -29,6 +29,21 @@ def prefix(path: Path) -> str:
     return f"{path.parent.parent.name}-{path.stem}"
 
 
+def summary(result: Content) -> Content:
+    """A run as it is committed: a list a figure of the epochs, the last epoch's solves whole."""
+    log = result["log"]
+    epochs = {
+        name: [entry[name] for entry in log]
+        for name, value in log[0].items()
+        if not isinstance(value, dict) and name != "epoch"
+    }
+    if "iterations" in log[0]:
+        epochs["iterations"] = [mean(entry["iterations"]) for entry in log]
+    solves = {name: value for name, value in log[-1].items() if isinstance(value, dict)}
+    kept = {name: value for name, value in result.items() if name != "log"}
+    return kept | {"epochs": epochs, "solves": solves}
+
+
 def methods(content: Content) -> dict[str, list[dict[str, Any]]]:
     """Runs by method, in their order of seeds."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -57,10 +72,8 @@ def results_table(content: Content) -> Table:
         row = {"method": method, "seeds": str(len(runs)), "parameters": str(runs[0]["parameters"])}
         for name in figures[0]:
             row[name] = spread([f[name] for f in figures], ".2f")
-        row["epochs"] = spread([len(run["log"]) for run in runs], ".0f")
-        row["s an epoch"] = spread(
-            [statistics.median(e["seconds"] for e in run["log"]) for run in runs]
-        )
+        row["epochs"] = spread([len(run["epochs"]["loss"]) for run in runs], ".0f")
+        row["s an epoch"] = spread([statistics.median(run["epochs"]["seconds"]) for run in runs])
         rows.append(row)
     return table(rows)
 
@@ -69,19 +82,21 @@ def solves_table(content: Content) -> Table:
     """A row a method that solves: iterations and failures of the last epoch, over all seeds."""
     rows = []
     for method, runs in methods(content).items():
-        last = [run["log"][-1] for run in runs]
-        if "iterations" not in last[0]:
+        solves = [run["solves"] for run in runs]
+        if "iterations" not in solves[0]:
             continue
-        samples = sum(sum(e["iterations"].values()) for e in last)
-        backward = [e["backward_iterations"] for e in last if e["backward_iterations"]]
+        samples = sum(sum(s["iterations"].values()) for s in solves)
+        backward = [s["backward_iterations"] for s in solves if s["backward_iterations"]]
         rows.append(
             {
                 "method": method,
-                "iterations, mean": spread([mean(e["iterations"]) for e in last], ".1f"),
-                "most": str(max(int(k) for e in last for k in e["iterations"])),
+                "iterations, mean": spread([mean(s["iterations"]) for s in solves], ".1f"),
+                "most": str(max(int(k) for s in solves for k in s["iterations"])),
                 "backward, mean": spread([mean(b) for b in backward], ".1f") if backward else "",
-                "not converged": f"{sum(e['failed'] for e in last)} of {samples}",
-                "backward not converged": str(sum(e["failed_backward"] for e in last)),
+                "not converged": f"{sum(r['epochs']['failed'][-1] for r in runs)} of {samples}",
+                "backward not converged": str(
+                    sum(r["epochs"]["failed_backward"][-1] for r in runs)
+                ),
             }
         )
     return table(rows)
@@ -116,8 +131,8 @@ def sections(content: Content, name: str) -> Iterator[str]:
         yield f"### {title}"
         yield markdown_table(table(rows))
     for method, tried in content["tuned"].items():
-        score = next(k for k in tried[0] if k != "settings")
-        yield f"### {method}: what was tried, seed 0, chosen on validation"
+        score = next(k for k in tried[0] if k not in ("settings", "seeds"))
+        yield f"### {method}: what was tried, {tried[0]['seeds']} seeds, chosen on validation"
         yield markdown_table(tuned_table(tried, score))
 
 

@@ -40,8 +40,8 @@ def epochs(content: Content, name: str, title: str) -> Figure:
     ax, ends = page.axes(), {}
     for (method, runs), style in zip(groups.items(), looks(list(groups)).values(), strict=True):
         columns = [
-            [run["log"][i][name] for run in runs if i < len(run["log"])]
-            for i in range(max(len(run["log"]) for run in runs))
+            [run["epochs"][name][i] for run in runs if i < len(run["epochs"][name])]
+            for i in range(max(len(run["epochs"][name]) for run in runs))
         ]
         means = [sum(column) / len(column) for column in columns]
         x = range(1, len(means) + 1)
@@ -82,7 +82,7 @@ def solves(content: Content) -> Figure:
 def bars(ax: Axes, runs: Sequence[Mapping[str, Any]], key: str, method: str, style: Look) -> None:
     total: Counter[int] = Counter()
     for run in runs:
-        total.update({int(k): n for k, n in run["log"][-1][key].items()})
+        total.update({int(k): n for k, n in run["solves"].get(key, {}).items()})
     if total:
         values = sorted(total)
         shares = [total[v] / sum(total.values()) for v in values]
@@ -90,7 +90,7 @@ def bars(ax: Axes, runs: Sequence[Mapping[str, Any]], key: str, method: str, sty
 
 
 def solved(runs: Sequence[Mapping[str, Any]]) -> bool:
-    return all("iterations" in run["log"][-1] for run in runs)
+    return all("iterations" in run["solves"] for run in runs)
 
 
 def score(content: Content) -> str:
