@@ -222,7 +222,11 @@ def test_a_run_with_other_settings_is_not_gone_on_with(data, tmp_path):
     run(tmp_path / "run", data, recipe()).finish()
     with pytest.raises(ValueError, match=r"result.json must be of a run .* learning_rate"):
         run(tmp_path / "run", data, recipe(learning_rate=0.5)).finish()
-    (tmp_path / "run/result.json").unlink()
+    result = tmp_path / "run/result.json"
+    result.write_text(result.read_text()[:100])
+    with pytest.raises(ValueError, match=r"result.json must be the result of a run .* delete it"):
+        run(tmp_path / "run", data, recipe()).finish()
+    result.unlink()
     with pytest.raises(ValueError, match=r"last.pt must be of a run .* learning_rate"):
         run(tmp_path / "run", data, recipe(learning_rate=0.5)).finish()
 

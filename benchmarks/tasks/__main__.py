@@ -30,7 +30,7 @@ from ..tables import text_table
 from . import checkpoint, page
 from .bibtex import Multilabel
 from .task import Settings, Task
-from .training import Place, Run, place
+from .training import Place, Run, place, read
 
 TASKS: dict[str, Task] = {task.name: task for task in (Multilabel("bibtex"), Multilabel("enron"))}
 
@@ -164,7 +164,7 @@ def report(task: Task, given: argparse.Namespace) -> None:
         content: dict[str, Any] = {
             "facts": here,
             "task": task.name,
-            "runs": [page.summary(json.loads(path.read_text())) for path in paths],
+            "runs": [page.summary(read(path)) for path in paths],
             "tables": json.loads(studied.read_text()) if studied.exists() else {},
             "tuned": {path.stem: json.loads(path.read_text())["tried"] for path in tuned},
         }

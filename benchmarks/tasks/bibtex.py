@@ -103,8 +103,8 @@ STEPS = (1, 5, 20)
 OPTIONS = {
     "hidden": 500,
     "state": 64,
-    "dropout": 0.5,
-    "input_dropout": 0.2,
+    "dropout": 0.7,
+    "input_dropout": 0.4,
     "entropy": 0.3,  # weight of the cross entropy
     "F1": 20.0,  # of 1 − F1
     "layer": "ours",
@@ -141,8 +141,8 @@ class Multilabel(Task):
     def settings(self, method: str) -> Settings:
         return Settings(
             method,
-            epochs=60,
-            patience=12,
+            epochs=100,
+            patience=20,
             batch=128,
             learning_rate=1e-3,
             average=0.99,

@@ -93,7 +93,7 @@ class Run:
         """
         done = self.folder / "result.json"
         if done.exists():
-            result = json.loads(done.read_text())
+            result = read(done)
             self._must_agree(done, result["settings"])
             return result
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -219,6 +219,24 @@ class Run:
         if self.first:
             records.save(self.folder / "result.json", result)
         return result
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result.json.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        if not {"settings", "best", "test", "log"} <= result.keys():
+            raise ValueError("something is missing")
+        return result
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must be the result of a run (got {error}); delete it, and the same command "
+            "makes it anew from the checkpoints"
+        ) from error
 
 
 def gathered(total: float, solves: Solves, where: Place) -> tuple[float, Solves]:
