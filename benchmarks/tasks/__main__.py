@@ -129,9 +129,9 @@ def evaluate(task: Task, given: argparse.Namespace, where: Place) -> None:
         found += 1
         state = checkpoint.load(path)
         kept = Settings(**state["settings"])
-        model = task.model(kept).to(where.device)
-        model.load_state_dict(state["model"])
         parts = task.load(given.data, kept.seed)
+        model = task.model(kept, parts).to(where.device)
+        model.load_state_dict(state["model"])
         figures = task.test(model.eval(), parts.test, where.device, state["best"]["validation"])
         print(f"{method}, seed {seed}, epoch {state['best']['epoch']}: {shown(figures)}")
     if not found:

@@ -161,18 +161,18 @@ class Multilabel(Task):
         train, test = _read(data, self.name)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
         cut = round(VALIDATION * len(train))
-        self.sizes = train.features.shape[1], train.labels.shape[1]
         return Parts(train[order[cut:]], train[order[:cut]], test)
 
-    def model(self, settings: Settings) -> nn.Module:
-        return METHODS[settings.method][0](*self.sizes, settings.options)
+    def model(self, settings: Settings, parts: Parts) -> nn.Module:
+        sizes = (t.shape[1] for t in (parts.train.features, parts.train.labels))
+        return METHODS[settings.method][0](*sizes, settings.options)
 
     def batch(self, samples: Samples, settings: Settings, generator: torch.Generator) -> Batch:
         options, b = settings.options, len(samples)
         masks = (
             kept(b, size, options[name], generator)
             for size, name in (
-                (self.sizes[0], "input_dropout"),
+                (samples.features.shape[1], "input_dropout"),
                 (int(options["hidden"]), "dropout"),
             )
         )

@@ -16,17 +16,17 @@ from . import checkpoint
 from .bibtex import STEPS, Multilabel
 from .energy import certify
 from .layers import Unrolled
-from .task import Settings
+from .task import Parts, Settings
 
 TIGHT = Tolerance(rtol=1e-12, atol=1e-14)
 BATCH = 256
 Table = list[dict[str, str]]
 
 
-def trained(task: Multilabel, path: Path) -> tuple[nn.Module, Settings]:
+def trained(task: Multilabel, path: Path, parts: Parts) -> tuple[nn.Module, Settings]:
     state = checkpoint.load(path)
     settings = Settings(**state["settings"])
-    model = task.model(settings)
+    model = task.model(settings, parts)
     model.load_state_dict(state["model"])
     return model.eval(), settings
 
@@ -55,8 +55,9 @@ def gradient_errors(task: Multilabel, folder: Path, data: Path) -> Iterator[dict
         path = folder / method / "seed-0" / "best.pt"
         if not path.exists():
             continue
-        model, settings = trained(task, path)
-        train = task.load(data, 0).train
+        parts = task.load(data, 0)
+        model, settings = trained(task, path, parts)
+        train = parts.train
         samples = train[torch.arange(min(BATCH, len(train)))]
         batch = task.batch(samples, settings, torch.Generator().manual_seed(0))
         wide = tuple(t.double() for t in batch)
@@ -85,8 +86,9 @@ def certificates(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[st
         path = folder / method / "seed-0" / "best.pt"
         if not path.exists():
             continue
-        model, _ = trained(task, path)
-        z = task.load(data, 0).test.features
+        parts = task.load(data, 0)
+        model, _ = trained(task, path, parts)
+        z = parts.test.features
         with torch.no_grad():
             h = torch.relu(model.hidden(z))
             y = model.layer(h)

@@ -85,8 +85,8 @@ class Task(ABC):
         """The data; the seed decides what validates."""
 
     @abstractmethod
-    def model(self, settings: Settings) -> nn.Module:
-        """A fresh model, initialised from torch's global generator."""
+    def model(self, settings: Settings, parts: Parts) -> nn.Module:
+        """A fresh model for this data, initialised from torch's global generator."""
 
     @abstractmethod
     def batch(self, samples: Any, settings: Settings, generator: torch.Generator) -> Batch:

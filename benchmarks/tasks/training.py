@@ -72,7 +72,7 @@ class Run:
         self.task, self.settings, self.parts = task, settings, parts
         self.folder, self.where = folder, where
         torch.manual_seed(settings.seed)
-        self.model = task.model(settings).to(where.device)
+        self.model = task.model(settings, parts).to(where.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
