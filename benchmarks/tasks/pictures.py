@@ -27,7 +27,7 @@ def by_method(content: Content) -> dict[str, list[dict[str, Any]]]:
 
 def looks(methods: Sequence[str]) -> dict[str, Look]:
     return {
-        method: Look(PALETTE[i % len(PALETTE)], "o", "-", "FPI" in method)
+        method: Look(PALETTE[i % len(PALETTE)], "o", "-", method in ("FPI_NN", "FPI_GD"))
         for i, method in enumerate(methods)
     }
 
@@ -37,7 +37,7 @@ def epochs(content: Content, name: str, title: str) -> Figure:
     groups = by_method(content)
     about = "mean over the seeds still running; the band is their range"
     page = Page(content["facts"], title, about, right=label_room(groups))
-    ax, ends = page.axes(), {}
+    ax, ends, late = page.axes(), {}, list[float]()
     for (method, runs), style in zip(groups.items(), looks(list(groups)).values(), strict=True):
         columns = [
             [run["epochs"][name][i] for run in runs if i < len(run["epochs"][name])]
@@ -45,13 +45,16 @@ def epochs(content: Content, name: str, title: str) -> Figure:
         ]
         means = [sum(column) / len(column) for column in columns]
         x = range(1, len(means) + 1)
-        ax.plot(x, means, color=style.colour, linewidth=style.width)
+        ax.plot(x, means, color=style.colour, linewidth=1.4)
+        late += means[len(means) // 4 :]
         ax.fill_between(
             x, [*map(min, columns)], [*map(max, columns)], color=style.colour, alpha=0.12, lw=0
         )
         ends[method] = (len(means), means[-1], style)
     ax.set(xlabel="epoch", ylabel=name)
+    margin = 0.15 * (max(late) - min(late))
     ax.set_xlim(1, None)
+    ax.set_ylim(min(late) - margin, max(late) + margin)  # the first epochs would flatten the rest
     label_ends(page, ax, ends)
     return page.figure
 

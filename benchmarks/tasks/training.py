@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from tqdm import tqdm
 
 from .. import records
+from ..machine import commit
 from . import checkpoint
 from .solves import Solves
 from .task import Batch, Figures, Parts, Settings, Task
@@ -214,6 +215,8 @@ class Run:
             "test": test,
             "parameters": sum(p.numel() for p in model.parameters()),
             "processes": self.where.world,
+            "threads": torch.get_num_threads(),
+            "commit": commit(),
             "log": self.log,
         }
         if self.first:
