@@ -44,14 +44,6 @@ def summary(result: Content) -> Content:
     return kept | {"epochs": epochs, "solves": solves}
 
 
-def methods(content: Content) -> dict[str, list[dict[str, Any]]]:
-    """Runs by method, in their order of seeds."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for run in sorted(content["runs"], key=lambda run: run["settings"]["seed"]):
-        found.setdefault(run["settings"]["method"], []).append(run)
-    return dict(sorted(found.items(), key=lambda item: item[0]))
-
-
 def spread(values: Sequence[float], form: str = ".2f") -> str:
     if len(values) < 2:
         return format(values[0], form)
@@ -67,7 +59,7 @@ def table(rows: Sequence[dict[str, str]]) -> Table:
 def results_table(content: Content) -> Table:
     """A row a method: the test score over seeds, and what it cost."""
     rows = []
-    for method, runs in methods(content).items():
+    for method, runs in pictures.by_method(content).items():
         figures = [run["test"] for run in runs]
         row = {"method": method, "seeds": str(len(runs)), "parameters": str(runs[0]["parameters"])}
         for name in figures[0]:
@@ -81,7 +73,7 @@ def results_table(content: Content) -> Table:
 def solves_table(content: Content) -> Table:
     """A row a method that solves: iterations and failures of the last epoch, over all seeds."""
     rows = []
-    for method, runs in methods(content).items():
+    for method, runs in pictures.by_method(content).items():
         solves = [run["solves"] for run in runs]
         if "iterations" not in solves[0]:
             continue

@@ -19,8 +19,9 @@ assert set(COLOURS.values()) <= {*PALETTE}
 
 
 def by_method(content: Content) -> dict[str, list[dict[str, Any]]]:
+    """Runs by method, in the order of their seeds."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for run in content["runs"]:
+    for run in sorted(content["runs"], key=lambda run: run["settings"]["seed"]):
         found.setdefault(run["settings"]["method"], []).append(run)
     return dict(sorted(found.items()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,18 @@ BATCH = 256
 Table = list[dict[str, str]]
 
 
-def trained(task: Multilabel, path: Path, parts: Parts) -> tuple[nn.Module, Settings]:
-    state = checkpoint.load(path)
-    settings = Settings(**state["settings"])
-    model = task.model(settings, parts)
-    model.load_state_dict(state["model"])
-    return model.eval(), settings
+def trained(
+    task: Multilabel, folder: Path, methods: Sequence[str], parts: Parts
+) -> Iterator[tuple[str, Any, Settings]]:
+    """The nets of seed 0, of those methods that were trained."""
+    for method in methods:
+        path = folder / method / "seed-0" / "best.pt"
+        if path.exists():
+            state = checkpoint.load(path)
+            settings = Settings(**state["settings"])
+            model = task.model(settings, parts)
+            model.load_state_dict(state["model"])
+            yield method, model.eval(), settings
 
 
 def exactly(layer: Any) -> FixedPointLayer:
@@ -51,13 +57,9 @@ def gradient(task: Multilabel, model: nn.Module, batch: Any, settings: Settings)
 
 def gradient_errors(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]]:
     """Relative errors of the gradient at the trained weights, by how the layer is computed."""
-    for method in ("FPI_NN", "FPI_GD"):
-        path = folder / method / "seed-0" / "best.pt"
-        if not path.exists():
-            continue
-        parts = task.load(data, 0)
-        model, settings = trained(task, path, parts)
-        train = parts.train
+    parts = task.load(data, 0)
+    train = parts.train
+    for method, model, settings in trained(task, folder, ("FPI_NN", "FPI_GD"), parts):
         samples = train[torch.arange(min(BATCH, len(train)))]
         batch = task.batch(samples, settings, torch.Generator().manual_seed(0))
         wide = tuple(t.double() for t in batch)
@@ -82,13 +84,9 @@ def error(found: Tensor, reference: Tensor) -> str:
 
 def certificates(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]]:
     """Bounds on the distance of the default solution to the minimum, over the test samples."""
-    for method in ("FPI_GD", "FPI_GD, ICNN"):
-        path = folder / method / "seed-0" / "best.pt"
-        if not path.exists():
-            continue
-        parts = task.load(data, 0)
-        model, _ = trained(task, path, parts)
-        z = parts.test.features
+    parts = task.load(data, 0)
+    z = parts.test.features
+    for method, model, _ in trained(task, folder, ("FPI_GD", "FPI_GD, ICNN"), parts):
         with torch.no_grad():
             h = torch.relu(model.hidden(z))
             y = model.layer(h)
