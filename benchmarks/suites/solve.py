@@ -31,8 +31,9 @@ def places(suite: str, options: Options) -> list[tuple[str, Size]]:
 
 
 def cells(suite: str, options: Options) -> Iterator[Cell]:
+    modes = BACKWARD[suite][-1:] if options.quick else BACKWARD[suite]
     for kind, (batch, size) in places(suite, options):
-        for backward in BACKWARD[suite]:
+        for backward in modes:
             yield Cell(
                 f"{suite}/{kind}-{batch}x{size}-{options.dtype}-{mode(backward)}",
                 functools.partial(cell, suite, options, kind, (batch, size), backward),
