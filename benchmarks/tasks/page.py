@@ -104,9 +104,9 @@ def tuned_table(tried: Sequence[dict[str, Any]], score: str) -> Table:
     )
 
 
-def sections(content: Content, name: str) -> Iterator[str]:
+def sections(content: Content, path: Path) -> Iterator[str]:
     facts = content["facts"]
-    yield f"## {content['task']}, on {facts['device_name']}"
+    yield f"## {path.stem}, on {facts['device_name']}"
     yield (
         f"`{facts['command']}` at commit `{facts['commit']}`, {facts['timestamp']}, "
         f"{facts['threads']} threads, torch {facts['versions']['torch']}. Mean ± standard "
@@ -118,7 +118,7 @@ def sections(content: Content, name: str) -> Iterator[str]:
         yield "Solves of the last epoch of training:"
         yield markdown_table(solved)
     for picture in pictures.names(content):
-        yield f"![{picture}](plots/{name}-{picture}.svg)"
+        yield f"![{picture}](plots/{prefix(path)}-{picture}.svg)"
     for title, rows in content.get("tables", {}).items():
         yield f"### {title}"
         yield markdown_table(table(rows))
@@ -133,7 +133,7 @@ def results() -> str:
     parts = []
     for path in committed():
         content = json.loads(path.read_text())
-        parts += sections(content, prefix(path))
+        parts += sections(content, path)
     return "\n\n".join(parts) or "No results are committed yet."
 
 

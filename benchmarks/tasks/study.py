@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda import FixedPointLayer, ImplicitAdjoint, Tolerance
+from fpi_cuda import FixedPointLayer, GradientStep, ImplicitAdjoint, Tolerance
+from fpi_cuda.contraction import jacobian_radius
 
 from . import checkpoint
 from .bibtex import STEPS, Multilabel
@@ -108,6 +109,28 @@ def certificates(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[st
         }
 
 
+def radii(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]]:
+    """Whether the trained steps contract, at their fixed points of 256 test samples."""
+    parts = task.load(data, 0)
+    z = parts.test.features[:BATCH]
+    for method, model, _ in trained(task, folder, ("FPI_NN", "FPI_GD"), parts):
+        with torch.no_grad():
+            h = torch.relu(model.hidden(z))
+            x = model.layer(h)
+        g = model.layer.g
+        radius = jacobian_radius(g, x, h, iterations=60)[0].detach()
+        row = {
+            "method": method,
+            "radius, mean": f"{float(radius.mean()):.2f}",
+            "worst": f"{float(radius.max()):.2f}",
+            "above 1": f"{int((radius > 1).sum())} of {len(z)}",
+        }
+        if isinstance(g, GradientStep):
+            row["L = smoothness()"] = f"{float(g.energy.smoothness()):.1f}"
+            row["2 / γ"] = f"{2 / float(g.step_size):.1f}"
+        yield row
+
+
 def study(task: Multilabel, folder: Path, data: Path) -> dict[str, Table]:
     """The tables of the page, from seed 0 of the runs in the folder."""
     tables = {
@@ -116,6 +139,9 @@ def study(task: Multilabel, folder: Path, data: Path) -> dict[str, Table]:
         ),
         "FPI_GD's solution at default tolerance against the minimum (test samples, float64)": list(
             certificates(task, folder, data)
+        ),
+        "Spectral radius of ∂g/∂x at the fixed point (256 test samples)": list(
+            radii(task, folder, data)
         ),
     }
     return {title: rows for title, rows in tables.items() if rows}
