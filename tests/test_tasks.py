@@ -13,8 +13,9 @@ import torch
 
 from benchmarks.machine import ROOT
 from benchmarks.tasks import __main__ as program
-from benchmarks.tasks import checkpoint, multilabel, page, training
-from benchmarks.tasks.bibtex import Multilabel
+from benchmarks.tasks import checkpoint, page, training
+from benchmarks.tasks.multilabel import samples as multilabel
+from benchmarks.tasks.multilabel.bibtex import Multilabel
 from benchmarks.tasks.task import Settings
 
 FEATURES, LABELS = 30, 7
@@ -235,7 +236,7 @@ def test_a_run_with_other_settings_is_not_gone_on_with(data, tmp_path):
 SCRIPT = """
 import sys
 from benchmarks.tasks import __main__ as program
-from benchmarks.tasks.bibtex import Multilabel
+from benchmarks.tasks.multilabel.bibtex import Multilabel
 program.TASKS["small"] = Multilabel("small")
 sys.exit(program.main())
 """

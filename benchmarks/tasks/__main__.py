@@ -28,7 +28,7 @@ from .. import records
 from ..machine import facts
 from ..tables import text_table
 from . import checkpoint, page
-from .bibtex import Multilabel
+from .multilabel.bibtex import Multilabel
 from .task import Settings, Task
 from .training import Place, Run, place, read
 

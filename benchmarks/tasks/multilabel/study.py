@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from fpi_cuda import FixedPointLayer, GradientStep, ImplicitAdjoint, Tolerance
 from fpi_cuda.contraction import jacobian_radius
 
-from . import checkpoint
+from .. import checkpoint
+from ..layers import Unrolled
+from ..task import Parts, Settings
 from .bibtex import STEPS, Multilabel
 from .energy import certify
-from .layers import Unrolled
-from .task import Parts, Settings
 
 TIGHT = Tolerance(rtol=1e-12, atol=1e-14)
 BATCH = 256

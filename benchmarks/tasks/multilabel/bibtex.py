@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fpi_cuda import DenseEnergy, DenseStep, FixedPointLayer, GradientStep
 
+from ..layers import TorchDeq, Unrolled
+from ..task import Batch, Figures, Parts, Settings, Task
 from .energy import ConvexNetwork
-from .layers import TorchDeq, Unrolled
-from .multilabel import Samples, best_threshold, example_f1, read
-from .task import Batch, Figures, Parts, Settings, Task
+from .samples import Samples, best_threshold, example_f1, read
 
 Options = Mapping[str, Any]
 VALIDATION = 0.1  # of the training split

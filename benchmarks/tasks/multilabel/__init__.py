@@ -1,0 +1,1 @@
+"""Several labels of a sample: Bibtex and Enron."""
