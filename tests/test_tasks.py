@@ -188,7 +188,7 @@ def recipe(**values):
 
 def run(folder, data, settings, where=None):
     task = Multilabel("small")
-    parts = task.load(data, settings.seed)
+    parts = task.load(data, settings, folder)
     where = where or training.Place(torch.device("cpu"))
     return training.Run(task, settings, parts, folder, where)
 

@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--device {given.device}: torch sees no CUDA device here; leave it out")
     if given.amp and not given.device.startswith("cuda"):
         parser.error("--amp: is for a GPU; name it by --device cuda")
-    if given.action != "report" and given.data is None:
+    if given.action != "report" and given.data is None and task.needs_data:
         parser.error(f"{given.action}: needs the data; name its folder by --data")
     given.methods = given.methods or list(task.methods)
     try:
@@ -80,13 +80,33 @@ def folder(text: str) -> Path:
 
 def settings(task: Task, method: str, seed: int, given: argparse.Namespace) -> Settings:
     chosen = replace(task.settings(method), seed=seed).with_values(**given.set)
-    return replace(chosen, epochs=2, average=0.9) if given.quick else chosen
+    return task.quick(chosen) if given.quick else chosen
+
+
+def timed(task: Task, settings: Settings, given: argparse.Namespace) -> Settings:
+    """With the time that another method's run took, where the task says whose."""
+    other = task.as_long_as(settings.method)
+    if other is None or settings.seconds:
+        return settings
+    path = home(given, other, settings.seed) / "result.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{settings.method}: is trained as long as {other}, and {path} must be its result; "
+            "train that first, or give a time by --set seconds=60"
+        )
+    return replace(settings, seconds=sum(entry["seconds"] for entry in read(path)["log"]))
+
+
+def work(task: Task, given: argparse.Namespace) -> Path:
+    path: Path = given.out / task.name
+    return path
 
 
 def train(task: Task, given: argparse.Namespace, where: Place) -> None:
     for method, seed in itertools.product(given.methods, given.seeds[: 1 if given.quick else None]):
-        chosen = settings(task, method, seed, given)
-        run = Run(task, chosen, task.load(given.data, seed), home(given, method, seed), where)
+        chosen = timed(task, settings(task, method, seed, given), given)
+        parts = task.load(given.data, chosen, work(task, given))
+        run = Run(task, chosen, parts, home(given, method, seed), where)
         result = run.finish()
         if run.first:
             print(f"{method}, seed {seed}: {shown(result['test'])}")
@@ -107,10 +127,11 @@ def tune(task: Task, given: argparse.Namespace, where: Place) -> None:
             for seed in given.seeds:
                 chosen = settings(task, method, seed, given).with_values(**point)
                 path = given.out / given.task / "tune" / method / name / f"seed-{seed}"
-                result = Run(task, chosen, task.load(given.data, seed), path, where).finish()
+                parts = task.load(given.data, chosen, work(task, given))
+                result = Run(task, chosen, parts, path, where).finish()
                 scores.append(result["best"]["validation"][task.score])
             tried.append({"settings": point, "seeds": len(scores), task.score: mean(scores)})
-        tried.sort(key=lambda row: -row[task.score])
+        tried.sort(key=lambda row: row[task.score], reverse=not task.lower_is_better)
         if where.rank == 0:
             path = given.out / given.task / "tune" / f"{method}.json"
             here = facts(given.device, "benchmarks.tasks")
@@ -129,7 +150,7 @@ def evaluate(task: Task, given: argparse.Namespace, where: Place) -> None:
         found += 1
         state = checkpoint.load(path)
         kept = Settings(**state["settings"])
-        parts = task.load(given.data, kept.seed)
+        parts = task.load(given.data, kept, work(task, given))
         model = task.model(kept, parts).to(where.device)
         model.load_state_dict(state["model"])
         figures = task.test(model.eval(), parts.test, where.device, state["best"]["validation"])
@@ -164,6 +185,8 @@ def report(task: Task, given: argparse.Namespace) -> None:
         content: dict[str, Any] = {
             "facts": here,
             "task": task.name,
+            "groups": task.groups,
+            "pairs": task.pairs,
             "runs": [page.summary(read(path)) for path in paths],
             "tables": json.loads(studied.read_text()) if studied.exists() else {},
             "tuned": {path.stem: json.loads(path.read_text())["tried"] for path in tuned},

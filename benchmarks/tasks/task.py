@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ Figures = dict[str, float]
 
 
 class Samples(Protocol):
-    """A part of the data; rows of it are a part too."""
+    """The part of the data that trains; rows of it are a part too."""
 
     def __len__(self) -> int: ...
 
@@ -28,8 +28,8 @@ class Parts:
     """What trains, what chooses (the epoch, the threshold, the settings), and what is reported."""
 
     train: Samples
-    validation: Samples
-    test: Samples
+    validation: Any
+    test: Any
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,14 @@ class Settings:
     method: str
     seed: int = 0
     epochs: int = 40
-    patience: int = 10  # epochs without a better score after which a run ends
+    seconds: float = 0.0  # of training, after which a run ends; 0: epochs count
+    patience: int = 10  # epochs without a better score after which a run ends; 0: it goes on
     batch: int = 128
     learning_rate: float = 1e-3
+    schedule: str = "constant"  # or "cosine", down to 0 at the end of the epochs or seconds
+    warmup: int = 0  # steps in which the learning rate rises to its value
+    beta2: float = 0.999  # Adam's memory of squared gradients
+    clip: float = 0.0  # of the gradient's norm; 0: none
     weight_decay: float = 0.0
     average: float = 0.0  # decay of the weights' moving average, which is what is evaluated
     options: Mapping[str, Any] = field(default_factory=dict)  # of the task's own
@@ -69,8 +74,12 @@ class Task(ABC):
     """One experiment. A layer of this library, or another's, is a part of some of its models."""
 
     name: str
-    score: str  # the figure that chooses; larger is better
+    score: str  # the figure that chooses
+    lower_is_better = False
+    needs_data = True  # without --data there is nothing to train on
     methods: Sequence[str]
+    groups: Mapping[str, Sequence[str]] = {}  # methods that share a figure, by its name; {}: all
+    pairs: Sequence[tuple[str, str]] = ()  # a method and one that it is compared with, by seeds
 
     @abstractmethod
     def settings(self, method: str) -> Settings:
@@ -80,9 +89,23 @@ class Task(ABC):
     def grid(self, method: str) -> Mapping[str, Sequence[Any]]:
         """Values to try when tuning: as many for every method."""
 
+    def quick(self, settings: Settings) -> Settings:
+        """Settings that only show whether a method runs."""
+        return replace(settings, epochs=2, average=0.9)
+
+    def as_long_as(self, method: str) -> str | None:
+        """The method whose training time this one is given, with the same seed."""
+        return None
+
     @abstractmethod
-    def load(self, data: Path | None, seed: int) -> Parts:
-        """The data; the seed decides what validates."""
+    def load(self, data: Path | None, settings: Settings, work: Path) -> Parts:
+        """The data; the seed decides what validates.
+
+        Args:
+            data: a folder; None only where `needs_data` is false.
+            settings: of the run.
+            work: where the task may keep what it makes for its runs.
+        """
 
     @abstractmethod
     def model(self, settings: Settings, parts: Parts) -> nn.Module:
@@ -104,7 +127,7 @@ class Task(ABC):
     def validate(self, model: nn.Module, samples: Any, device: torch.device) -> Figures:
         """Figures with the score among them, and what was chosen on the way."""
 
-    def study(self, folder: Path, data: Path) -> Mapping[str, Sequence[Mapping[str, str]]]:
+    def study(self, folder: Path, data: Path | None) -> Mapping[str, Sequence[Mapping[str, str]]]:
         """Tables about the trained nets under a folder of runs; none unless a task has some."""
         return {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -75,7 +76,10 @@ class Run:
         torch.manual_seed(settings.seed)
         self.model = task.model(settings, parts).to(where.device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=settings.learning_rate,
+            betas=(0.9, settings.beta2),
+            weight_decay=settings.weight_decay,
         )
         self.average = AveragedModel(self.model, avg_fn=get_ema_avg_fn(settings.average))
         self.log: Log = []
@@ -101,28 +105,45 @@ class Run:
         self._resume()
         parallel = DistributedDataParallel(self.model) if self.where.world > 1 else self.model
         name = f"{self.settings.method}, seed {self.settings.seed}"
-        bar = tqdm(
-            total=self.settings.epochs, initial=len(self.log), desc=name, disable=not self.first
-        )
-        with bar:
-            while len(self.log) < self.settings.epochs and not self._stale():
+        total = None if self.settings.seconds else self.settings.epochs
+        with tqdm(total=total, initial=len(self.log), desc=name, disable=not self.first) as bar:
+            while self._progress(len(self.log)) < 1 and not self._stale():
                 entry = self._epoch(parallel)
                 self._validate(entry)
                 bar.update()
                 bar.set_postfix({self.task.score: f"{entry[self.task.score]:.4g}"})
         return self._result()
 
+    def _progress(self, epochs: float, seconds: float = 0.0) -> float:
+        """From 0 to 1 where the run is, after so many epochs and seconds more than are logged."""
+        if self.settings.seconds:
+            return (sum(entry["seconds"] for entry in self.log) + seconds) / self.settings.seconds
+        return epochs / self.settings.epochs
+
     def _stale(self) -> bool:
         return len(self.log) - 1 - int(self.best["epoch"]) >= self.settings.patience > 0
+
+    def _rate(self, progress: float) -> float:
+        """The learning rate of a step."""
+        settings, steps = self.settings, int(self.average.n_averaged) + 1
+        rate = settings.learning_rate * min(1.0, steps / max(1, settings.warmup))
+        if settings.schedule == "cosine":
+            rate *= 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress))
+        return rate
 
     def _epoch(self, parallel: nn.Module) -> dict[str, Any]:
         epoch, settings, where = len(self.log), self.settings, self.where
         generator = torch.Generator().manual_seed(1_000_003 * settings.seed + epoch)
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        order = torch.randperm(len(self.parts.train), generator=generator)
+        batches = torch.randperm(len(self.parts.train), generator=generator).split(settings.batch)
         self.model.train()
-        start, total, solves = time.perf_counter(), 0.0, Solves()
-        for rows in order.split(settings.batch):
+        start, total, seen, steps, solves = clock(where), 0.0, 0, 0, Solves()
+        for rows in batches:
+            elapsed = same(clock(where) - start, where)
+            progress = self._progress(epoch + steps / len(batches), elapsed)
+            if steps and progress >= 1:
+                break  # the time is up
+            self.optimizer.param_groups[0]["lr"] = self._rate(progress)
             batch = self.task.batch(self.parts.train[rows], settings, generator)
             with torch.autocast(where.device.type, torch.bfloat16, enabled=where.amp):
                 losses = self.task.losses(parallel, where.share(batch), settings)
@@ -130,15 +151,20 @@ class Run:
             loss = losses.sum() * (where.world / len(rows))
             self.optimizer.zero_grad()
             loss.backward()
+            if settings.clip:
+                nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
             self.optimizer.step()
             self.average.update_parameters(self.model)
             total += float(losses.detach().sum())
+            seen += len(rows)
+            steps += 1
             solves.add(self.model)
         total, solves = gathered(total, solves, where)
         entry = {
             "epoch": epoch,
-            "loss": total / len(order),
-            "seconds": time.perf_counter() - start,
+            "steps": steps,
+            "loss": total / seen,
+            "seconds": same(clock(where) - start, where),
         }
         return entry | solves.row()
 
@@ -151,9 +177,9 @@ class Run:
             )
         figures = agreed(figures, self.where)
         entry |= figures
-        better = figures[self.task.score] > self.best["validation"].get(
-            self.task.score, float("-inf")
-        )
+        sign = -1 if self.task.lower_is_better else 1
+        before = self.best["validation"].get(self.task.score)
+        better = before is None or sign * figures[self.task.score] > sign * before
         if better:
             self.best = {"epoch": entry["epoch"], "validation": figures}
         self.log.append(entry)
@@ -240,6 +266,21 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} must be the result of a run (got {error}); delete it, and the same command "
             "makes it anew from the checkpoints"
         ) from error
+
+
+def clock(where: Place) -> float:
+    """Seconds: of the processor where one thread computes, which another program can't take."""
+    alone = where.device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
+
+
+def same(seconds: float, where: Place) -> float:
+    """The first process's, for all: they must end their epochs together."""
+    if where.world == 1:
+        return seconds
+    shared = torch.tensor(seconds, dtype=torch.float64, device=where.device)
+    dist.broadcast(shared, src=0)
+    return float(shared)
 
 
 def gathered(total: float, solves: Solves, where: Place) -> tuple[float, Solves]:

@@ -155,11 +155,10 @@ class Multilabel(Task):
             "dropout": (0.3, 0.5, 0.7),
         }
 
-    def load(self, data: Path | None, seed: int) -> Parts:
-        if data is None:
-            raise ValueError(f"{self.name}: needs the data; name its folder by --data")
+    def load(self, data: Path | None, settings: Settings, work: Path) -> Parts:
+        assert data is not None  # `needs_data`
         train, test = _read(data, self.name)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
         cut = round(VALIDATION * len(train))
         return Parts(train[order[cut:]], train[order[:cut]], test)
 
@@ -186,9 +185,10 @@ class Multilabel(Task):
         threshold, f1 = best_threshold(probabilities(model, samples, device), samples.labels)
         return {"F1": 100 * f1, "threshold": threshold}
 
-    def study(self, folder: Path, data: Path) -> Mapping[str, Sequence[Mapping[str, str]]]:
+    def study(self, folder: Path, data: Path | None) -> Mapping[str, Sequence[Mapping[str, str]]]:
         from .study import study
 
+        assert data is not None
         return study(self, folder, data)
 
     def test(

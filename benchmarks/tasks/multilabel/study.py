@@ -58,7 +58,7 @@ def gradient(task: Multilabel, model: nn.Module, batch: Any, settings: Settings)
 
 def gradient_errors(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]]:
     """Relative errors of the gradient at the trained weights, by how the layer is computed."""
-    parts = task.load(data, 0)
+    parts = task.load(data, task.settings("MLP"), folder)
     train = parts.train
     for method, model, settings in trained(task, folder, ("FPI_NN", "FPI_GD"), parts):
         samples = train[torch.arange(min(BATCH, len(train)))]
@@ -85,7 +85,7 @@ def error(found: Tensor, reference: Tensor) -> str:
 
 def certificates(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]]:
     """Bounds on the distance of the default solution to the minimum, over the test samples."""
-    parts = task.load(data, 0)
+    parts = task.load(data, task.settings("MLP"), folder)
     z = parts.test.features
     for method, model, _ in trained(task, folder, ("FPI_GD", "FPI_GD, ICNN"), parts):
         with torch.no_grad():
@@ -111,7 +111,7 @@ def certificates(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[st
 
 def radii(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]]:
     """Whether the trained steps contract, at their fixed points of 256 test samples."""
-    parts = task.load(data, 0)
+    parts = task.load(data, task.settings("MLP"), folder)
     z = parts.test.features[:BATCH]
     for method, model, _ in trained(task, folder, ("FPI_NN", "FPI_GD"), parts):
         with torch.no_grad():
