@@ -28,11 +28,14 @@ from .. import records
 from ..machine import facts
 from ..tables import text_table
 from . import checkpoint, page
+from .denoising.task import Denoise
 from .multilabel.bibtex import Multilabel
 from .task import Settings, Task
 from .training import Place, Run, place, read
 
-TASKS: dict[str, Task] = {task.name: task for task in (Multilabel("bibtex"), Multilabel("enron"))}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Multilabel("bibtex"), Multilabel("enron"), Denoise())
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

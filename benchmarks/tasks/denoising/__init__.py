@@ -1,0 +1,1 @@
+"""Gray photographs with Gaussian noise."""
