@@ -190,11 +190,13 @@ def report(task: Task, given: argparse.Namespace) -> None:
             "task": task.name,
             "groups": task.groups,
             "pairs": task.pairs,
+            "curves": task.curves,
             "runs": [page.summary(read(path)) for path in paths],
             "tables": json.loads(studied.read_text()) if studied.exists() else {},
             "tuned": {path.stem: json.loads(path.read_text())["tried"] for path in tuned},
         }
         path = page.RESULTS / here["slug"] / "tasks" / f"{task.name}.json"
+        content["pictures"] = page.publish(sorted(work(task, given).glob("published/*.jpg")), path)
         records.save(path, content)
         print(f"written: {path}")
     print(f"{page.PAGE.name}:", "changed" if page.rebuild() else "up to date")

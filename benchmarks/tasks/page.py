@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,15 @@ def prefix(path: Path) -> str:
     return f"{path.parent.parent.name}-{path.stem}"
 
 
+def publish(found: Sequence[Path], path: Path) -> list[str]:
+    """Copy a study's pictures to the page's, under the names of a result; their names."""
+    folder = PAGE.parent / "plots"
+    folder.mkdir(exist_ok=True)
+    for picture in found:
+        shutil.copyfile(picture, folder / f"{prefix(path)}-{picture.name}")
+    return [picture.name for picture in found]
+
+
 def summary(result: Content) -> Content:
     """A run as it is committed: a list a figure of the epochs, the last epoch's solves whole."""
     log = result["log"]
@@ -47,7 +57,7 @@ def summary(result: Content) -> Content:
 def spread(values: Sequence[float], form: str = ".2f") -> str:
     if len(values) < 2:
         return format(values[0], form)
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.lstrip('+')}}"
 
 
 def table(rows: Sequence[dict[str, str]]) -> Table:
@@ -60,12 +70,30 @@ def results_table(content: Content) -> Table:
     """A row a method: the test score over seeds, and what it cost."""
     rows = []
     for method, runs in pictures.by_method(content).items():
-        figures = [run["test"] for run in runs]
+        figures, epochs = [run["test"] for run in runs], [run["epochs"] for run in runs]
         row = {"method": method, "seeds": str(len(runs)), "parameters": str(runs[0]["parameters"])}
         for name in figures[0]:
             row[name] = spread([f[name] for f in figures], ".2f")
-        row["epochs"] = spread([len(run["epochs"]["loss"]) for run in runs], ".0f")
-        row["s an epoch"] = spread([statistics.median(run["epochs"]["seconds"]) for run in runs])
+        row["epochs"] = spread([len(e["loss"]) for e in epochs], ".0f")
+        if "steps" in epochs[0]:
+            row["steps"] = spread([sum(e["steps"]) for e in epochs], ".0f")
+            row["s"] = spread([sum(e["seconds"]) for e in epochs], ".0f")
+        row["s an epoch"] = spread([statistics.median(e["seconds"]) for e in epochs])
+        rows.append(row)
+    return table(rows)
+
+
+def pairs_table(content: Content) -> Table:
+    """A row a pair of methods: the first less the second, seed by seed."""
+    found, rows = pictures.by_method(content), []
+    for pair in content.get("pairs", ()):
+        if not all(method in found for method in pair):
+            continue
+        a, b = ({run["settings"]["seed"]: run["test"] for run in found[m]} for m in pair)
+        seeds = sorted(a.keys() & b.keys())
+        row = {"method": pair[0], "minus": pair[1], "seeds": str(len(seeds))}
+        for name in [name for name in a[seeds[0]] if name in b[seeds[0]]] if seeds else []:
+            row[name] = spread([a[seed][name] - b[seed][name] for seed in seeds], "+.2f")
         rows.append(row)
     return table(rows)
 
@@ -113,12 +141,18 @@ def sections(content: Content, path: Path) -> Iterator[str]:
         "deviation over the seeds."
     )
     yield markdown_table(results_table(content))
+    compared = pairs_table(content)
+    if len(compared) > 1:
+        yield "The same seeds, one method's figures less another's:"
+        yield markdown_table(compared)
     solved = solves_table(content)
     if len(solved) > 1:
         yield "Solves of the last epoch of training:"
         yield markdown_table(solved)
     for picture in pictures.names(content):
         yield f"![{picture}](plots/{prefix(path)}-{picture}.svg)"
+    for picture in content.get("pictures", ()):
+        yield f"![{Path(picture).stem}](plots/{prefix(path)}-{picture})"
     for title, rows in content.get("tables", {}).items():
         yield f"### {title}"
         yield markdown_table(table(rows))

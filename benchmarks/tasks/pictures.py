@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -19,11 +22,24 @@ assert set(COLOURS.values()) <= {*PALETTE}
 
 
 def by_method(content: Content) -> dict[str, list[dict[str, Any]]]:
-    """Runs by method, in the order of their seeds."""
+    """Runs by method, in the order of their seeds; methods as the task groups them, or by name."""
     found: dict[str, list[dict[str, Any]]] = {}
     for run in sorted(content["runs"], key=lambda run: run["settings"]["seed"]):
         found.setdefault(run["settings"]["method"], []).append(run)
-    return dict(sorted(found.items()))
+    grouped = [method for group in content.get("groups", {}).values() for method in group]
+    return {method: found[method] for method in [*grouped, *sorted(found)] if method in found}
+
+
+def parts(content: Content) -> dict[str, Content]:
+    """The content of each group that has runs; "" where there are no groups."""
+    if not content.get("groups"):
+        return {"": content}
+    found = {}
+    for group, methods in content["groups"].items():
+        runs = [run for run in content["runs"] if run["settings"]["method"] in methods]
+        if runs:
+            found[group] = {**content, "runs": runs, "groups": {}}
+    return found
 
 
 def looks(methods: Sequence[str]) -> dict[str, Look]:
@@ -34,30 +50,38 @@ def looks(methods: Sequence[str]) -> dict[str, Look]:
 
 
 def epochs(content: Content, name: str, title: str) -> Figure:
-    """A figure of each epoch's log: the mean over the seeds that reached it, and their range."""
+    """A figure of each epoch's log: the mean over the seeds that reached it, and their range.
+
+    Against seconds of training where that is what ends a run.
+    """
     groups = by_method(content)
+    timed = any(run["settings"].get("seconds") for run in content["runs"])
     about = "mean over the seeds still running; the band is their range"
     page = Page(content["facts"], title, about, right=label_room(groups))
     ax, ends, late = page.axes(), {}, list[float]()
     for (method, runs), style in zip(groups.items(), looks(list(groups)).values(), strict=True):
-        columns = [
-            [run["epochs"][name][i] for run in runs if i < len(run["epochs"][name])]
-            for i in range(max(len(run["epochs"][name]) for run in runs))
-        ]
-        means = [sum(column) / len(column) for column in columns]
-        x = range(1, len(means) + 1)
+        columns = by_epoch([run["epochs"][name] for run in runs])
+        means = [*map(mean, columns)]
+        x = [float(i) for i in range(1, len(means) + 1)]
+        if timed:
+            x = [*map(mean, by_epoch([[*accumulate(r["epochs"]["seconds"])] for r in runs]))]
         ax.plot(x, means, color=style.colour, linewidth=1.4)
         late += means[len(means) // 4 :]
         ax.fill_between(
             x, [*map(min, columns)], [*map(max, columns)], color=style.colour, alpha=0.12, lw=0
         )
-        ends[method] = (len(means), means[-1], style)
-    ax.set(xlabel="epoch", ylabel=name)
+        ends[method] = (x[-1], means[-1], style)
+    ax.set(xlabel="seconds of training" if timed else "epoch", ylabel=name)
     margin = 0.15 * (max(late) - min(late))
-    ax.set_xlim(1, None)
+    ax.set_xlim(0 if timed else 1, None)
     ax.set_ylim(min(late) - margin, max(late) + margin)  # the first epochs would flatten the rest
     label_ends(page, ax, ends)
     return page.figure
+
+
+def by_epoch(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Of rows of different lengths, the values that there are at each place."""
+    return [[row[i] for row in rows if i < len(row)] for i in range(max(map(len, rows)))]
 
 
 def solves(content: Content) -> Figure:
@@ -102,13 +126,18 @@ def score(content: Content) -> str:
 
 
 def figures(content: Content) -> dict[str, Callable[[], Figure]]:
-    name, task = score(content), content["task"]
-    found = {
-        "loss": lambda: epochs(content, "loss", f"{task}: loss of training"),
-        "score": lambda: epochs(content, name, f"{task}: {name} on the validation part"),
-    }
-    if any(solved(runs) for runs in by_method(content).values()):
-        found["solves"] = lambda: solves(content)
+    found: dict[str, Callable[[], Figure]] = {}
+    for group, part in parts(content).items():
+        end, title = (f"-{group}", f"{content['task']} {group}") if group else ("", content["task"])
+        curves = {
+            "loss": ("loss", "loss of training"),
+            "score": (score(part), f"{score(part)} on the validation part"),
+            **{picture: (name, name) for picture, name in content.get("curves", {}).items()},
+        }
+        for picture, (name, what) in curves.items():
+            found[f"{picture}{end}"] = partial(epochs, part, name, f"{title}: {what}")
+        if any(solved(runs) for runs in by_method(part).values()):
+            found[f"solves{end}"] = partial(solves, part)
     return found
 
 

@@ -79,6 +79,7 @@ class Task(ABC):
     needs_data = True  # without --data there is nothing to train on
     methods: Sequence[str]
     groups: Mapping[str, Sequence[str]] = {}  # methods that share a figure, by its name; {}: all
+    curves: Mapping[str, str] = {}  # more of validation's figures to draw, by the picture's name
     pairs: Sequence[tuple[str, str]] = ()  # a method and one that it is compared with, by seeds
 
     @abstractmethod

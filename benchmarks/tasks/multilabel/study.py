@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,15 @@ from torch import Tensor, nn
 from fpi_cuda import FixedPointLayer, GradientStep, ImplicitAdjoint, Tolerance
 from fpi_cuda.contraction import jacobian_radius
 
-from .. import checkpoint
 from ..layers import Unrolled
-from ..task import Parts, Settings
+from ..task import Settings
+from ..trained import nets
 from .bibtex import STEPS, Multilabel
 from .energy import certify
 
 TIGHT = Tolerance(rtol=1e-12, atol=1e-14)
 BATCH = 256
 Table = list[dict[str, str]]
-
-
-def trained(
-    task: Multilabel, folder: Path, methods: Sequence[str], parts: Parts
-) -> Iterator[tuple[str, Any, Settings]]:
-    """The nets of seed 0, of those methods that were trained."""
-    for method in methods:
-        path = folder / method / "seed-0" / "best.pt"
-        if path.exists():
-            state = checkpoint.load(path)
-            settings = Settings(**state["settings"])
-            model = task.model(settings, parts)
-            model.load_state_dict(state["model"])
-            yield method, model.eval(), settings
 
 
 def exactly(layer: Any) -> FixedPointLayer:
@@ -60,7 +46,7 @@ def gradient_errors(task: Multilabel, folder: Path, data: Path) -> Iterator[dict
     """Relative errors of the gradient at the trained weights, by how the layer is computed."""
     parts = task.load(data, task.settings("MLP"), folder)
     train = parts.train
-    for method, model, settings in trained(task, folder, ("FPI_NN", "FPI_GD"), parts):
+    for method, model, settings in nets(task, folder, ("FPI_NN", "FPI_GD"), parts):
         samples = train[torch.arange(min(BATCH, len(train)))]
         batch = task.batch(samples, settings, torch.Generator().manual_seed(0))
         wide = tuple(t.double() for t in batch)
@@ -87,7 +73,7 @@ def certificates(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[st
     """Bounds on the distance of the default solution to the minimum, over the test samples."""
     parts = task.load(data, task.settings("MLP"), folder)
     z = parts.test.features
-    for method, model, _ in trained(task, folder, ("FPI_GD", "FPI_GD, ICNN"), parts):
+    for method, model, _ in nets(task, folder, ("FPI_GD", "FPI_GD, ICNN"), parts):
         with torch.no_grad():
             h = torch.relu(model.hidden(z))
             y = model.layer(h)
@@ -113,7 +99,7 @@ def radii(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]
     """Whether the trained steps contract, at their fixed points of 256 test samples."""
     parts = task.load(data, task.settings("MLP"), folder)
     z = parts.test.features[:BATCH]
-    for method, model, _ in trained(task, folder, ("FPI_NN", "FPI_GD"), parts):
+    for method, model, _ in nets(task, folder, ("FPI_NN", "FPI_GD"), parts):
         with torch.no_grad():
             h = torch.relu(model.hidden(z))
             x = model.layer(h)
