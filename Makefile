@@ -36,7 +36,8 @@ soak: build
 
 bench: build
 	$(PY) -m benchmarks quick
-	$(PY) -m examples.denoise
+	$(PY) -m benchmarks.tasks denoise train --methods FPI_NN-25 feedforward-25 --seeds 0 --set epochs=2 \
+		--threads 1 --out build/denoise
 
 lint: venv
 	$(PY) -m ruff check .

@@ -61,11 +61,21 @@ bench() {
   return $wrong
 }
 
-# The paper's experiments, in bfloat16 autocast; DATA: the folder of data sets. Not among all.
+# The paper's experiments; DATA: the folder of data sets. Not among all. Resumable: what is done is
+# not done again. FLOW: settings of the flow task, by default the paper's counts and the full-size net.
 tasks() {
-  "$PYTHON" -m benchmarks.tasks bibtex train --data "${DATA:?names the folder of data sets}" \
-    --device cuda --amp --out runs/cuda
-  "$PYTHON" -m benchmarks.tasks bibtex report --device cuda --out runs/cuda
+  local task
+  for task in ${TASKS:-denoise flow bibtex}; do
+    set -- --data "${DATA:?names the folder of data sets}" --device cuda --out runs/cuda
+    case $task in
+      bibtex) set -- "$@" --amp ;;
+      denoise) set -- "$@" --seeds 0 1 2 ;;
+      flow) set -- "$@" --seeds 0 --set ${FLOW:-width=1 pairs=22232 test_pairs=640 columns=512 rows=384} ;;
+    esac
+    "$PYTHON" -m benchmarks.tasks "$task" train "$@"
+    "$PYTHON" -m benchmarks.tasks "$task" study "$@"
+    "$PYTHON" -m benchmarks.tasks "$task" report "$@"
+  done
 }
 
 # What is wrong in one file does not keep the others from being made.

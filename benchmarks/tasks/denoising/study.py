@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from skimage.restoration import denoise_nl_means
 from torch import Tensor
 
 from fpi_cuda import FixedPointLayer
@@ -140,10 +142,33 @@ def cost(found: Nets, image: Tensor) -> Iterator[dict[str, str]]:
         yield row
 
 
-def images(found: Nets, samples: Sequence[Noisy]) -> Iterator[dict[str, str]]:
+def non_local_means(sample: Noisy, strength: float, patch: int) -> Tensor:
+    """scikit-image's estimate, which learns nothing, given σ; the strength is in units of it."""
+    sigma = SIGMA / 255
+    estimate = denoise_nl_means(
+        sample.noisy.numpy(), patch_size=patch, patch_distance=7, h=strength * sigma, sigma=sigma
+    )
+    return torch.from_numpy(estimate)[None, None]
+
+
+def best_non_local_means(samples: Sequence[Noisy]) -> tuple[float, int]:
+    """The parameters of the highest PSNR."""
+    return max(
+        itertools.product((0.5, 0.6, 0.7, 0.8), (3, 5)),
+        key=lambda choice: sum(
+            psnr(non_local_means(s, *choice), s.clean[None, None]).item() for s in samples
+        ),
+    )
+
+
+def images(
+    found: Nets, samples: Sequence[Noisy], choice: tuple[float, int]
+) -> Iterator[dict[str, str]]:
     """A row a photograph."""
     for sample in samples:
         row = {"photograph": sample.name, "height × width": "{} × {}".format(*sample.clean.shape)}
+        value = psnr(non_local_means(sample, *choice), sample.clean[None, None]).item()
+        row["non-local means"] = f"{value:.2f}"
         for method, net in found.items():
             value, iterations = score(net, [sample])
             row[method] = f"{value:.2f}"
@@ -192,6 +217,7 @@ def study(task: Task, folder: Path, data: Path | None) -> dict[str, Rows]:
     pictured = noisy({n: shipped[n] for n in PICTURED}, SIGMA)
     picture(folder / "published" / "pictures.jpg", found, pictured)
     picture(folder / "pictures.jpg", found, noisy(clean, SIGMA))
+    choice = best_non_local_means(parts.validation[:5])
     about = f"nets for σ = {SIGMA}, seed 0"
     where = f"{len(small)} photographs of {name}"
     return {
@@ -199,8 +225,12 @@ def study(task: Task, folder: Path, data: Path | None) -> dict[str, Rows]:
         f"Solves cut short ({about}; {where})": list(cut(found, small)),
         f"Sizes ({about}; crops of one photograph, PSNR)": list(sizes(found, largest)),
         f"Cost ({about})": list(cost(found, next(iter(small.values())))),
-        f"Each photograph of {name} ({about}; PSNR)": list(images(found, noisy(clean, SIGMA))),
-        f"scikit-image's photographs in the picture ({about}; PSNR)": list(images(found, pictured)),
+        f"Each photograph of {name} ({about}; PSNR)": list(
+            images(found, noisy(clean, SIGMA), choice)
+        ),
+        f"scikit-image's photographs in the picture ({about}; PSNR)": list(
+            images(found, pictured, choice)
+        ),
     }
 
 

@@ -153,7 +153,7 @@ class Denoise(Task):
             epochs=8,
             patience=0,
             batch=4,
-            learning_rate=6e-3 if feedforward else 2e-3,
+            learning_rate=6e-3 if feedforward else 4e-3,
             schedule="cosine",
             warmup=20,
             # Early gradients are a hundred times the later ones: uncut and long remembered by
