@@ -1,0 +1,225 @@
+"""Of trained nets: errors on photographs, what the iterations give, contraction, pictures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from fpi_cuda import Tolerance
+from fpi_cuda.contraction import jacobian_radius
+
+from .. import checkpoint
+from ..task import Settings
+from .colour import colours
+from .files import known, read_pair
+from .flownet import Refined
+from .task import (
+    KINDS,
+    NET,
+    REFINED,
+    Flow,
+    Tested,
+    end_point_error,
+    errors,
+    estimate,
+    real_flow,
+)
+
+CUTS = (1, 2, 4, 8, 16)  # iterations
+POWER = 60  # iterations, for the spectral radius
+SHOWN = 6  # rows of a picture
+TILE = 256  # columns of a tile
+CPU = torch.device("cpu")
+Table = list[dict[str, str]]
+Models = Mapping[str, Refined]
+Tile = tuple[str, Tensor]  # its column's name and its pixels, [H, W, 3], uint8
+
+
+def trained(task: Flow, folder: Path, data: Path | None) -> tuple[Models, Tested | None]:
+    """The nets of seed 0, and what tests them; pairs of those that train the first of them."""
+    models: dict[str, Refined] = {}
+    tested = None
+    for method in KINDS:
+        path = folder / method / "seed-0" / "best.pt"
+        if not path.exists():
+            continue
+        state = checkpoint.load(path)
+        settings = Settings(**state["settings"])
+        parts = task.load(data, settings, folder)
+        tested = tested or parts.test
+        model = task.model(settings, parts)
+        model.load_state_dict(state["model"])
+        models[method] = model.eval()
+    return models, tested
+
+
+def photographs(models: Models, tested: Tested) -> Iterator[dict[str, str]]:
+    """The end-point error on each real pair, in its own pixels."""
+    for name, pairs in tested.real.items():
+        for pair in pairs:
+            first, second, truth = read_pair(pair)
+            row = {
+                "pair": f"{name} {pair.name}",
+                "size": f"{first.shape[-1]} × {first.shape[-2]}",
+                "no motion": error(torch.zeros_like(truth), truth),
+            }
+            for method, model in models.items():
+                row[method] = error(real_flow(model, first, second, tested.columns, CPU), truth)
+                if method == REFINED:
+                    last = model.layer.last
+                    row["iterations"] = str(int(last.iterations))
+                    row["converged"] = "yes" if bool(last.converged) else "no"
+            yield row
+
+
+def error(flow: Tensor, truth: Tensor) -> str:
+    return f"{float(end_point_error(flow[None], truth[None])):.2f}"
+
+
+def cuts(models: Models, tested: Tested) -> Iterator[dict[str, str]]:
+    """The test error of the trained layer by how many iterations its solves may take."""
+    still = torch.cat([end_point_error(torch.zeros_like(t), t) for t in truths(tested)])
+    yield {"flow": "no motion", "EPE": f"{float(still.mean()):.3f}"}
+    model = models[REFINED]
+    yield {"flow": "its net's own", "EPE": test_error(unread(model), tested)}
+    for most in CUTS:
+        yield {"flow": f"{most} iterations", "EPE": test_error(cut(model, most), tested)}
+    yield {"flow": "converged", "EPE": test_error(model, tested)}
+
+
+def truths(tested: Tested) -> Iterator[Tensor]:
+    """The true flow of each test pair, [1, 2, H, W]."""
+    for i in range(len(tested.pairs)):
+        yield tested.pairs[torch.tensor([i])][2]
+
+
+def test_error(model: Refined, tested: Tested) -> str:
+    return f"{float(errors(model, tested.pairs, CPU).mean()):.3f}"
+
+
+def unread(model: Refined) -> Refined:
+    """A copy whose layer adds nothing."""
+    other = copy.deepcopy(model)
+    for parameter in other.read.parameters():
+        nn.init.zeros_(parameter)
+    return other
+
+
+def cut(model: Refined, most: int) -> Refined:
+    """A copy whose solves end after so many iterations, converged or not."""
+    other = copy.deepcopy(model)
+    other.evaluated = Tolerance(0, 0), most
+    return other
+
+
+def radii(models: Models, tested: Tested) -> Iterator[dict[str, str]]:
+    """Whether the trained step contracts where it ends, on the test pairs."""
+    model, found = models[REFINED], []
+    for rows in torch.arange(len(tested.pairs)).split(16):
+        first, second, _ = tested.pairs[rows]
+        images = first.float() / 255, second.float() / 255
+        with torch.no_grad():
+            z = model.inputs(model.net(*images)[0], *images)
+            x = model.layer(z)
+        found.append(jacobian_radius(model.layer.g, x, z, iterations=POWER)[0].detach())
+    radius = torch.cat(found)
+    yield {
+        "mean": f"{float(radius.mean()):.2f}",
+        "worst": f"{float(radius.max()):.2f}",
+        "above 1": f"{int((radius > 1).sum())} of {len(radius)}",
+    }
+
+
+# --- pictures --------------------------------------------------------------------------------
+
+
+def real_rows(models: Models, tested: Tested) -> Iterator[list[Tile]]:
+    """A row a real pair: some of each set."""
+    for pairs in tested.real.values():
+        for pair in pairs[: max(1, SHOWN // len(tested.real))]:
+            first, second, truth = read_pair(pair)
+            flows = {
+                method: real_flow(model, first, second, tested.columns, CPU)
+                for method, model in models.items()
+            }
+            yield row(first, truth, flows)
+
+
+def generated_rows(models: Models, tested: Tested) -> Iterator[list[Tile]]:
+    """A row a test pair, of the first ones."""
+    for i in range(min(SHOWN, len(tested.pairs))):
+        first, second, truth = tested.pairs[torch.tensor([i])]
+        flows = {method: estimate(model, first, second, CPU)[0] for method, model in models.items()}
+        yield row(first[0], truth[0], flows)
+
+
+def row(first: Tensor, truth: Tensor, flows: Mapping[str, Tensor]) -> list[Tile]:
+    """The first image, the true flow and what the nets find, on one scale of colours.
+
+    Args:
+        first: [3, H, W], uint8.
+        truth: [2, H, W].
+        flows: by method, [2, H, W].
+    """
+    length = torch.linalg.vector_norm(truth, dim=0)[known(truth)]
+    largest = max(float(length.max()), 1e-6)
+    shown = [("first image", first.permute(1, 2, 0)), ("true flow", colours(truth, largest))]
+    for method in (NET, REFINED):
+        if method in flows:
+            found = f"{error(flows[method], truth)} px"
+            shown.append((f"{method}: {found}", colours(flows[method], largest)))
+    return shown
+
+
+def picture(path: Path, rows: Sequence[Sequence[Tile]]) -> None:
+    """Write rows of tiles with their names above, all as wide, one below the other."""
+    gap, head = 4, 14
+    tiles = [[scaled(pixels) for _, pixels in row] for row in rows]
+    heights = [max(tile.height for tile in row) + head + gap for row in tiles]
+    width = max(len(row) for row in tiles) * (TILE + gap) - gap
+    sheet = Image.new("RGB", (width, sum(heights)), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for names, row, height in zip(rows, tiles, heights, strict=True):
+        for i, ((name, _), tile) in enumerate(zip(names, row, strict=True)):
+            left = i * (TILE + gap)
+            draw.text((left, top), name, fill="black")
+            sheet.paste(tile, (left, top + head))
+        top += height
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, quality=90)
+
+
+def scaled(pixels: Tensor) -> Image.Image:
+    image = Image.fromarray(np.ascontiguousarray(pixels.numpy()))
+    return image.resize((TILE, round(TILE * image.height / image.width)))
+
+
+def study(task: Flow, folder: Path, data: Path | None) -> dict[str, Table]:
+    """The tables of the page from seed 0 of the runs in the folder; pictures go into that.
+
+    Writes pictures.jpg, of the real pairs where the data have some, and pictures-generated.jpg, of
+    test pairs.
+    """
+    models, tested = trained(task, folder, data)
+    if tested is None:
+        return {}
+    tables: dict[str, Table] = {
+        "End-point error on photographs, in their own pixels": [*photographs(models, tested)]
+    }
+    if REFINED in models:
+        tables["What the iterations give: end-point error on the test pairs"] = [
+            *cuts(models, tested)
+        ]
+        tables["Spectral radius of ∂g/∂x at the fixed point (test pairs)"] = [
+            *radii(models, tested)
+        ]
+    if tested.real:
+        picture(folder / "pictures.jpg", [*real_rows(models, tested)])
+    picture(folder / "pictures-generated.jpg", [*generated_rows(models, tested)])
+    return {title: rows for title, rows in tables.items() if rows}
