@@ -5,6 +5,7 @@
     python -m benchmarks.tasks TASK tune --data DIR
     python -m benchmarks.tasks TASK eval --data DIR
     python -m benchmarks.tasks TASK study --data DIR    # of the trained nets: gradients, minima
+    python -m benchmarks.tasks TASK time --data DIR     # a training step of each method, in turns
     python -m benchmarks.tasks TASK report
 
 A run that was interrupted goes on where it was when the same command is given again.
@@ -27,7 +28,7 @@ import torch
 from .. import records
 from ..machine import facts
 from ..tables import text_table
-from . import checkpoint, page
+from . import checkpoint, page, timing
 from .denoising.task import Denoise
 from .multilabel.bibtex import Multilabel
 from .task import Settings, Task
@@ -43,7 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("task", choices=list(TASKS))
-    add("action", choices=("train", "tune", "eval", "study", "report"))
+    add("action", choices=("train", "tune", "eval", "study", "time", "report"))
     add("--data", type=folder, metavar="DIR", help="data sets, as the docs say")
     add("--out", type=Path, default=Path("runs"), metavar="DIR", help="of the runs; default: runs")
     add("--methods", nargs="+", metavar="METHOD", help="default: all of the task's")
@@ -178,11 +179,30 @@ def examine(task: Task, given: argparse.Namespace, where: Place) -> None:
         print(f"{title}\n\n{text_table(page.table(rows))}\n")
 
 
+def clocked(task: Task, given: argparse.Namespace, where: Place) -> None:
+    """Time a training step of each method."""
+    runs = {}
+    for method in given.methods:
+        chosen = settings(task, method, 0, given)
+        parts = task.load(given.data, chosen, work(task, given))
+        runs[method] = Run(task, chosen, parts, home(given, method, 0), where)
+    rows = timing.rows(runs, where)
+    path = work(task, given) / "times.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    title = f"A training step, in turns ({given.device}, {torch.get_num_threads()} threads)"
+    if given.set:
+        title += ": " + " ".join(f"{name}={value}" for name, value in given.set.items())
+    records.save(path, known | {title: rows})
+    print(f"{title}\n\n{text_table(page.table(rows))}")
+
+
 def report(task: Task, given: argparse.Namespace) -> None:
     """Gather the results of the runs, where there are any, and rebuild the page."""
     paths = sorted((given.out / task.name).glob("*/seed-*/result.json"))
     tuned = sorted((given.out / task.name / "tune").glob("*.json"))
-    studied = given.out / task.name / "study.json"
+    tables = {}
+    for path in (given.out / task.name / name for name in ("times.json", "study.json")):
+        tables |= json.loads(path.read_text()) if path.exists() else {}
     if paths:
         here = facts(given.device, "benchmarks.tasks")
         content: dict[str, Any] = {
@@ -192,7 +212,7 @@ def report(task: Task, given: argparse.Namespace) -> None:
             "pairs": task.pairs,
             "curves": task.curves,
             "runs": [page.summary(read(path)) for path in paths],
-            "tables": json.loads(studied.read_text()) if studied.exists() else {},
+            "tables": tables,
             "tuned": {path.stem: json.loads(path.read_text())["tried"] for path in tuned},
         }
         path = page.RESULTS / here["slug"] / "tasks" / f"{task.name}.json"
@@ -217,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         with place(given.device, given.amp) as where:
             actions = {"train": train, "tune": tune, "eval": evaluate, "study": examine}
+            actions["time"] = clocked
             actions[given.action](task, given, where)
     except (OSError, ValueError) as error:  # of the user's files: their messages say what to do
         print(f"error: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from tqdm import tqdm
@@ -145,17 +145,8 @@ class Run:
                 break  # the time is up
             self.optimizer.param_groups[0]["lr"] = self._rate(progress)
             batch = self.task.batch(self.parts.train[rows], settings, generator)
-            with torch.autocast(where.device.type, torch.bfloat16, enabled=where.amp):
-                losses = self.task.losses(parallel, where.share(batch), settings)
-            # Processes' gradients are averaged; the batch's last rows may be uneven among them.
-            loss = losses.sum() * (where.world / len(rows))
-            self.optimizer.zero_grad()
-            loss.backward()
-            if settings.clip:
-                nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
-            self.optimizer.step()
-            self.average.update_parameters(self.model)
-            total += float(losses.detach().sum())
+            losses = self.step(parallel, where.share(batch), len(rows))
+            total += float(losses.sum())
             seen += len(rows)
             steps += 1
             solves.add(self.model)
@@ -167,6 +158,20 @@ class Run:
             "seconds": same(clock(where) - start, where),
         }
         return entry | solves.row()
+
+    def step(self, parallel: nn.Module, batch: Batch, count: int) -> Tensor:
+        """Train on this process's rows of a batch of `count` samples; the loss of each row."""
+        with torch.autocast(self.where.device.type, torch.bfloat16, enabled=self.where.amp):
+            losses = self.task.losses(parallel, batch, self.settings)
+        # Processes' gradients are averaged; the batch's last rows may be uneven among them.
+        loss = losses.sum() * (self.where.world / count)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.settings.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        return losses.detach()
 
     def _validate(self, entry: dict[str, Any]) -> None:
         """Score the epoch, log it, save: the best first, since the last says that it is there."""
