@@ -1,0 +1,698 @@
+"""Pairs for optical flow: their files, the generator's exactness, the colours."""
+
+import gzip
+import os
+import re
+import shutil
+import struct
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from benchmarks.machine import ROOT
+from benchmarks.tasks.flow import chairs, files
+from benchmarks.tasks.flow.colour import colours, wheel
+
+DATA = ROOT.parent / "shared" / "data"
+SIZE = (64, 48)
+
+
+def smooth_photographs(seed=0):
+    """One in colour and one in gray, with detail of a few pixels."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for shape in ((14, 18, 3), (16, 12)):
+        coarse = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+        out.append(np.asarray(coarse.resize((shape[1] * 6, shape[0] * 6), Image.BICUBIC)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def album():
+    return chairs.Album(smooth_photographs())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A small data set of the generator's."""
+    folder = tmp_path_factory.mktemp("made")
+    chairs.generate(folder, 8, 4, SIZE, seed=3, photographs=smooth_photographs())
+    return folder
+
+
+def flow_of(height, width, seed=0):
+    return torch.randn(2, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def picture(path, width=10, height=8, mode="RGB", seed=0):
+    shape = (height, width, 3) if mode == "RGB" else (height, width)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def a_pair(first, second, flow, size=(10, 8)):
+    first.parent.mkdir(parents=True, exist_ok=True)
+    picture(first, *size, seed=1)
+    picture(second, *size, seed=2)
+    content = flow_of(size[1], size[0])
+    files.write_flo(flow.with_name("whole.flo"), content)
+    whole = flow.with_name("whole.flo").read_bytes()
+    flow.with_name("whole.flo").unlink()
+    flow.write_bytes(gzip.compress(whole) if flow.suffix == ".gz" else whole)
+    return content
+
+
+# --- .flo ------------------------------------------------------------------------------------
+
+
+def test_flo_is_middleburys_format(tmp_path):
+    path = tmp_path / "a.flo"
+    values = [[(1.5, -2.0), (0.25, 3.0), (1e10, 0.0)], [(4.0, 5.0), (-6.0, 7.0), (0.0, -2e9)]]
+    content = b"PIEH" + struct.pack("<ii", 3, 2)
+    content += b"".join(struct.pack("<ff", *uv) for row in values for uv in row)
+    path.write_bytes(content)
+    flow = files.read_flo(path)
+    assert flow.dtype == torch.float32
+    assert torch.equal(flow, torch.tensor(values).permute(2, 0, 1))
+    assert files.known(flow).tolist() == [[True, True, False], [True, True, False]]
+    files.write_flo(path, flow)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("height,width", [(1, 1), (5, 7), (48, 64)])
+def test_flo_round_trip_bit_for_bit(tmp_path, height, width):
+    flow = flow_of(height, width) * 100
+    flow[0, 0, 0] = -0.0
+    files.write_flo(tmp_path / "a.flo", flow)
+    packed = tmp_path / "a.flo.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.flo").read_bytes()))
+    for path in (tmp_path / "a.flo", packed):
+        assert torch.equal(files.read_flo(path).view(torch.int32), flow.view(torch.int32))
+
+
+def damaged_flo():
+    head, body = struct.pack("<fii", files.TAG, 4, 3), np.ones(24, "<f4").tobytes()
+
+    def sized(width, height):
+        return struct.pack("<fii", files.TAG, width, height) + body
+
+    nan = np.ones(24, "<f4")
+    nan[7] = np.nan
+    return {
+        "empty": (b"", "must be a .flo file"),
+        "head": (head[:9], "must be a .flo file"),
+        "tag": (b"PIEX" + head[4:] + body, "must be a .flo file"),
+        "order": (struct.pack(">fii", files.TAG, 4, 3) + body, "must be a .flo file"),
+        "short": (head + body[:-1], "must have 96 bytes of flow .*got 95"),
+        "long": (head + body + b"\0", "must have 96 bytes of flow .*got more"),
+        "negative": (sized(-4, 3), "must say a size .*got -4x3"),
+        "nothing": (sized(4, 0), "must say a size .*got 4x0"),
+        "huge": (sized(30_000, 30_000), "must say a size .*got 30000x30000"),
+        "nan": (head + nan.tobytes(), "must hold numbers .*NaN"),
+    }
+
+
+@pytest.mark.parametrize("kind", damaged_flo())
+def test_damaged_flo_is_named(tmp_path, kind):
+    content, message = damaged_flo()[kind]
+    path, packed = tmp_path / "bad.flo", tmp_path / "bad.flo.gz"
+    path.write_bytes(content)
+    packed.write_bytes(gzip.compress(content))
+    for one in (path, packed):
+        with pytest.raises(ValueError, match=re.escape(str(one)) + f" {message}"):
+            files.read_flo(one)
+
+
+def test_damaged_gzip_is_named(tmp_path):
+    path = tmp_path / "bad.flo.gz"
+    files.write_flo(tmp_path / "good.flo", flow_of(6, 5))
+    packed = gzip.compress((tmp_path / "good.flo").read_bytes())
+    wrong_sum = packed[:-6] + bytes([packed[-6] ^ 1]) + packed[-5:]
+    other_block = packed[:10] + b"\xff" * 8 + packed[18:]
+    for content in (packed[:-20], packed[:-4], b"no gzip at all", wrong_sum, other_block):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.flo\.gz must be a whole \.gz file"):
+            files.read_flo(path)
+
+
+def test_flow_that_is_none_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"a.flo: a flow must be \[2, H, W\] \(got \[3, 4, 5\]\)"):
+        files.write_flo(tmp_path / "a.flo", torch.zeros(3, 4, 5))
+    with pytest.raises(ValueError, match=r"a.flo: .*NaN"):
+        files.write_flo(tmp_path / "a.flo", torch.full((2, 2, 2), float("nan")))
+    with pytest.raises(FileNotFoundError, match=r"a\.flo"):
+        files.read_flo(tmp_path / "a.flo")
+
+
+# --- photographs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["png", "ppm"])
+def test_photographs_are_read_as_they_are(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    pixels = picture(path)
+    assert np.array_equal(files.read_image(path).permute(1, 2, 0).numpy(), pixels)
+    gray = picture(path, mode="L")
+    if ending == "png":
+        assert np.array_equal(files.read_image(path).numpy(), np.stack([gray] * 3))
+
+
+def test_damaged_photographs_are_named(tmp_path, monkeypatch):
+    path = tmp_path / "good.png"
+    picture(path, 60, 50)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 16]) + whole[middle + 1 :]
+    broken = [("png", c) for c in (whole[:middle], whole[:-6], flipped, b"", b"\x89PNG garbage")]
+    for ending in ("ppm", "jpg"):
+        path = tmp_path / f"good.{ending}"
+        picture(path, 60, 50)
+        broken.append((ending, path.read_bytes()[:-400]))
+    for ending, content in broken:
+        path = tmp_path / f"bad.{ending}"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"bad\.{ending} must be a whole photograph"):
+            files.read_image(path)
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(deep)
+    with pytest.raises(ValueError, match=r"deep\.png must be .* of 8 bits .*I;16"):
+        files.read_image(deep)
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        files.read_image(tmp_path / "none.png")
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(ValueError, match=r"good\.png .*LOAD_TRUNCATED_IMAGES"):
+        files.read_image(tmp_path / "good.png")
+
+
+# --- layouts ---------------------------------------------------------------------------------
+
+NAMES = {
+    "published": ("00002_img1.ppm", "00002_img2.ppm", "00002_flow.flo"),
+    "as png": ("00002_img1.png", "00002_img2.png", "00002_flow.flo.gz"),
+    "examples": ("0000002-img0.png", "0000002-img1.png", "0000002-gt.flo.gz"),
+    "middlebury": ("Venus/frame10.png", "Venus/frame11.png", "Venus/flow10.flo"),
+}
+
+
+@pytest.mark.parametrize("place", ["", "data"])
+@pytest.mark.parametrize("layout", NAMES)
+def test_every_layout_is_found(tmp_path, layout, place):
+    folder = tmp_path / place
+    for old, new in (("", ""), ("2_", "1_"), ("2-", "1-"), ("Venus", "Army")):
+        names = [name.replace(old, new) for name in NAMES[layout]]
+        flow = a_pair(*(folder / name for name in names))
+    (folder / "README.md").write_text("of something else")
+    pairs = files.find_pairs(tmp_path)
+    expected = {"middlebury": ["Army", "Venus"], "examples": ["0000001", "0000002"]}
+    assert [p.name for p in pairs] == expected.get(layout, ["00001", "00002"])
+    assert pairs[1] == files.Pair(pairs[1].name, *(folder / name for name in NAMES[layout]))
+    first, second, read = files.read_pair(pairs[1])
+    assert first.shape == second.shape == (3, 8, 10)
+    assert not torch.equal(first, second)
+    assert torch.equal(read, flow)
+
+
+@pytest.mark.parametrize("layout", NAMES)
+def test_a_missing_part_is_named(tmp_path, layout):
+    paths = [tmp_path / name for name in NAMES[layout]]
+    for gone in paths:
+        a_pair(*paths)
+        gone.unlink()
+        stem = gone.name.split(".")[0]
+        with pytest.raises(FileNotFoundError, match=rf"{stem}\.(png|flo) .*is missing"):
+            files.find_pairs(tmp_path)
+
+
+def test_a_folder_without_pairs_is_told_the_layouts(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match=r"NAME_img1.*NAME-gt.*frame10") as raised:
+            files.find_pairs(folder)
+        assert str(folder) in str(raised.value)
+
+
+def test_sizes_that_differ_are_named(tmp_path):
+    pair = files.Pair("a", *(tmp_path / name for name in ("a.png", "b.png", "c.flo")))
+    a_pair(pair.first, pair.second, pair.flow)
+    picture(pair.second, 10, 9)
+    with pytest.raises(ValueError, match=r"a\.png and .*b\.png .*got 10x8 and 10x9"):
+        files.read_pair(pair)
+    picture(pair.second)
+    files.write_flo(pair.flow, flow_of(8, 11))
+    with pytest.raises(ValueError, match=r"a\.png and .*c\.flo .*got 10x8 and 11x8"):
+        files.read_pair(pair)
+
+
+def test_the_split_is_the_files(tmp_path):
+    for i in range(1, 5):
+        a_pair(*(tmp_path / "data" / f"0000{i}_{p}" for p in ("img1.png", "img2.png", "flow.flo")))
+    text = tmp_path / files.SPLIT
+    with pytest.raises(FileNotFoundError, match=r"FlyingChairs_train_val\.txt is missing"):
+        files.split(tmp_path)
+    text.write_text("1\n2\n1\n1\n")
+    for folder in (tmp_path, tmp_path / "data"):
+        train, test = files.split(folder)
+        assert [p.name for p in train] == ["00001", "00003", "00004"]
+        assert [p.name for p in test] == ["00002"]
+    for wrong, message in (
+        ("1\n2\n1\n", r"each of the 4 pairs .*got 3"),
+        ("1\n2\n1\n1\n1\n", r"each of the 4 pairs .*got 5"),
+        ("1\n2\n3\n1\n", r"must hold 1 for training .*got '3'"),
+        ("", r"each of the 4 pairs .*got 0"),
+    ):
+        text.write_text(wrong)
+        with pytest.raises(ValueError, match=rf"FlyingChairs_train_val\.txt .*{message}"):
+            files.split(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_pairs_are_read_in_the_rows_order(made, keep, monkeypatch):
+    found, reads = files.find_pairs(made), []
+    read_pair = files.read_pair
+    monkeypatch.setattr(files, "read_pair", lambda pair: reads.append(pair) or read_pair(pair))
+    pairs = files.Pairs(found, keep=keep)
+    assert len(pairs) == 12 and not reads
+    rows = [7, 0, 7, 3]
+    for _ in range(2):
+        first, second, flow = pairs[torch.tensor(rows)]
+        assert (first.dtype, second.dtype, flow.dtype) == (torch.uint8, torch.uint8, torch.float32)
+        for i, row in enumerate(rows):
+            for part, expected in zip((first, second, flow), read_pair(found[row]), strict=True):
+                assert torch.equal(part[i], expected)
+    assert {pair.name for pair in reads} == {"00008", "00001", "00004"}
+    assert len(reads) <= 4 if keep else len(reads) == 8
+    with pytest.raises(ValueError, match=r"rows must be \[B\]"):
+        pairs[torch.tensor([], dtype=torch.int64)]
+
+
+def test_a_batch_has_one_size(made, tmp_path):
+    a_pair(*(tmp_path / name for name in NAMES["published"]))
+    pairs = files.Pairs([*files.find_pairs(made), *files.find_pairs(tmp_path)])
+    assert pairs[torch.tensor([12])][2].shape == (1, 2, 8, 10)
+    with pytest.raises(ValueError, match=r"one size \(got 64x48 of .*00003.* 10x8 of .*00002_img1"):
+        pairs[torch.tensor([2, 12])]
+
+
+# --- the generator ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Waves:
+    """A smooth texture with a formula, at any point."""
+
+    number: int
+
+    def at(self, points):
+        x, y = points
+        k = 0.11 + 0.03 * self.number
+        waves = (np.sin(k * x + 0.2 * y), np.cos(0.15 * x - k * y), np.sin(k * (x + y)))
+        return 0.5 + 0.5 * np.stack(waves)
+
+
+def seen_fully(covers, layer):
+    """Where that layer [N] covers all, and none above it anything."""
+    number = np.arange(len(covers))[:, None]
+    above = np.where(number > layer, covers, 0).max(0)
+    return (np.take_along_axis(covers, layer[None], 0)[0] == 1) & (above == 0)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_the_flow_is_exact(album, index):
+    drawn = chairs.scene(album, SIZE, 5, index)
+    layers = [replace(layer, texture=Waves(i)) for i, layer in enumerate(drawn.layers)]
+    scene, points = chairs.Scene(tuple(layers)), chairs.pixels(SIZE)
+    before = scene.covers(points, 1)
+    flow = scene.pair(SIZE)[2].reshape(2, -1)
+    there, top = points + flow, chairs.top_layer(before)
+    after = scene.covers(there, 2)
+    shown = seen_fully(before, top)
+    both = shown & seen_fully(after, top)
+    assert both.mean() > 0.5 and len(np.unique(top[both])) > 2
+    first, second = scene.render(points, 1), scene.render(there, 2)
+    assert abs(first - second)[:, both].max() < 1e-4
+    # Without the flow they differ, and so they do where another layer comes before the point.
+    assert abs(first - scene.render(points, 2))[:, both].mean() > 1e-3
+    hidden = shown & (chairs.top_layer(after) > top)
+    assert not hidden.any() or abs(first - second)[:, hidden].mean() > 0.05
+    # There the flow is the layer's that the second picture hides.
+    for i in np.unique(top[hidden]):
+        at = hidden & (top == i)
+        own = layers[i].texture.at(layers[i].source(there[:, at], 2))
+        assert abs(own - first[:, at]).max() < 1e-4
+
+
+def test_shapes_cover_their_area(album):
+    """The pixels' shares add up to the polygon's area, in both pictures."""
+    size = (200, 200)
+    points = chairs.pixels(size)
+    motion = chairs.about(np.array([100, 100]), 1.15 * chairs.turn(0.3), np.array([4, -7]))
+    rng = np.random.default_rng(0)
+    place = chairs.about(np.zeros(2), chairs.turn(0.4) @ np.diag([60, 45]), np.array([100.3, 99]))
+    for draw in (chairs.smooth, chairs.cornered, chairs.smooth, chairs.cornered):
+        part = draw(rng).placed(place)
+        hole = replace(part, corners=0.7 * part.corners, hole=True)
+        angle = np.arctan2(part.corners[1], part.corners[0]).argsort()
+        x, y = part.corners[:, angle]
+        area = 0.5 * abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum())
+        for parts, share in (((part,), 1), ((part, hole), 1 - 0.49)):
+            layer = chairs.Layer(Waves(0), parts, motion)
+            assert layer.cover(points, 1).sum() == pytest.approx(share * area, rel=0.01)
+            assert layer.cover(points, 2).sum() == pytest.approx(share * area * 1.15**2, rel=0.01)
+
+
+def test_a_thin_bar_is_as_wide_as_it_says():
+    bar = chairs.bar(np.array([10.0, 12.3]), np.array([50.0, 12.3]), 3.0)
+    layer = chairs.Layer(Waves(0), (bar,), np.eye(2, 3))
+    cover = layer.cover(chairs.pixels(SIZE), 1).reshape(48, 64)
+    assert cover[:, 20:40].sum(0) == pytest.approx(np.full(20, 3.0))
+    assert cover[:10].max() == 0 and cover[:, :9].max() == 0
+
+
+def test_edges_are_a_pixel_wide_and_half_covered_is_not_covered():
+    """In both pictures, though the second's shape is 1.5 times as large."""
+    motion = np.array([[1.5, 0, 2], [0, 1.5, 0]])
+    bar = chairs.bar(np.array([10.0, 20]), np.array([30.0, 20]), 8)
+    scene = chairs.Scene(
+        (chairs.Layer(Waves(0), (), np.eye(2, 3)), chairs.Layer(Waves(1), (bar,), motion))
+    )
+    out = np.array([-0.6, -0.4, -0.1, 0.1, 0.4, 0.6])  # pixels beyond the lower edge
+    for picture, x, edge in ((1, 20, 24), (2, 32, 36)):
+        points = np.stack([np.full(6, float(x)), edge + out])
+        covers = scene.covers(points, picture)
+        assert covers[1] == pytest.approx(np.array([1, 0.9, 0.6, 0.4, 0.1, 0]))
+        if picture == 1:
+            flow = scene.flow(points, covers)
+            assert flow[:, 3:].tolist() == np.zeros((2, 3)).tolist()
+            assert flow[0, :3] == pytest.approx(0.5 * 20 + 2)
+            assert flow[1, :3] == pytest.approx(0.5 * points[1, :3])
+
+
+def test_a_chair_has_no_seams():
+    """Where a leg or the back meets the seat, all of a pixel is covered."""
+    place = chairs.about(np.zeros(2), np.diag([70, 90]), np.array([100, 100]))
+    along = np.linspace(0.02, 0.95, 200)[:, None]
+    closed = 0
+    for seed in range(10):
+        parts = [p.placed(place) for p in chairs.chair(np.random.default_rng(seed), 0.05)]
+        layer = chairs.Layer(Waves(0), tuple(parts), np.eye(2, 3))
+        seat, *legs = ((p.centre[:, None] + p.corners).T for p in parts[-5:])
+        joints = []
+        if not any(p.hole for p in parts):
+            # A back that leans leaves the ends of the seat's edge free.
+            joints.append(seat[0] + (0.25 + along / 2) * (seat[1] - seat[0]))
+            closed += 1
+        for leg in legs:
+            start, end = (leg[0] + leg[3]) / 2, (leg[1] + leg[2]) / 2
+            joints.append(start + along * (end - start))
+        for points in joints:
+            assert layer.cover(points.T, 1).min() > 0.99
+    assert closed
+
+
+def test_a_crop_is_the_photograph(album):
+    identity = np.eye(2, 3)
+    for i, photograph in enumerate(smooth_photographs()):
+        height, width = photograph.shape[:2]
+        crop = chairs.crop(album, i, identity, np.zeros(3), np.array([1, 0.5, 0.25]))
+        seen = crop.at(chairs.pixels((width, height))).reshape(3, height, width)
+        expected = np.broadcast_to(np.atleast_3d(photograph), (height, width, 3)) / 255
+        expected = (expected * [1, 0.5, 0.25]).transpose(2, 0, 1)
+        assert seen == pytest.approx(expected, abs=1e-3)
+        beyond = crop.at(np.array([[-3.0, width + 4], [5, -2]]))
+        assert beyond[:, 0] == pytest.approx(expected[:, 5, 3], abs=1e-3)
+        assert beyond[:, 1] == pytest.approx(expected[:, 2, width - 6], abs=1e-3)
+
+
+def test_a_small_crop_is_of_the_right_place():
+    """Of halved photographs too: a ramp stays where it is."""
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8), (160, 200))
+    album = chairs.Album([np.ascontiguousarray(ramp)])
+    for step in (1.0, 2.0, 3.5, 6.0):
+        frame = np.array([[step, 0, 40], [0, step, 30]])
+        crop = chairs.crop(album, 0, frame, np.zeros(3), np.ones(3))
+        x = np.arange(3.0, 15)
+        seen = crop.at(np.stack([x, np.full(12, 4.0)]))
+        # torch's bicubic is off a ramp by up to 0.05 of a sample; half a sample would be seen.
+        assert seen[0] * 255 == pytest.approx(40 + step * x, abs=0.08 * step)
+
+
+def warped(second, flow):
+    """The second photographs [B, 3, H, W] where the first's pixels went, and which stay inside."""
+    height, width = flow.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    x, y = x + flow[:, 0], y + flow[:, 1]
+    grid = torch.stack([x * 2 / (width - 1) - 1, y * 2 / (height - 1) - 1], -1)
+    inside = (grid.abs() <= 1).all(-1)
+    out = torch.nn.functional.grid_sample(second.float(), grid, align_corners=True)
+    return out, inside[:, None]
+
+
+def test_the_flow_takes_the_second_photograph_back(made):
+    pairs = files.Pairs(files.find_pairs(made))
+    first, second, flow = pairs[torch.arange(len(pairs))]
+    back, inside = warped(second, flow)
+    apart = ((first.float() - second).abs() * inside).mean((1, 2, 3))
+    left = ((first.float() - back).abs() * inside).mean((1, 2, 3))
+    assert (left < apart).all()
+    assert left.mean() < apart.mean() / 3
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+
+
+def test_generate_writes_the_published_layout(made):
+    assert {p.name for p in made.iterdir()} == {"data", "made.json", files.SPLIT}
+    assert len(list((made / "data").iterdir())) == 36
+    train, test = files.split(made)
+    assert [p.name for p in train] == [f"{i:05d}" for i in range(1, 9)]
+    assert [p.name for p in test] == [f"{i:05d}" for i in range(9, 13)]
+    flows = [files.read_pair(pair)[2] for pair in (*train, *test)]
+    assert all(flow.shape == (2, 48, 64) and files.known(flow).all() for flow in flows)
+    assert len({flow.numpy().tobytes() for flow in flows}) == 12
+
+
+def test_pairs_depend_on_the_seed_and_their_index_alone(made, tmp_path):
+    """Not on how many there are, nor on the number of processes."""
+    chairs.generate(tmp_path / "a", 3, 2, SIZE, 3, smooth_photographs(), workers=2)
+    for mine, other in ((1, 1), (3, 3), (4, 9), (5, 10)):
+        for path, whole in zip(
+            chairs.paths(tmp_path / "a", mine), chairs.paths(made, other), strict=True
+        ):
+            assert path.read_bytes() == whole.read_bytes()
+    chairs.generate(tmp_path / "b", 1, 0, SIZE, 4, smooth_photographs())
+    for a, b in zip(chairs.paths(tmp_path / "a", 1), chairs.paths(tmp_path / "b", 1), strict=True):
+        assert a.read_bytes() != b.read_bytes()
+
+
+def test_generate_goes_on_where_it_was(made, tmp_path, monkeypatch):
+    folder, drawn = tmp_path / "set", []
+    shutil.copytree(made, folder)
+    whole = contents(folder)
+    (folder / files.SPLIT).unlink()
+    (folder / "data" / "00003_img2.png").unlink()
+    (folder / "data" / "00010_flow.flo").rename(folder / "data" / "00010_flow.flo.part")
+    scene = chairs.scene
+    monkeypatch.setattr(chairs, "scene", lambda *given: drawn.append(given[-1]) or scene(*given))
+    chairs.generate(folder, 8, 4, SIZE, 3, smooth_photographs())
+    assert contents(folder) == whole
+    assert drawn == [2, chairs.FIRST_TEST + 1]
+
+
+def test_an_interrupted_write_leaves_no_half_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(chairs, "write_flo", lambda path, flow: path.write_bytes(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        chairs.generate(tmp_path / "set", 1, 0, SIZE, 3, smooth_photographs())
+    assert not chairs.paths(tmp_path / "set", 1)[2].exists()
+    assert not (tmp_path / "set" / files.SPLIT).exists()
+    monkeypatch.undo()
+    chairs.generate(tmp_path / "set", 1, 0, SIZE, 3, smooth_photographs())
+    assert len(files.split(tmp_path / "set")[0]) == 1
+    assert not list((tmp_path / "set").rglob("*.part"))
+
+
+def test_a_folder_of_other_values_is_refused(made, tmp_path):
+    photographs, whole = smooth_photographs(), contents(made)
+    others = smooth_photographs(seed=1)
+    for arguments, message in (
+        ((8, 4, SIZE, 4, photographs), r"made\.json, seed 3 \(got seed 4\)"),
+        ((9, 4, SIZE, 3, photographs), r"made\.json, train 8 \(got train 9\)"),
+        ((8, 4, (64, 50), 3, photographs), r"size \[64, 48\] \(got size \[64, 50\]\)"),
+        ((8, 4, SIZE, 3, others), r"sha256"),
+    ):
+        with pytest.raises(ValueError, match=message) as raised:
+            chairs.generate(made, *arguments)
+        assert str(made) in str(raised.value)
+    assert contents(made) == whole
+    a_pair(*(tmp_path / "data" / name for name in NAMES["published"]))
+    with pytest.raises(ValueError, match=r"data must be empty or made by this program"):
+        chairs.generate(tmp_path, 8, 4, SIZE, 3, photographs)
+    (tmp_path / "made.json").write_text("{")
+    with pytest.raises(ValueError, match=r"made\.json must tell"):
+        chairs.generate(tmp_path, 8, 4, SIZE, 3, photographs)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"train": 0}, "train of at least 1"),
+        ({"test": -1}, "test of at least 0"),
+        ({"train": 100_000}, "99,999 pairs at most"),
+        ({"size": (128, 8)}, "sides of at least 16"),
+        ({"seed": -1}, "seed at least 0"),
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"photographs": []}, "photographs must be one at least"),
+        ({"photographs": [np.zeros((20, 20, 2), np.uint8)]}, "photographs must be uint8"),
+        ({"photographs": [np.zeros((20, 20))]}, "photographs must be uint8"),
+    ],
+)
+def test_impossible_values_are_refused(tmp_path, arguments, message):
+    given = {"train": 1, "test": 0, "photographs": smooth_photographs()} | arguments
+    with pytest.raises(ValueError, match=message):
+        chairs.generate(tmp_path / "set", **given)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("size", [(128, 96), (512, 384)])
+def test_motions_are_like_flying_chairs(album, size):
+    """In pixels of a width of 512: the nine examples have a mean of 10, a median of 5."""
+    every = chairs.pixels(size)[:, :: size[0] * size[1] // 1500]
+    means, longest, lengths = [], [], []
+    for index in range(100):
+        scene = chairs.scene(album, size, 0, index)
+        length = np.hypot(*scene.flow(every, scene.covers(every, 1))) * 512 / size[0]
+        means.append(length.mean())
+        longest.append(length.max())
+        lengths.append(length)
+    assert 7 < np.mean(means) < 15
+    assert 3 < np.median(lengths) < 9
+    assert 30 < np.mean(longest) < 90
+    assert 70 < max(longest) < 300
+    assert np.quantile(means, 0.1) < 4
+
+
+def test_shapes_move_against_the_background(album):
+    for index in range(10):
+        ground, *shapes = chairs.scene(album, SIZE, 0, index).layers
+        assert chairs.FEWEST <= len(shapes) <= chairs.MOST
+        for layer in shapes:
+            assert not np.allclose(layer.motion, ground.motion, atol=1e-6)
+
+
+def test_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(chairs, "photographs", lambda data: smooth_photographs())
+    arguments = [str(tmp_path / "set"), "--train", "2", "--test", "1", "--size", "32", "24"]
+    chairs.main(arguments)
+    train, test = files.split(tmp_path / "set")
+    assert (len(train), len(test)) == (2, 1)
+    assert files.read_pair(test[0])[0].shape == (3, 24, 32)
+    with pytest.raises(SystemExit, match=r"seed 0 \(got seed 1\)"):
+        chairs.main([*arguments, "--seed", "1"])
+
+
+def test_photographs_are_scikit_images_and_the_folders(tmp_path):
+    pytest.importorskip("skimage")
+    alone = chairs.photographs()
+    assert len(alone) == len(chairs.BUNDLED)
+    assert {p.ndim for p in alone} == {2, 3}
+    folder = tmp_path / "denoise" / "Train400"
+    folder.mkdir(parents=True)
+    gray = picture(folder / "b.png", 20, 30, mode="L")
+    colour = picture(folder / "a.png", 20, 30)
+    *others, first, second = chairs.photographs(tmp_path)
+    assert len(others) == len(alone)
+    assert np.array_equal(first, colour) and np.array_equal(second, gray)
+    chairs.Album(chairs.photographs(tmp_path))
+    os.truncate(folder / "a.png", 100)
+    with pytest.raises(ValueError, match=r"a\.png must be a whole photograph"):
+        chairs.photographs(tmp_path)
+
+
+# --- real pairs ------------------------------------------------------------------------------
+
+LENGTHS = {
+    "middlebury": {
+        "Dimetrodon": 2.06,
+        "Grove2": 3.09,
+        "Grove3": 3.91,
+        "Hydrangea": 3.73,
+        "RubberWhale": 1.26,
+        "Urban2": 8.39,
+        "Urban3": 7.31,
+        "Venus": 3.80,
+    },
+    "flyingchairs": dict(
+        zip(
+            [f"{i:07d}" for i in range(9)],
+            (6.05, 4.51, 4.35, 6.00, 25.56, 30.80, 2.99, 9.34, 5.00),
+            strict=True,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_real_pairs_have_the_known_lengths(name):
+    folder = DATA / "flow" / name
+    if not folder.exists():
+        pytest.skip("the data set is not here")
+    found = {}
+    for pair in files.find_pairs(folder):
+        _, _, flow = files.read_pair(pair)
+        found[pair.name] = float(flow.norm(dim=0)[files.known(flow)].mean())
+    assert found == pytest.approx(LENGTHS[name], abs=0.01)
+
+
+# --- colours ---------------------------------------------------------------------------------
+
+
+def test_the_wheel_has_middleburys_colours():
+    table = wheel()
+    assert table.shape == (55, 3)
+    # Red, yellow, green, cyan, blue and magenta, where Baker et al.'s arcs of 15, 6, 4, 11, 13 end.
+    assert table[[0, 15, 21, 25, 36, 49]].tolist() == [
+        [1, 0, 0],
+        [1, 1, 0],
+        [0, 1, 0],
+        [0, 1, 1],
+        [0, 0, 1],
+        [1, 0, 1],
+    ]
+    assert (table.amax(1) == 1).all() and (table.amin(1) == 0).all()
+
+
+def shown(u, v, largest=1.0):
+    return colours(torch.tensor([u, v]).view(2, 1, 1), largest)[0, 0].tolist()
+
+
+def test_colours_tell_direction_and_length():
+    assert shown(0.0, 0.0) == [255, 255, 255]
+    assert shown(1.0, 0.0) == [255, 0, 0]
+    assert shown(0.5, 0.0) == [255, 127, 127]
+    assert shown(2.0, 0.0) == [191, 0, 0]  # longer than the largest
+    right, left, down, up = shown(1.0, 0.0), shown(-1.0, 0.0), shown(0.0, 1.0), shown(0.0, -1.0)
+    assert left[0] == 0 and left[2] == 255  # opposite of red
+    assert down[0] == 255 and down[1] > 200 and down[2] == 0  # yellow
+    assert up[2] == 255 and up[0] < 128 and up[1] == 0  # violet
+    assert len({tuple(c) for c in (right, left, down, up)}) == 4
+
+
+def test_unknown_flow_is_black_and_counts_for_nothing():
+    flow = torch.zeros(2, 2, 3)
+    flow[0, 0, 0], flow[0, 0, 1] = 1e10, 3.0
+    flow[1, 1, 2] = -2e9
+    out = colours(flow)
+    assert out.shape == (2, 3, 3) and out.dtype == torch.uint8
+    assert out[0, 0].tolist() == out[1, 2].tolist() == [0, 0, 0]
+    assert out[0, 1].tolist() == [255, 0, 0]  # the longest of what is known
+    assert (out[1, :2] == 255).all()
+
+
+def test_colours_of_what_is_no_flow():
+    with pytest.raises(ValueError, match=r"must be \[2, H, W\] \(got \[3, 4, 4\]\)"):
+        colours(torch.zeros(3, 4, 4))
+    with pytest.raises(ValueError, match=r"largest must be above 0 \(got 0\)"):
+        colours(torch.zeros(2, 4, 4), 0)
