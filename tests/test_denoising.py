@@ -145,7 +145,7 @@ def test_bad_images_are_named(data, tmp_path):
     for broken in (whole[: len(whole) // 2], b"", b"text", whole[:60] + b"\0" * 30 + whole[90:]):
         path.write_bytes(broken)
         photographs.read.cache_clear()
-        with pytest.raises(ValueError, match=r"03.png must be a whole image file"):
+        with pytest.raises(ValueError, match=r"03.png must be a whole image of 8 bits"):
             photographs.read(data)
     path.unlink()
     assert len(photographs.read(data).train) == 5
@@ -290,13 +290,17 @@ def test_the_feedforward_net_is_given_the_same_time(data, tmp_path, monkeypatch,
     assert seconds["FPI_NN-25"] <= seconds["feedforward-25"] < 1.5 * seconds["FPI_NN-25"] + 0.1
     assert steps["feedforward-25-steps"] == steps["FPI_NN-25"] == 20 < steps["feedforward-25"]
     assert {"BSD68", "Set12", "iterations", "failed"} == results["FPI_NN-25"]["test"].keys()
-    for action in ("study", "report"):
+    for action in ("time", "study", "report"):
         assert program.main(["denoise", action, *given]) == 0
     text = page.PAGE.read_text()
     content = json.loads(next((tmp_path / "results").glob("*/tasks/denoise.json")).read_text())
     a, b = (results[m]["test"]["BSD68"] for m in methods[:2])
     assert f"| FPI_NN-25 | feedforward-25 | 1 | {a - b:+.2f} |" in text
     assert "Noise that was not trained on" in text
+    (timed,) = json.loads((out / "denoise" / "times.json").read_text()).values()
+    assert [row["method"] for row in timed] == methods
+    assert timed[0]["of the first"] == "1.00" and float(timed[0]["iterations"]) > 1
+    assert "A training step, in turns" in text
     assert content["pictures"] == ["pictures.jpg"]
     names = {p.name.split("-denoise-")[1] for p in (docs / "plots").glob("*")}
     wanted = {"loss-25.svg", "score-25.svg", "solves-25.svg", "pictures.jpg"}

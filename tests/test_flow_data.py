@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageFile
 
 from benchmarks.machine import ROOT
-from benchmarks.tasks.flow import chairs, files
+from benchmarks.tasks import images
+from benchmarks.tasks.flow import chairs, files, scenes
 from benchmarks.tasks.flow.colour import colours, wheel
 
 DATA = ROOT.parent / "shared" / "data"
@@ -32,7 +33,7 @@ def smooth_photographs(seed=0):
 
 @pytest.fixture(scope="module")
 def album():
-    return chairs.Album(smooth_photographs())
+    return scenes.Album(smooth_photographs())
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def test_damaged_photographs_are_named(tmp_path, monkeypatch):
     for ending, content in broken:
         path = tmp_path / f"bad.{ending}"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"bad\.{ending} must be a whole photograph"):
+        with pytest.raises(ValueError, match=rf"bad\.{ending} must be a whole image"):
             files.read_image(path)
     deep = tmp_path / "deep.png"
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(deep)
@@ -323,10 +324,10 @@ def seen_fully(covers, layer):
 def test_the_flow_is_exact(album, index):
     drawn = chairs.scene(album, SIZE, 5, index)
     layers = [replace(layer, texture=Waves(i)) for i, layer in enumerate(drawn.layers)]
-    scene, points = chairs.Scene(tuple(layers)), chairs.pixels(SIZE)
+    scene, points = scenes.Scene(tuple(layers)), scenes.pixels(SIZE)
     before = scene.covers(points, 1)
     flow = scene.pair(SIZE)[2].reshape(2, -1)
-    there, top = points + flow, chairs.top_layer(before)
+    there, top = points + flow, scenes.top_layer(before)
     after = scene.covers(there, 2)
     shown = seen_fully(before, top)
     both = shown & seen_fully(after, top)
@@ -335,7 +336,7 @@ def test_the_flow_is_exact(album, index):
     assert abs(first - second)[:, both].max() < 1e-4
     # Without the flow they differ, and so they do where another layer comes before the point.
     assert abs(first - scene.render(points, 2))[:, both].mean() > 1e-3
-    hidden = shown & (chairs.top_layer(after) > top)
+    hidden = shown & (scenes.top_layer(after) > top)
     assert not hidden.any() or abs(first - second)[:, hidden].mean() > 0.05
     # There the flow is the layer's that the second picture hides.
     for i in np.unique(top[hidden]):
@@ -347,26 +348,26 @@ def test_the_flow_is_exact(album, index):
 def test_shapes_cover_their_area(album):
     """The pixels' shares add up to the polygon's area, in both pictures."""
     size = (200, 200)
-    points = chairs.pixels(size)
-    motion = chairs.about(np.array([100, 100]), 1.15 * chairs.turn(0.3), np.array([4, -7]))
+    points = scenes.pixels(size)
+    motion = scenes.about(np.array([100, 100]), 1.15 * scenes.turn(0.3), np.array([4, -7]))
     rng = np.random.default_rng(0)
-    place = chairs.about(np.zeros(2), chairs.turn(0.4) @ np.diag([60, 45]), np.array([100.3, 99]))
-    for draw in (chairs.smooth, chairs.cornered, chairs.smooth, chairs.cornered):
+    place = scenes.about(np.zeros(2), scenes.turn(0.4) @ np.diag([60, 45]), np.array([100.3, 99]))
+    for draw in (scenes.smooth, scenes.cornered, scenes.smooth, scenes.cornered):
         part = draw(rng).placed(place)
         hole = replace(part, corners=0.7 * part.corners, hole=True)
         angle = np.arctan2(part.corners[1], part.corners[0]).argsort()
         x, y = part.corners[:, angle]
         area = 0.5 * abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum())
         for parts, share in (((part,), 1), ((part, hole), 1 - 0.49)):
-            layer = chairs.Layer(Waves(0), parts, motion)
+            layer = scenes.Layer(Waves(0), parts, motion)
             assert layer.cover(points, 1).sum() == pytest.approx(share * area, rel=0.01)
             assert layer.cover(points, 2).sum() == pytest.approx(share * area * 1.15**2, rel=0.01)
 
 
 def test_a_thin_bar_is_as_wide_as_it_says():
-    bar = chairs.bar(np.array([10.0, 12.3]), np.array([50.0, 12.3]), 3.0)
-    layer = chairs.Layer(Waves(0), (bar,), np.eye(2, 3))
-    cover = layer.cover(chairs.pixels(SIZE), 1).reshape(48, 64)
+    bar = scenes.bar(np.array([10.0, 12.3]), np.array([50.0, 12.3]), 3.0)
+    layer = scenes.Layer(Waves(0), (bar,), np.eye(2, 3))
+    cover = layer.cover(scenes.pixels(SIZE), 1).reshape(48, 64)
     assert cover[:, 20:40].sum(0) == pytest.approx(np.full(20, 3.0))
     assert cover[:10].max() == 0 and cover[:, :9].max() == 0
 
@@ -374,9 +375,9 @@ def test_a_thin_bar_is_as_wide_as_it_says():
 def test_edges_are_a_pixel_wide_and_half_covered_is_not_covered():
     """In both pictures, though the second's shape is 1.5 times as large."""
     motion = np.array([[1.5, 0, 2], [0, 1.5, 0]])
-    bar = chairs.bar(np.array([10.0, 20]), np.array([30.0, 20]), 8)
-    scene = chairs.Scene(
-        (chairs.Layer(Waves(0), (), np.eye(2, 3)), chairs.Layer(Waves(1), (bar,), motion))
+    bar = scenes.bar(np.array([10.0, 20]), np.array([30.0, 20]), 8)
+    scene = scenes.Scene(
+        (scenes.Layer(Waves(0), (), np.eye(2, 3)), scenes.Layer(Waves(1), (bar,), motion))
     )
     out = np.array([-0.6, -0.4, -0.1, 0.1, 0.4, 0.6])  # pixels beyond the lower edge
     for picture, x, edge in ((1, 20, 24), (2, 32, 36)):
@@ -392,12 +393,12 @@ def test_edges_are_a_pixel_wide_and_half_covered_is_not_covered():
 
 def test_a_chair_has_no_seams():
     """Where a leg or the back meets the seat, all of a pixel is covered."""
-    place = chairs.about(np.zeros(2), np.diag([70, 90]), np.array([100, 100]))
+    place = scenes.about(np.zeros(2), np.diag([70, 90]), np.array([100, 100]))
     along = np.linspace(0.02, 0.95, 200)[:, None]
     closed = 0
     for seed in range(10):
-        parts = [p.placed(place) for p in chairs.chair(np.random.default_rng(seed), 0.05)]
-        layer = chairs.Layer(Waves(0), tuple(parts), np.eye(2, 3))
+        parts = [p.placed(place) for p in scenes.chair(np.random.default_rng(seed), 0.05)]
+        layer = scenes.Layer(Waves(0), tuple(parts), np.eye(2, 3))
         seat, *legs = ((p.centre[:, None] + p.corners).T for p in parts[-5:])
         joints = []
         if not any(p.hole for p in parts):
@@ -416,8 +417,8 @@ def test_a_crop_is_the_photograph(album):
     identity = np.eye(2, 3)
     for i, photograph in enumerate(smooth_photographs()):
         height, width = photograph.shape[:2]
-        crop = chairs.crop(album, i, identity, np.zeros(3), np.array([1, 0.5, 0.25]))
-        seen = crop.at(chairs.pixels((width, height))).reshape(3, height, width)
+        crop = scenes.crop(album, i, identity, np.zeros(3), np.array([1, 0.5, 0.25]))
+        seen = crop.at(scenes.pixels((width, height))).reshape(3, height, width)
         expected = np.broadcast_to(np.atleast_3d(photograph), (height, width, 3)) / 255
         expected = (expected * [1, 0.5, 0.25]).transpose(2, 0, 1)
         assert seen == pytest.approx(expected, abs=1e-3)
@@ -429,10 +430,10 @@ def test_a_crop_is_the_photograph(album):
 def test_a_small_crop_is_of_the_right_place():
     """Of halved photographs too: a ramp stays where it is."""
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8), (160, 200))
-    album = chairs.Album([np.ascontiguousarray(ramp)])
+    album = scenes.Album([np.ascontiguousarray(ramp)])
     for step in (1.0, 2.0, 3.5, 6.0):
         frame = np.array([[step, 0, 40], [0, step, 30]])
-        crop = chairs.crop(album, 0, frame, np.zeros(3), np.ones(3))
+        crop = scenes.crop(album, 0, frame, np.zeros(3), np.ones(3))
         x = np.arange(3.0, 15)
         seen = crop.at(np.stack([x, np.full(12, 4.0)]))
         # torch's bicubic is off a ramp by up to 0.05 of a sample; half a sample would be seen.
@@ -559,7 +560,7 @@ def test_impossible_values_are_refused(tmp_path, arguments, message):
 @pytest.mark.parametrize("size", [(128, 96), (512, 384)])
 def test_motions_are_like_flying_chairs(album, size):
     """In pixels of a width of 512: the nine examples have a mean of 10, a median of 5."""
-    every = chairs.pixels(size)[:, :: size[0] * size[1] // 1500]
+    every = scenes.pixels(size)[:, :: size[0] * size[1] // 1500]
     means, longest, lengths = [], [], []
     for index in range(100):
         scene = chairs.scene(album, size, 0, index)
@@ -577,7 +578,7 @@ def test_motions_are_like_flying_chairs(album, size):
 def test_shapes_move_against_the_background(album):
     for index in range(10):
         ground, *shapes = chairs.scene(album, SIZE, 0, index).layers
-        assert chairs.FEWEST <= len(shapes) <= chairs.MOST
+        assert scenes.FEWEST <= len(shapes) <= scenes.MOST
         for layer in shapes:
             assert not np.allclose(layer.motion, ground.motion, atol=1e-6)
 
@@ -596,7 +597,7 @@ def test_the_command_line(tmp_path, monkeypatch):
 def test_photographs_are_scikit_images_and_the_folders(tmp_path):
     pytest.importorskip("skimage")
     alone = chairs.photographs()
-    assert len(alone) == len(chairs.BUNDLED)
+    assert len(alone) == len(images.bundled()) - 1
     assert {p.ndim for p in alone} == {2, 3}
     folder = tmp_path / "denoise" / "Train400"
     folder.mkdir(parents=True)
@@ -605,9 +606,9 @@ def test_photographs_are_scikit_images_and_the_folders(tmp_path):
     *others, first, second = chairs.photographs(tmp_path)
     assert len(others) == len(alone)
     assert np.array_equal(first, colour) and np.array_equal(second, gray)
-    chairs.Album(chairs.photographs(tmp_path))
+    scenes.Album(chairs.photographs(tmp_path))
     os.truncate(folder / "a.png", 100)
-    with pytest.raises(ValueError, match=r"a\.png must be a whole photograph"):
+    with pytest.raises(ValueError, match=r"a\.png must be a whole image"):
         chairs.photographs(tmp_path)
 
 

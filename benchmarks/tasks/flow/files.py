@@ -12,13 +12,13 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
 from torch import Tensor
+
+from .. import images
 
 TAG = 202021.25  # the first four bytes of a .flo file; "PIEH" as text
 UNKNOWN = 1e9  # a component beyond it says that nobody knows the flow there
@@ -125,30 +125,7 @@ def read_image(path: Path) -> Tensor:
         FileNotFoundError: no such file.
         ValueError: it is damaged, cut short or of more than 8 bits.
     """
-    content = path.read_bytes()
-    try:
-        if ImageFile.LOAD_TRUNCATED_IMAGES:
-            raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES, which must stay False")
-        # Decoding looks at no check sum, and takes a file without an end; this does neither.
-        Image.open(BytesIO(content)).verify()
-        with Image.open(BytesIO(content)) as image:
-            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-                raise ValueError(f"the mode {image.mode}")
-            pixels = np.array(image.convert("RGB"))
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise ValueError(
-            f"{path} must be a whole photograph of 8 bits a channel, as PNG, PPM or JPEG (got "
-            f"{type(error).__name__}: {error}); fetch or make it again"
-        ) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(images.read(path, "RGB")).permute(2, 0, 1).contiguous()
 
 
 def read_pair(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
