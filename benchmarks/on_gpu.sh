@@ -62,15 +62,24 @@ bench() {
 }
 
 # The paper's experiments; DATA: the folder of data sets. Not among all. Resumable: what is done is
-# not done again. FLOW: settings of the flow task, by default the paper's counts and the full-size net.
+# not done again. TASKS: some of them. PAIRS: of optical flow; the paper's count by default.
 tasks() {
-  local task
+  local task out=runs/cuda size pairs
   for task in ${TASKS:-denoise flow bibtex}; do
-    set -- --data "${DATA:?names the folder of data sets}" --device cuda --out runs/cuda
+    set -- --data "${DATA:?names the folder of data sets}" --device cuda --out "$out"
     case $task in
       bibtex) set -- "$@" --amp ;;
       denoise) set -- "$@" --seeds 0 1 2 ;;
-      flow) set -- "$@" --seeds 0 --set ${FLOW:-width=1 pairs=22232 test_pairs=640 columns=512 rows=384} ;;
+      flow)
+        size="width=1 columns=512 rows=384" pairs=${PAIRS:-22232}
+        # shellcheck disable=SC2086 # words
+        "$PYTHON" -m benchmarks.tasks flow time "$@" --set $size pairs=64 test_pairs=8
+        # The training would make them too, with one process.
+        "$PYTHON" -m benchmarks.tasks.flow.chairs "$out/flow/pairs-512x384-$pairs-640" \
+          --train "$pairs" --test 640 --size 512 384 --data "$DATA" --workers "$(nproc)"
+        # shellcheck disable=SC2086
+        set -- "$@" --seeds 0 --set $size pairs="$pairs" test_pairs=640
+        ;;
     esac
     "$PYTHON" -m benchmarks.tasks "$task" train "$@"
     "$PYTHON" -m benchmarks.tasks "$task" study "$@"

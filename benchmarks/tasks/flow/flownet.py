@@ -21,7 +21,7 @@ STATE, HIDDEN, INPUTS = 8, 16, 8
 TRAIN_RTOL, TRAIN_ITERATIONS = 3e-2, 20
 ADJOINT_RTOL, ADJOINT_ITERATIONS = 1e-1, 20
 RTOL, ITERATIONS = 1e-3, 200
-BOUND = 0.8  # of the spectral radius of ∂g/∂x, above which there is a penalty
+BOUND = 0.7  # of the spectral radius of ∂g/∂x, above which there is a penalty
 
 
 # --- the net ---------------------------------------------------------------------------------

@@ -26,13 +26,13 @@ EVALUATED = 16  # pairs at once
 MEMORY = 2e9  # bytes up to which pairs stay in memory; a pixel has 14
 SEED = 0  # of the generated pairs, which are the same for every run
 OPTIONS: dict[str, Any] = {
-    "width": 0.3,  # of the net; 1 is the paper's
+    "width": 0.25,  # of the net; 1 is the paper's
     "source": "generated",  # or "flyingchairs": --data DIR holds them, in the published layout
     "pairs": 1000,  # that are generated
     "test_pairs": 100,
     "columns": 128,
     "rows": 96,
-    "penalty": 1.0,  # weight of what keeps the step a contraction
+    "penalty": 100.0,  # weight of what keeps the step a contraction
 }
 
 
