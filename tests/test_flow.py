@@ -184,7 +184,7 @@ def test_the_implicit_gradient_is_that_of_many_steps():
     x = z.new_zeros(2, flownet.STATE, 8, 8)
     for _ in range(200):
         x = model.layer.g(x, z)
-    flow = model.net(*pair)[0] + flownet.UNIT * model.read(x)
+    flow = model.net(*pair)[0] + flownet.FINE * model.read(x)
     unrolled = torch.autograd.grad(flow.square().sum(), weights)
     for a, b in zip(implicit, unrolled, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)

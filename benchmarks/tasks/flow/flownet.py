@@ -16,6 +16,8 @@ from fpi_cuda.contraction import jacobian_penalty
 UNIT = 20.0  # pixels
 SCALES = (4, 8, 16, 32, 64)  # of the flows, finest first
 SLOPE = 0.1  # of LeakyReLU below 0
+FINE = 4.0  # pixels: one at 1/4 of the resolution, the unit of flow in the layer
+CONTRAST = 4.0  # images are multiplied by it for the layer, so that all it gets is about 1
 # Of the layer. Training solves and differentiates loosely, for many steps a second.
 STATE, HIDDEN, INPUTS = 8, 16, 8
 TRAIN_RTOL, TRAIN_ITERATIONS = 3e-2, 20
@@ -162,7 +164,7 @@ def warped(second: Tensor, flow: Tensor) -> Tensor:
 
 
 class Once(nn.Module):
-    """One step of g from zero, in the layer's place."""
+    """One step of g from zero, in the layer's place; there its weight on x changes nothing."""
 
     def __init__(self, g: ConvStep) -> None:
         super().__init__()
@@ -231,15 +233,16 @@ class Refined(nn.Module):
         if self.kind == "fixed point":
             self.set_tolerance()
         x = self.layer(z)
-        flows[0] = flows[0] + UNIT * self.read(x)
+        flows[0] = flows[0] + FINE * self.read(x)
         penalised = self.kind == "fixed point" and self.training
         return flows, self.penalty(x, z) if penalised else nothing
 
     def inputs(self, flow: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """z, [B, 8, ⌈H / 4⌉, ⌈W / 4⌉]; of the flow, the warped image is no function to autograd."""
         first, second = quarter(first), quarter(second)
-        change = warped(second, flow.detach() / 4) - first
-        return torch.cat((flow / UNIT, first - first.mean((2, 3), keepdim=True), change), 1)
+        change = warped(second, flow.detach() / FINE) - first
+        images = torch.cat((first - first.mean((2, 3), keepdim=True), change), 1)
+        return torch.cat((flow / FINE, CONTRAST * images), 1)
 
     def set_tolerance(self) -> None:
         """Loose in training."""
