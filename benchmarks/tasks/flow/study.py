@@ -71,10 +71,10 @@ def photographs(models: Models, tested: Tested) -> Iterator[dict[str, str]]:
             }
             for method, model in models.items():
                 row[method] = error(real_flow(model, first, second, tested.columns, CPU), truth)
-                if method == REFINED:
-                    last = model.layer.last
-                    row["iterations"] = str(int(last.iterations))
-                    row["converged"] = "yes" if bool(last.converged) else "no"
+            if REFINED in models:
+                last = models[REFINED].layer.last
+                row["iterations"] = str(int(last.iterations))
+                row["converged"] = "yes" if bool(last.converged) else "no"
             yield row
 
 
@@ -89,7 +89,10 @@ def cuts(models: Models, tested: Tested) -> Iterator[dict[str, str]]:
     model = models[REFINED]
     yield {"flow": "its net's own", "EPE": test_error(unread(model), tested)}
     for most in CUTS:
-        yield {"flow": f"{most} iterations", "EPE": test_error(cut(model, most), tested)}
+        yield {
+            "flow": f"{most} iteration{'s' if most > 1 else ''}",
+            "EPE": test_error(cut(model, most), tested),
+        }
     yield {"flow": "converged", "EPE": test_error(model, tested)}
 
 
@@ -168,7 +171,8 @@ def row(first: Tensor, truth: Tensor, flows: Mapping[str, Tensor]) -> list[Tile]
         flows: by method, [2, H, W].
     """
     length = torch.linalg.vector_norm(truth, dim=0)[known(truth)]
-    largest = max(float(length.max()), 1e-6)
+    # A small thing that moves far must not leave all else white.
+    largest = max(float(length.quantile(0.95)), float(length.max()) / 4, 1e-6)
     shown = [("first image", first.permute(1, 2, 0)), ("true flow", colours(truth, largest))]
     for method in (NET, REFINED):
         if method in flows:
