@@ -208,6 +208,22 @@ def test_the_penalty_holds_a_step_that_is_no_contraction():
     assert all(p.grad is None for p in model.net.parameters())
 
 
+@pytest.mark.parametrize("method", list(KINDS))
+def test_autocast_trains_too(method):
+    first, second = images(48, 64)
+    model = refined(method).train()
+    if method != NET:
+        read_something(model)
+    exact = model(first, second)[0][0].detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        flows, penalty = model(first, second)
+        loss = flow_task.loss(flows, torch.ones(2, 2, 48, 64)).sum() + penalty
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert (flows[0].float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
 def test_an_impossible_net_is_refused():
     with pytest.raises(ValueError, match=r"width must be above 0 \(got 0\)"):
         FlowNetS(0)

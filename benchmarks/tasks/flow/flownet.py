@@ -152,11 +152,12 @@ def warped(second: Tensor, flow: Tensor) -> Tensor:
         flow: [B, 2, H, W], in pixels of this size.
     """
     rows, columns = second.shape[-2:]
+    flow = flow.to(second.dtype)  # in bfloat16 there are no places between pixels
     x = torch.arange(columns, device=flow.device) + flow[:, 0]
     y = torch.arange(rows, device=flow.device)[:, None] + flow[:, 1]
     # From 0, ..., n - 1 to -1, ..., 1.
     places = [2 * t / max(1, n - 1) - 1 for t, n in ((x, columns), (y, rows))]
-    grid = torch.stack(places, -1).to(second.dtype)
+    grid = torch.stack(places, -1)
     return F.grid_sample(second, grid, padding_mode="border", align_corners=True)
 
 
