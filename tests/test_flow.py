@@ -440,7 +440,7 @@ def test_generated_pairs_train_and_are_studied(tmp_path):
     assert [row["flow"] for row in gives][-2:] == ["16 iterations", "converged"]
     assert float(gives[-1]["EPE"]) == pytest.approx(float(gives[-2]["EPE"]), abs=2e-3)
     assert 0 < float(radius[0]["worst"]) < 1
-    with Image.open(tmp_path / "pictures-generated.jpg") as picture:
+    with Image.open(tmp_path / "published" / "pictures.jpg") as picture:
         assert picture.width == 4 * (study.TILE + 4) - 4
     assert not (tmp_path / "pictures.jpg").exists()
 

@@ -30,12 +30,13 @@ from ..machine import facts
 from ..tables import text_table
 from . import checkpoint, page, timing
 from .denoising.task import Denoise
+from .flow.task import Flow
 from .multilabel.bibtex import Multilabel
 from .task import Settings, Task
 from .training import Place, Run, place, read
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Multilabel("bibtex"), Multilabel("enron"), Denoise())
+    task.name: task for task in (Multilabel("bibtex"), Multilabel("enron"), Denoise(), Flow())
 }
 
 

@@ -16,21 +16,26 @@ from fpi_cuda.contraction import jacobian_radius
 
 from .. import checkpoint
 from ..task import Settings
+from . import chairs
 from .colour import colours
 from .files import known, read_pair
 from .flownet import Refined
+from .scenes import Album, scene
 from .task import (
     KINDS,
     NET,
     REFINED,
+    SEED,
     Flow,
     Tested,
     end_point_error,
     errors,
     estimate,
     real_flow,
+    size_of,
 )
 
+FIRST_SHOWN = 2_000_000  # of the generator's indices: no training or test pair has them
 CUTS = (1, 2, 4, 8, 16)  # iterations
 POWER = 60  # iterations, for the spectral radius
 SHOWN = 6  # rows of a picture
@@ -154,12 +159,18 @@ def real_rows(models: Models, tested: Tested) -> Iterator[list[Tile]]:
             yield row(first, truth, flows)
 
 
-def generated_rows(models: Models, tested: Tested) -> Iterator[list[Tile]]:
-    """A row a test pair, of the first ones."""
-    for i in range(min(SHOWN, len(tested.pairs))):
-        first, second, truth = tested.pairs[torch.tensor([i])]
-        flows = {method: estimate(model, first, second, CPU)[0] for method, model in models.items()}
-        yield row(first[0], truth[0], flows)
+def made_rows(models: Models, size: tuple[int, int]) -> Iterator[list[Tile]]:
+    """A row a pair of this width and height that none trains on, of scikit-image's photographs."""
+    album = Album(chairs.shipped())
+    for i in range(SHOWN):
+        pictures = scene(album, size, SEED, FIRST_SHOWN + i).pair(size)
+        first, second, truth = (torch.from_numpy(np.ascontiguousarray(t)) for t in pictures)
+        first, second = first.permute(2, 0, 1), second.permute(2, 0, 1)
+        flows = {
+            method: estimate(model, first[None], second[None], CPU)[0]
+            for method, model in models.items()
+        }
+        yield row(first, truth, flows)
 
 
 def row(first: Tensor, truth: Tensor, flows: Mapping[str, Tensor]) -> list[Tile]:
@@ -207,8 +218,8 @@ def scaled(pixels: Tensor) -> Image.Image:
 def study(task: Flow, folder: Path, data: Path | None) -> dict[str, Table]:
     """The tables of the page from seed 0 of the runs in the folder; pictures go into that.
 
-    Writes pictures.jpg, of the real pairs where the data have some, and pictures-generated.jpg, of
-    test pairs.
+    Writes pictures.jpg, of the real pairs where the data have some, and published/pictures.jpg, of
+    pairs of scikit-image's photographs, which others may see.
     """
     models, tested = trained(task, folder, data)
     if tested is None:
@@ -223,7 +234,9 @@ def study(task: Flow, folder: Path, data: Path | None) -> dict[str, Table]:
         tables["Spectral radius of ∂g/∂x at the fixed point (test pairs)"] = [
             *radii(models, tested)
         ]
+    rows, columns = size_of(tested.pairs.pairs[0])
+    size = columns, rows
     if tested.real:
         picture(folder / "pictures.jpg", [*real_rows(models, tested)])
-    picture(folder / "pictures-generated.jpg", [*generated_rows(models, tested)])
+    picture(folder / "published" / "pictures.jpg", [*made_rows(models, size)])
     return {title: rows for title, rows in tables.items() if rows}

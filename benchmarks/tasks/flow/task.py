@@ -17,7 +17,7 @@ from . import chairs
 from .files import Pair, Pairs, find_pairs, known, read_pair, split
 from .flownet import SCALES, UNIT, Refined, enlarged
 
-NET, REFINED, ONCE = "FlowNetS", "FlowNetS + FPI", "FlowNetS + FPI, applied once"
+NET, REFINED, ONCE = "FlowNetS", "FlowNetS+FPI", "FlowNetS+FPI-once"
 KINDS = {NET: "net", REFINED: "fixed point", ONCE: "once"}
 WEIGHTS = (0.005, 0.01, 0.02, 0.08, 0.32)  # of the losses at the scales, finest first
 VALIDATION = 0.1  # of the training pairs
@@ -67,6 +67,7 @@ class Flow(Task):
     lower_is_better = True
     needs_data = False
     methods = tuple(KINDS)
+    curves: Mapping[str, str] = {"figure-1": "test EPE"}
     pairs = ((REFINED, NET), (REFINED, ONCE))
 
     def settings(self, method: str) -> Settings:
