@@ -60,6 +60,11 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.lstrip('+')}}"
 
 
+def form(values: Sequence[float]) -> str:
+    """Two digits after the point; three for small figures."""
+    return ".2f" if statistics.mean(values) >= 2 else ".3f"
+
+
 def table(rows: Sequence[dict[str, str]]) -> Table:
     """Of rows whose columns may differ."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -73,7 +78,8 @@ def results_table(content: Content) -> Table:
         figures, epochs = [run["test"] for run in runs], [run["epochs"] for run in runs]
         row = {"method": method, "seeds": str(len(runs)), "parameters": str(runs[0]["parameters"])}
         for name in figures[0]:
-            row[name] = spread([f[name] for f in figures], ".2f")
+            values = [f[name] for f in figures]
+            row[name] = f"{sum(values):.0f}" if name == "failed" else spread(values, form(values))
         row["epochs"] = spread([len(e["loss"]) for e in epochs], ".0f")
         if "steps" in epochs[0]:
             row["steps"] = spread([sum(e["steps"]) for e in epochs], ".0f")
@@ -93,7 +99,8 @@ def pairs_table(content: Content) -> Table:
         seeds = sorted(a.keys() & b.keys())
         row = {"method": pair[0], "minus": pair[1], "seeds": str(len(seeds))}
         for name in [name for name in a[seeds[0]] if name in b[seeds[0]]] if seeds else []:
-            row[name] = spread([a[seed][name] - b[seed][name] for seed in seeds], "+.2f")
+            less = [a[seed][name] - b[seed][name] for seed in seeds]
+            row[name] = spread(less, "+" + form([a[seed][name] for seed in seeds]))
         rows.append(row)
     return table(rows)
 
@@ -158,7 +165,7 @@ def sections(content: Content, path: Path) -> Iterator[str]:
         yield markdown_table(table(rows))
     for method, tried in content["tuned"].items():
         score = next(k for k in tried[0] if k not in ("settings", "seeds"))
-        yield f"### {method}: what was tried, {tried[0]['seeds']} seeds, chosen on validation"
+        yield f"### {method}: what was tried, seeds: {tried[0]['seeds']}, chosen on validation"
         yield markdown_table(tuned_table(tried, score))
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..plot import COLOURS, STYLE, Look, Page, Picture, label_ends, label_room, save
 
 Content = Mapping[str, Any]
+Log = Mapping[str, Sequence[float]]  # a figure's values by epoch
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 assert set(COLOURS.values()) <= {*PALETTE}
 
@@ -56,15 +58,12 @@ def epochs(content: Content, name: str, title: str) -> Figure:
     """
     groups = by_method(content)
     timed = any(run["settings"].get("seconds") for run in content["runs"])
-    about = "mean over the seeds still running; the band is their range"
+    about = f"mean over the seeds{'' if timed else ' still running'}; the band is their range"
     page = Page(content["facts"], title, about, right=label_room(groups))
     ax, ends, late = page.axes(), {}, list[float]()
     for (method, runs), style in zip(groups.items(), looks(list(groups)).values(), strict=True):
-        columns = by_epoch([run["epochs"][name] for run in runs])
+        x, columns = (by_time if timed else by_epoch)([run["epochs"] for run in runs], name)
         means = [*map(mean, columns)]
-        x = [float(i) for i in range(1, len(means) + 1)]
-        if timed:
-            x = [*map(mean, by_epoch([[*accumulate(r["epochs"]["seconds"])] for r in runs]))]
         ax.plot(x, means, color=style.colour, linewidth=1.4)
         late += means[len(means) // 4 :]
         ax.fill_between(
@@ -79,9 +78,21 @@ def epochs(content: Content, name: str, title: str) -> Figure:
     return page.figure
 
 
-def by_epoch(rows: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Of rows of different lengths, the values that there are at each place."""
-    return [[row[i] for row in rows if i < len(row)] for i in range(max(map(len, rows)))]
+def by_epoch(logs: Sequence[Log], name: str) -> tuple[list[float], list[list[float]]]:
+    """The epochs from 1, and at each the figures of the runs that reached it."""
+    rows = [log[name] for log in logs]
+    columns = [[row[i] for row in rows if i < len(row)] for i in range(max(map(len, rows)))]
+    return [float(i) for i in range(1, len(columns) + 1)], columns
+
+
+def by_time(logs: Sequence[Log], name: str) -> tuple[list[float], list[list[float]]]:
+    """Mean seconds at equal parts of the runs' times, and the figures there, interpolated."""
+    ends = [np.cumsum(log["seconds"]) for log in logs]
+    count = min(map(len, ends))
+    parts = np.arange(1, count + 1) / count
+    rows = [np.interp(parts * end[-1], end, log[name]) for end, log in zip(ends, logs, strict=True)]
+    x = parts * mean(float(end[-1]) for end in ends)
+    return x.tolist(), np.stack(rows, 1).tolist()
 
 
 def solves(content: Content) -> Figure:
@@ -101,6 +112,7 @@ def solves(content: Content) -> Figure:
         for method, runs in groups.items():
             bars(ax, runs, key, method, colours[method])
         ax.set(xlabel=label)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if i == 0:
             ax.set(ylabel="share of samples")
             ax.legend(fontsize=7, frameon=False)
