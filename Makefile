@@ -36,6 +36,7 @@ soak: build
 
 bench: build
 	$(PY) -m benchmarks quick
+	rm -rf build/denoise
 	$(PY) -m benchmarks.tasks denoise train --methods FPI_NN-25 feedforward-25 --seeds 0 --set epochs=2 \
 		--threads 1 --out build/denoise
 

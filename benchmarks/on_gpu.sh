@@ -61,8 +61,8 @@ bench() {
   return $wrong
 }
 
-# The paper's experiments; DATA: the folder of data sets. Not among all. Resumable: what is done is
-# not done again. TASKS: some of them. PAIRS: of optical flow; the paper's count by default.
+# The paper's experiments; DATA: the folder of data sets, from the repository's root. Not among all.
+# Resumable: what is done is not done again. TASKS: some of them. PAIRS: of optical flow; the paper's count by default.
 tasks() {
   local task out=runs/cuda size pairs
   for task in ${TASKS:-denoise flow bibtex}; do
@@ -83,7 +83,8 @@ tasks() {
     esac
     "$PYTHON" -m benchmarks.tasks "$task" train "$@"
     "$PYTHON" -m benchmarks.tasks "$task" study "$@"
-    "$PYTHON" -m benchmarks.tasks "$task" report "$@"
+    [ "$task" = bibtex ] || "$PYTHON" -m benchmarks.tasks "$task" time "$@"
+    "$PYTHON" -m benchmarks.tasks "$task" report --device cuda --out "$out"
   done
 }
 

@@ -17,7 +17,16 @@ from benchmarks.tasks.denoising.task import METHODS, Denoise, Denoiser, FromZero
 from fpi_cuda import ConvStep, FixedPointLayer
 
 DATA = ROOT.parent / "shared" / "data"
+CPU = torch.device("cpu")
 SMALL = ["--set", "channels=4", "hidden=6", "patches=40", "tests=1", "validation=1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -191,6 +200,18 @@ def test_the_two_nets_have_one_g_and_one_readout():
     )
 
 
+@pytest.mark.parametrize("method", ["FPI_NN-25", "feedforward-25", "unrolled-25"])
+def test_autocast_trains_too(method):
+    torch.manual_seed(0)
+    net = Denoiser(options() | METHODS[method])
+    with torch.autocast("cpu", torch.bfloat16):
+        estimate, penalty = net(torch.rand(2, 1, 40, 40))
+        ((estimate - 0.5).square().mean() + penalty).backward()
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
 @pytest.mark.parametrize("size", [(1, 1), (37, 53), (8, 130)])
 def test_images_of_any_size(size):
     net = Denoiser(options()).eval()
@@ -224,7 +245,7 @@ def test_the_penalty_pulls_a_wild_step_back():
 def run(task, folder, data, **values):
     small = {"channels": 4, "hidden": 6, "patches": 24, "tests": 1, "validation": 1}
     settings = task.settings("FPI_NN-25").with_values(**small | values)
-    place = training.Place(torch.device("cpu"))
+    place = training.Place(CPU)
     return training.Run(task, settings, task.load(data, settings, folder), folder, place)
 
 
@@ -300,12 +321,32 @@ def test_the_feedforward_net_is_given_the_same_time(data, tmp_path, monkeypatch,
     (timed,) = json.loads((out / "denoise" / "times.json").read_text()).values()
     assert [row["method"] for row in timed] == methods
     assert timed[0]["of the first"] == "1.00" and float(timed[0]["iterations"]) > 1
+    assert all(row["weights"].startswith("epoch") for row in timed)
     assert "A training step, in turns" in text
     assert content["pictures"] == ["pictures.jpg"]
     names = {p.name.split("-denoise-")[1] for p in (docs / "plots").glob("*")}
     wanted = {"loss-25.svg", "score-25.svg", "solves-25.svg", "pictures.jpg"}
     assert wanted <= names
     assert not any("-15" in name for name in names)
+
+
+def test_a_finished_run_of_equal_time_is_not_done_again(data, tmp_path, capsys):
+    out = tmp_path / "runs"
+    given = ["--data", str(data), "--out", str(out), "--seeds", "0", *SMALL, "epochs=2"]
+    assert program.main(["denoise", "train", *given, "--methods", "FPI_NN-25"]) == 0
+    path = out / "denoise/FPI_NN-25/seed-0/result.json"
+    result = json.loads(path.read_text())
+    for entry, seconds in zip(result["log"], (0.1437641, 0.1437642), strict=True):
+        entry["seconds"] = seconds
+    path.write_text(json.dumps(result))
+    given += ["--methods", "feedforward-25"]
+    for _ in range(2):
+        assert program.main(["denoise", "train", *given]) == 0
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first == second
+    path.write_text(json.dumps(result | {"threads": 64}))
+    assert program.main(["denoise", "train", *given]) == 1
+    assert "with threads 64 (got 1)" in capsys.readouterr().err
 
 
 def test_without_data_scikit_images_photographs_are_denoised(tmp_path):

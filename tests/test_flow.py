@@ -434,7 +434,7 @@ def test_generated_pairs_train_and_are_studied(tmp_path):
         assert (tmp_path / "pairs-64x48-16-8").is_dir()
         result = Run(task, settings, parts, tmp_path / method / "seed-0", Place(CPU)).finish()
         assert 0 < result["test"]["EPE"] < 20
-    tables = task.study(tmp_path, None)
+    tables = task.study(tmp_path, None, CPU)
     assert len(tables) == 2  # there are no photographs
     gives, radius = tables.values()
     assert [row["flow"] for row in gives][-2:] == ["16 iterations", "converged"]
@@ -446,7 +446,7 @@ def test_generated_pairs_train_and_are_studied(tmp_path):
 
 
 def test_nothing_trained_gives_no_tables(tmp_path):
-    assert Flow().study(tmp_path, None) == {}
+    assert Flow().study(tmp_path, None, CPU) == {}
 
 
 def test_the_error_of_a_picture_is_of_its_pixels(tmp_path):
@@ -476,7 +476,7 @@ def test_the_real_pairs_are_evaluated(tmp_path):
     result = Run(task, settings, parts, tmp_path / REFINED / "seed-0", Place(CPU)).finish()
     for name in ("EPE, chairs", "EPE, Middlebury"):
         assert 1 < result["test"][name] < 50
-    rows = next(iter(task.study(tmp_path, DATA).values()))
+    rows = next(iter(task.study(tmp_path, DATA, CPU).values()))
     assert len(rows) == 17
     # The mean lengths that the data's own page tells.
     still = {row["pair"]: float(row["no motion"]) for row in rows}

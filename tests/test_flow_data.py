@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -462,7 +464,9 @@ def test_the_flow_takes_the_second_photograph_back(made):
 
 
 def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+    """Of the whole files; a program that was killed may leave a part of one."""
+    whole = [p for p in folder.rglob("*.*") if p.suffix != ".part"]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in whole}
 
 
 def test_generate_writes_the_published_layout(made):
@@ -592,6 +596,22 @@ def test_the_command_line(tmp_path, monkeypatch):
     assert files.read_pair(test[0])[0].shape == (3, 24, 32)
     with pytest.raises(SystemExit, match=r"seed 0 \(got seed 1\)"):
         chairs.main([*arguments, "--seed", "1"])
+
+
+def test_two_programs_may_make_one_folder_at_once(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.tasks.flow.chairs", str(tmp_path / "set")]
+    command += ["--train", "12", "--test", "2", "--size", "48", "32"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    programs = [
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for program in programs:
+        _, errors = program.communicate()
+        assert program.returncode == 0, errors
+    train, test = files.split(tmp_path / "set")
+    assert (len(train), len(test)) == (12, 2)
+    assert not [path for path in (tmp_path / "set").rglob("*") if path.suffix == ".part"]
 
 
 def test_photographs_are_scikit_images_and_the_folders(tmp_path):

@@ -182,7 +182,7 @@ def recipe(**values):
     return (
         Multilabel("small")
         .settings("FPI_NN")
-        .with_values(epochs=4, batch=48, hidden=16, state=6, **values)
+        .with_values(**{"epochs": 4, "batch": 48, "hidden": 16, "state": 6} | values)
     )
 
 
@@ -274,6 +274,21 @@ def test_a_killed_run_ends_as_if_it_had_not_been(data, tmp_path):
     assert same(resumed, json.loads((other / "small/FPI_NN/seed-0/result.json").read_text()))
     a, b = (checkpoint.load(p / "small/FPI_NN/seed-0/best.pt") for p in (out, other))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_every_process_must_have_a_row_of_each_batch(data, tmp_path):
+    where = training.Place(torch.device("cpu"), world=25)
+    with pytest.raises(ValueError, match=r"a sample for each process \(got 24 for 25\)"):
+        run(tmp_path / "run", data, recipe(batch=26), where).finish()  # 180 = 6 * 26 + 24
+
+
+def test_batches_made_ahead_are_the_same_ones():
+    batches = [(torch.tensor(i),) for i in range(5)]
+    where = training.Place(torch.device("cuda"))
+    assert list(training.ahead(iter(batches), where)) == batches
+    taken = training.ahead(iter(batches), where)
+    assert next(taken) is batches[0]
+    taken.close()
 
 
 def test_two_processes_end_as_one_does(data, tmp_path):

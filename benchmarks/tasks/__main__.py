@@ -18,12 +18,13 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from .. import records
 from ..machine import facts
@@ -32,7 +33,7 @@ from . import checkpoint, page, timing
 from .denoising.task import Denoise
 from .flow.task import Flow
 from .multilabel.bibtex import Multilabel
-from .task import Settings, Task
+from .task import Parts, Settings, Task
 from .training import Place, Run, place, read
 
 TASKS: dict[str, Task] = {
@@ -88,7 +89,7 @@ def settings(task: Task, method: str, seed: int, given: argparse.Namespace) -> S
     return task.quick(chosen) if given.quick else chosen
 
 
-def timed(task: Task, settings: Settings, given: argparse.Namespace) -> Settings:
+def timed(task: Task, settings: Settings, given: argparse.Namespace, where: Place) -> Settings:
     """With the time that another method's run took, where the task says whose."""
     other = task.as_long_as(settings.method)
     if other is None or settings.seconds:
@@ -99,7 +100,26 @@ def timed(task: Task, settings: Settings, given: argparse.Namespace) -> Settings
             f"{settings.method}: is trained as long as {other}, and {path} must be its result; "
             "train that first, or give a time by --set seconds=60"
         )
-    return replace(settings, seconds=sum(entry["seconds"] for entry in read(path)["log"]))
+    result = read(path)
+    here = {"threads": torch.get_num_threads(), "processes": where.world}
+    for name, value in here.items():
+        if result[name] != value:
+            raise ValueError(
+                f"{settings.method}: must compute as {path} did, whose time it is given, with "
+                f"{name} {result[name]} (got {value}); see --threads and torchrun"
+            )
+    total = sum(entry["seconds"] for entry in result["log"])
+    return replace(settings, seconds=float(f"{total:.6g}"))  # as a result keeps numbers
+
+
+def loaded(task: Task, chosen: Settings, given: argparse.Namespace, where: Place) -> Parts:
+    """The data; the first of several processes may make them, the others wait for it."""
+    if where.rank > 0:
+        dist.barrier()
+    parts = task.load(given.data, chosen, work(task, given))
+    if where.rank == 0 and where.world > 1:
+        dist.barrier()
+    return parts
 
 
 def work(task: Task, given: argparse.Namespace) -> Path:
@@ -109,8 +129,8 @@ def work(task: Task, given: argparse.Namespace) -> Path:
 
 def train(task: Task, given: argparse.Namespace, where: Place) -> None:
     for method, seed in itertools.product(given.methods, given.seeds[: 1 if given.quick else None]):
-        chosen = timed(task, settings(task, method, seed, given), given)
-        parts = task.load(given.data, chosen, work(task, given))
+        chosen = timed(task, settings(task, method, seed, given), given, where)
+        parts = loaded(task, chosen, given, where)
         run = Run(task, chosen, parts, home(given, method, seed), where)
         result = run.finish()
         if run.first:
@@ -131,11 +151,15 @@ def tune(task: Task, given: argparse.Namespace, where: Place) -> None:
             name, scores = ",".join(f"{k}={v}" for k, v in point.items()), []
             for seed in given.seeds:
                 chosen = settings(task, method, seed, given).with_values(**point)
+                chosen = timed(task, chosen, given, where)
                 path = given.out / given.task / "tune" / method / name / f"seed-{seed}"
-                parts = task.load(given.data, chosen, work(task, given))
+                parts = loaded(task, chosen, given, where)
                 result = Run(task, chosen, parts, path, where).finish()
                 scores.append(result["best"]["validation"][task.score])
-            tried.append({"settings": point, "seeds": len(scores), task.score: mean(scores)})
+            length = {"seconds" if chosen.seconds else "epochs": chosen.seconds or chosen.epochs}
+            tried.append(
+                {"settings": point | length, "seeds": len(scores), task.score: mean(scores)}
+            )
         tried.sort(key=lambda row: row[task.score], reverse=not task.lower_is_better)
         if where.rank == 0:
             path = given.out / given.task / "tune" / f"{method}.json"
@@ -155,7 +179,7 @@ def evaluate(task: Task, given: argparse.Namespace, where: Place) -> None:
         found += 1
         state = checkpoint.load(path)
         kept = Settings(**state["settings"])
-        parts = task.load(given.data, kept, work(task, given))
+        parts = loaded(task, kept, given, where)
         model = task.model(kept, parts).to(where.device)
         model.load_state_dict(state["model"])
         figures = task.test(model.eval(), parts.test, where.device, state["best"]["validation"])
@@ -169,7 +193,7 @@ def evaluate(task: Task, given: argparse.Namespace, where: Place) -> None:
 
 def examine(task: Task, given: argparse.Namespace, where: Place) -> None:
     """Tables about the trained nets of seed 0."""
-    tables = task.study(given.out / given.task, given.data)
+    tables = task.study(given.out / given.task, given.data, where.device)
     if not tables:
         raise FileNotFoundError(
             f"study: {given.out / given.task} must hold seed-0/best.pt of a method that solves; "
@@ -181,13 +205,22 @@ def examine(task: Task, given: argparse.Namespace, where: Place) -> None:
 
 
 def clocked(task: Task, given: argparse.Namespace, where: Place) -> None:
-    """Time a training step of each method."""
-    runs = {}
+    """Time a training step of each method, at the best weights of seed 0 where there are some.
+
+    Fresh weights contract more, and take fewer iterations.
+    """
+    runs, epochs = {}, {}
     for method in given.methods:
         chosen = settings(task, method, 0, given)
-        parts = task.load(given.data, chosen, work(task, given))
-        runs[method] = Run(task, chosen, parts, home(given, method, 0), where)
-    rows = timing.rows(runs, where)
+        run = Run(task, chosen, loaded(task, chosen, given, where), home(given, method, 0), where)
+        runs[method], epochs[method] = run, "fresh"
+        path = run.folder / "best.pt"
+        if path.exists():
+            state = checkpoint.load(path)
+            if state["settings"]["options"] == asdict(chosen)["options"]:
+                run.model.load_state_dict(state["model"])
+                epochs[method] = f"epoch {state['best']['epoch']}"
+    rows = [row | {"weights": epochs[row["method"]]} for row in timing.rows(runs, where)]
     path = work(task, given) / "times.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     title = f"A training step, in turns ({given.device}, {torch.get_num_threads()} threads)"

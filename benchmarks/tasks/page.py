@@ -77,7 +77,7 @@ def results_table(content: Content) -> Table:
     for method, runs in pictures.by_method(content).items():
         figures, epochs = [run["test"] for run in runs], [run["epochs"] for run in runs]
         row = {"method": method, "seeds": str(len(runs)), "parameters": str(runs[0]["parameters"])}
-        for name in figures[0]:
+        for name in [name for name in figures[0] if all(name in f for f in figures)]:
             values = [f[name] for f in figures]
             row[name] = f"{sum(values):.0f}" if name == "failed" else spread(values, form(values))
         row["epochs"] = spread([len(e["loss"]) for e in epochs], ".0f")
@@ -98,7 +98,8 @@ def pairs_table(content: Content) -> Table:
         a, b = ({run["settings"]["seed"]: run["test"] for run in found[m]} for m in pair)
         seeds = sorted(a.keys() & b.keys())
         row = {"method": pair[0], "minus": pair[1], "seeds": str(len(seeds))}
-        for name in [name for name in a[seeds[0]] if name in b[seeds[0]]] if seeds else []:
+        both = [figures[seed] for figures in (a, b) for seed in seeds]
+        for name in [name for name in both[0] if all(name in f for f in both)] if both else []:
             less = [a[seed][name] - b[seed][name] for seed in seeds]
             row[name] = spread(less, "+" + form([a[seed][name] for seed in seeds]))
         rows.append(row)
@@ -142,10 +143,12 @@ def tuned_table(tried: Sequence[dict[str, Any]], score: str) -> Table:
 def sections(content: Content, path: Path) -> Iterator[str]:
     facts = content["facts"]
     yield f"## {path.stem}, on {facts['device_name']}"
+    trained = sorted({run["commit"] for run in content["runs"] if run.get("commit")})
     yield (
         f"`{facts['command']}` at commit `{facts['commit']}`, {facts['timestamp']}, "
         f"{facts['threads']} threads, torch {facts['versions']['torch']}. Mean ± standard "
         "deviation over the seeds."
+        + (f" Trained at {', '.join(f'`{commit}`' for commit in trained)}." if trained else "")
     )
     yield markdown_table(results_table(content))
     compared = pairs_table(content)

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,6 +103,7 @@ class Run:
             self._must_agree(done, result["settings"])
             return result
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._must_share()
         self._resume()
         parallel = DistributedDataParallel(self.model) if self.where.world > 1 else self.model
         name = f"{self.settings.method}, seed {self.settings.seed}"
@@ -138,13 +140,13 @@ class Run:
         batches = torch.randperm(len(self.parts.train), generator=generator).split(settings.batch)
         self.model.train()
         start, total, seen, steps, solves = clock(where), 0.0, 0, 0, Solves()
-        for rows in batches:
+        drawn = (self.task.batch(self.parts.train[rows], settings, generator) for rows in batches)
+        for rows, batch in zip(batches, ahead(drawn, where), strict=True):
             elapsed = same(clock(where) - start, where)
             progress = self._progress(epoch + steps / len(batches), elapsed)
             if steps and progress >= 1:
                 break  # the time is up
             self.optimizer.param_groups[0]["lr"] = self._rate(progress)
-            batch = self.task.batch(self.parts.train[rows], settings, generator)
             losses = self.step(parallel, where.share(batch), len(rows))
             total += float(losses.sum())
             seen += len(rows)
@@ -221,6 +223,16 @@ class Run:
             lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
             (self.folder / "log.jsonl").write_text(lines)
 
+    def _must_share(self) -> None:
+        """Every process must have a row of every batch."""
+        batch, count = self.settings.batch, len(self.parts.train)
+        smallest = min(batch, count % batch or batch)
+        if smallest < self.where.world:
+            raise ValueError(
+                f"{self.settings.method}: every batch must have a sample for each process (got "
+                f"{smallest} for {self.where.world}); use fewer processes, or --set batch="
+            )
+
     def _must_agree(self, path: Path, settings: dict[str, Any]) -> None:
         mine = asdict(self.settings)
         other = [
@@ -238,11 +250,13 @@ class Run:
         state = checkpoint.load(self.folder / "best.pt")
         self.model.load_state_dict(state["model"])
         model = self.model.eval()
-        test = self.task.test(model, self.parts.test, self.where.device, self.best["validation"])
+        test = self.task.test(
+            model, self.parts.test, self.where.device, state["best"]["validation"]
+        )
         result = {
             "task": self.task.name,
             "settings": asdict(self.settings),
-            "best": self.best,
+            "best": state["best"],
             "test": test,
             "parameters": sum(p.numel() for p in model.parameters()),
             "processes": self.where.world,
@@ -252,6 +266,8 @@ class Run:
         }
         if self.first:
             records.save(self.folder / "result.json", result)
+        if self.where.world > 1:
+            dist.barrier()  # another run may look for it
         return result
 
 
@@ -271,6 +287,18 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} must be the result of a run (got {error}); delete it, and the same command "
             "makes it anew from the checkpoints"
         ) from error
+
+
+def ahead(batches: Iterator[Batch], where: Place) -> Iterator[Batch]:
+    """The same batches; for a GPU, each is made while the one before trains."""
+    if where.device.type == "cpu":
+        yield from batches
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
 
 
 def clock(where: Place) -> float:

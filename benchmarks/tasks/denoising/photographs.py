@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import images
 
 TRAIN, TESTS = "Train400", ("BSD68", "Set12")
+NOISE = 2000  # the seed of the first test photograph's
 # A photograph that would train and of which a test photograph holds 180 × 106 pixels: Set12's 04.
 SHARED = "test_020"
 # Of scikit-image's photographs, these test where there is no other data; the rest trains.

@@ -20,7 +20,7 @@ from fpi_cuda.contraction import jacobian_radius
 
 from ..task import Task
 from ..trained import nets
-from .photographs import Noisy, Photographs, psnr, read
+from .photographs import BUNDLED_TESTS, NOISE, Noisy, Photographs, psnr, read
 
 SIGMA = 25
 METHODS = (f"feedforward-{SIGMA}", f"FPI_NN-{SIGMA}")
@@ -34,14 +34,13 @@ Nets = dict[str, Any]
 
 @torch.no_grad()
 def denoised(net: Any, sample: Noisy, most: int | None = None) -> Tensor:
-    """The estimate [1, 1, H, W]; of a solve cut after `most` iterations if that is given."""
-    layer = net.layer
-    if most is None or not isinstance(layer, FixedPointLayer):
-        return net(sample.noisy[None, None])[0]
+    """The estimate [1, 1, H, W], on the CPU; of a solve cut after `most` iterations if given."""
+    z = sample.noisy[None, None].to(net.readout.weight.device)
     kept = net.options
-    net.options = {**kept, "iterations": most, "rtol": 0.0}
+    if most is not None:
+        net.options = {**kept, "iterations": most, "rtol": 0.0}
     try:
-        return net(sample.noisy[None, None])[0]
+        return net(z)[0].cpu()
     finally:
         net.options = kept
 
@@ -57,7 +56,9 @@ def score(net: Any, samples: Sequence[Noisy], most: int | None = None) -> tuple[
 
 
 def noisy(clean: dict[str, Tensor], sigma: float) -> list[Noisy]:
-    return [Noisy.of(name, image, sigma, i) for i, (name, image) in enumerate(clean.items())]
+    return [
+        Noisy.of(name, image, sigma, NOISE + i) for i, (name, image) in enumerate(clean.items())
+    ]
 
 
 def span(values: Sequence[int]) -> str:
@@ -101,7 +102,7 @@ def cut(found: Nets, clean: dict[str, Tensor]) -> Iterator[dict[str, str]]:
 def sizes(found: Nets, image: Tensor) -> Iterator[dict[str, str]]:
     """Crops of one photograph, and all of it."""
     for height, width in (*SIDES, image.shape):
-        sample = Noisy.of("", image[:height, :width], SIGMA, 0)
+        sample = Noisy.of("", image[:height, :width], SIGMA, NOISE)
         row = {"height × width": f"{height} × {width}"}
         for method, net in found.items():
             value, iterations = score(net, [sample])
@@ -114,7 +115,7 @@ def sizes(found: Nets, image: Tensor) -> Iterator[dict[str, str]]:
 
 def cost(found: Nets, image: Tensor) -> Iterator[dict[str, str]]:
     """Time of an estimate, in turns, and whether the step contracts."""
-    sample = Noisy.of("", image, SIGMA, 0)
+    sample = Noisy.of("", image, SIGMA, NOISE)
     calls: dict[str, Callable[[], Tensor]] = {
         method: lambda net=net: denoised(net, sample) for method, net in found.items()
     }
@@ -134,7 +135,7 @@ def cost(found: Nets, image: Tensor) -> Iterator[dict[str, str]]:
             ),
         }
         if isinstance(net.layer, FixedPointLayer):
-            z = sample.noisy[None, None, :128, :128]
+            z = sample.noisy[None, None, :128, :128].to(net.readout.weight.device)
             with torch.no_grad():
                 net(z)
             radius, _ = jacobian_radius(net.layer.g, net.layer.last.x, z, iterations=60)
@@ -198,7 +199,7 @@ def picture(path: Path, found: Nets, samples: Sequence[Noisy], side: int = 160) 
     figure.savefig(path, dpi=90, pil_kwargs={"quality": 80})
 
 
-def study(task: Task, folder: Path, data: Path | None) -> dict[str, Rows]:
+def study(task: Task, folder: Path, data: Path | None, device: torch.device) -> dict[str, Rows]:
     """Tables and pictures of the nets of seed 0 for σ = 25; none before both are trained.
 
     What is drawn of the data's photographs stays in the folder; what may be published, of
@@ -207,14 +208,15 @@ def study(task: Task, folder: Path, data: Path | None) -> dict[str, Rows]:
     matplotlib.use("Agg")
     settings = task.settings(METHODS[1])
     parts = task.load(data, settings, folder)
-    found = {method: net for method, net, _ in nets(task, folder, METHODS, parts)}
+    found = {method: net.to(device) for method, net, _ in nets(task, folder, METHODS, parts)}
     if METHODS[1] not in found:
         return {}
     name, clean = list(read(data).tests.items())[-1]
     small = {n: image for n, image in clean.items() if image.numel() <= 256**2} or clean
     largest = max(clean.values(), key=Tensor.numel)
     shipped = all_of(read(None))
-    pictured = noisy({n: shipped[n] for n in PICTURED}, SIGMA)
+    # Without data, most of these train.
+    pictured = noisy({n: shipped[n] for n in (PICTURED if data else BUNDLED_TESTS)}, SIGMA)
     picture(folder / "published" / "pictures.jpg", found, pictured)
     picture(folder / "pictures.jpg", found, noisy(clean, SIGMA))
     choice = best_non_local_means(parts.validation[:5])

@@ -16,7 +16,7 @@ from fpi_cuda import Anderson, ConvStep, FixedPointLayer, ImplicitAdjoint, Toler
 from fpi_cuda.contraction import jacobian_penalty
 
 from ..task import Batch, Figures, Parts, Settings, Task
-from .photographs import Noisy, Patches, psnr, read
+from .photographs import NOISE, Noisy, Patches, psnr, read
 
 Options = Mapping[str, Any]
 
@@ -32,12 +32,13 @@ class FromZero(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         g = self.g
+        form = g.form(z.new_empty(len(z), g.state_channels, *z.shape[2:]), z)
         # The first step's convolution of x = 0 would be a waste of the feedforward net's time.
-        x = torch.conv2d(z, g.input_weight, g.layers[0].bias, padding=g.kernel_size // 2)
+        x = form.u[0]
         for layer in g.layers[1:]:
             x = layer(torch.relu(x))
         for _ in range(self.steps - 1):
-            x = g(x, z)
+            x = form(x)
         return x
 
 
@@ -184,7 +185,7 @@ class Denoise(Task):
         held = min(int(options["validation"]), max(1, len(names) // 5))
         train = [found.train[names[i]] for i in order[held:]]
         validation = noisy({names[i]: found.train[names[i]] for i in order[:held]}, options, 1000)
-        tests = {name: noisy(some, options, 2000) for name, some in found.tests.items()}
+        tests = {name: noisy(some, options, NOISE) for name, some in found.tests.items()}
         return Parts(Patches.of(train, int(options["patches"])), validation, tests)
 
     def model(self, settings: Settings, parts: Parts) -> nn.Module:
@@ -225,10 +226,12 @@ class Denoise(Task):
             figures["failed"] = sum(solved["failed"])
         return figures
 
-    def study(self, folder: Path, data: Path | None) -> Mapping[str, Sequence[Mapping[str, str]]]:
+    def study(
+        self, folder: Path, data: Path | None, device: torch.device
+    ) -> Mapping[str, Sequence[Mapping[str, str]]]:
         from .study import study
 
-        return study(self, folder, data)
+        return study(self, folder, data, device)
 
 
 def noisy(some: Mapping[str, Tensor], options: Options, seed: int) -> list[Noisy]:

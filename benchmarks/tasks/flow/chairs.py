@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -176,8 +177,8 @@ def make(
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Another name to write at; the file gets its own once it is whole."""
-    part = path.with_name(path.name + ".part")
+    """Another name to write at, of this process; the file gets its own once it is whole."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     yield part
     part.replace(path)
 

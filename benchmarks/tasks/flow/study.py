@@ -40,13 +40,14 @@ CUTS = (1, 2, 4, 8, 16)  # iterations
 POWER = 60  # iterations, for the spectral radius
 SHOWN = 6  # rows of a picture
 TILE = 256  # columns of a tile
-CPU = torch.device("cpu")
 Table = list[dict[str, str]]
 Models = Mapping[str, Refined]
 Tile = tuple[str, Tensor]  # its column's name and its pixels, [H, W, 3], uint8
 
 
-def trained(task: Flow, folder: Path, data: Path | None) -> tuple[Models, Tested | None]:
+def trained(
+    task: Flow, folder: Path, data: Path | None, device: torch.device
+) -> tuple[Models, Tested | None]:
     """The nets of seed 0, and what tests them; pairs of those that train the first of them."""
     models: dict[str, Refined] = {}
     tested = None
@@ -60,7 +61,7 @@ def trained(task: Flow, folder: Path, data: Path | None) -> tuple[Models, Tested
         tested = tested or parts.test
         model = task.model(settings, parts)
         model.load_state_dict(state["model"])
-        models[method] = model.eval()
+        models[method] = model.eval().to(device)
     return models, tested
 
 
@@ -75,12 +76,18 @@ def photographs(models: Models, tested: Tested) -> Iterator[dict[str, str]]:
                 "no motion": error(torch.zeros_like(truth), truth),
             }
             for method, model in models.items():
-                row[method] = error(real_flow(model, first, second, tested.columns, CPU), truth)
+                row[method] = error(
+                    real_flow(model, first, second, tested.columns, place(model)), truth
+                )
             if REFINED in models:
                 last = models[REFINED].layer.last
                 row["iterations"] = str(int(last.iterations))
                 row["converged"] = "yes" if bool(last.converged) else "no"
             yield row
+
+
+def place(model: Refined) -> torch.device:
+    return next(model.parameters()).device
 
 
 def error(flow: Tensor, truth: Tensor) -> str:
@@ -108,7 +115,7 @@ def truths(tested: Tested) -> Iterator[Tensor]:
 
 
 def test_error(model: Refined, tested: Tested) -> str:
-    return f"{float(errors(model, tested.pairs, CPU).mean()):.3f}"
+    return f"{float(errors(model, tested.pairs, place(model)).mean()):.3f}"
 
 
 def unread(model: Refined) -> Refined:
@@ -131,7 +138,7 @@ def radii(models: Models, tested: Tested) -> Iterator[dict[str, str]]:
     model, found = models[REFINED], []
     for rows in torch.arange(len(tested.pairs)).split(16):
         first, second, _ = tested.pairs[rows]
-        images = first.float() / 255, second.float() / 255
+        images = [t.to(place(model)).float() / 255 for t in (first, second)]
         with torch.no_grad():
             z = model.inputs(model.net(*images)[0], *images)
             x = model.layer(z)
@@ -153,7 +160,7 @@ def real_rows(models: Models, tested: Tested) -> Iterator[list[Tile]]:
         for pair in pairs[: max(1, SHOWN // len(tested.real))]:
             first, second, truth = read_pair(pair)
             flows = {
-                method: real_flow(model, first, second, tested.columns, CPU)
+                method: real_flow(model, first, second, tested.columns, place(model))
                 for method, model in models.items()
             }
             yield row(first, truth, flows)
@@ -167,7 +174,7 @@ def made_rows(models: Models, size: tuple[int, int]) -> Iterator[list[Tile]]:
         first, second, truth = (torch.from_numpy(np.ascontiguousarray(t)) for t in pictures)
         first, second = first.permute(2, 0, 1), second.permute(2, 0, 1)
         flows = {
-            method: estimate(model, first[None], second[None], CPU)[0]
+            method: estimate(model, first[None], second[None], place(model))[0]
             for method, model in models.items()
         }
         yield row(first, truth, flows)
@@ -215,13 +222,13 @@ def scaled(pixels: Tensor) -> Image.Image:
     return image.resize((TILE, round(TILE * image.height / image.width)))
 
 
-def study(task: Flow, folder: Path, data: Path | None) -> dict[str, Table]:
+def study(task: Flow, folder: Path, data: Path | None, device: torch.device) -> dict[str, Table]:
     """The tables of the page from seed 0 of the runs in the folder; pictures go into that.
 
     Writes pictures.jpg, of the real pairs where the data have some, and published/pictures.jpg, of
     pairs of scikit-image's photographs, which others may see.
     """
-    models, tested = trained(task, folder, data)
+    models, tested = trained(task, folder, data, device)
     if tested is None:
         return {}
     tables: dict[str, Table] = {

@@ -142,10 +142,12 @@ class Flow(Task):
             figures["failed"] = float(row["failed"])
         return figures
 
-    def study(self, folder: Path, data: Path | None) -> Mapping[str, Sequence[Mapping[str, str]]]:
+    def study(
+        self, folder: Path, data: Path | None, device: torch.device
+    ) -> Mapping[str, Sequence[Mapping[str, str]]]:
         from .study import study
 
-        return study(self, folder, data)
+        return study(self, folder, data, device)
 
 
 # --- the pairs -------------------------------------------------------------------------------
