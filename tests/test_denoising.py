@@ -16,17 +16,10 @@ from benchmarks.tasks.denoising.photographs import Noisy, Patches, psnr
 from benchmarks.tasks.denoising.task import METHODS, Denoise, Denoiser, FromZero
 from fpi_cuda import ConvStep, FixedPointLayer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = ROOT.parent / "shared" / "data"
 CPU = torch.device("cpu")
 SMALL = ["--set", "channels=4", "hidden=6", "patches=40", "tests=1", "validation=1"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

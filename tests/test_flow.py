@@ -13,17 +13,10 @@ from benchmarks.tasks.flow.flownet import FlowNetS, Refined
 from benchmarks.tasks.flow.task import KINDS, NET, ONCE, REFINED, Flow
 from benchmarks.tasks.training import Place, Run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = ROOT.parent / "shared" / "data"
 FULL_SIZE = 38_676_506  # parameters of the paper's net
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def images(rows, columns, b=2, seed=0):

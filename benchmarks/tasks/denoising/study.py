@@ -99,18 +99,24 @@ def cut(found: Nets, clean: dict[str, Tensor]) -> Iterator[dict[str, str]]:
         }
 
 
+def each(found: Nets, sample: Noisy) -> dict[str, str]:
+    """PSNR by every net, and what the solve took."""
+    row = {}
+    for method, net in found.items():
+        value, iterations = score(net, [sample])
+        row[method] = f"{value:.2f}"
+        if iterations:
+            row["iterations"] = str(iterations[0])
+            row["converged"] = "yes" if bool(net.layer.last.converged) else "no"
+    return row
+
+
 def sizes(found: Nets, image: Tensor) -> Iterator[dict[str, str]]:
     """Crops of one photograph, and all of it."""
     for height, width in (*SIDES, image.shape):
         sample = Noisy.of("", image[:height, :width], SIGMA, NOISE)
         row = {"height × width": f"{height} × {width}"}
-        for method, net in found.items():
-            value, iterations = score(net, [sample])
-            row[method] = f"{value:.2f}"
-            if iterations:
-                row["iterations"] = str(iterations[0])
-                row["converged"] = "yes" if bool(net.layer.last.converged) else "no"
-        yield row
+        yield row | each(found, sample)
 
 
 def cost(found: Nets, image: Tensor) -> Iterator[dict[str, str]]:
@@ -170,13 +176,7 @@ def images(
         row = {"photograph": sample.name, "height × width": "{} × {}".format(*sample.clean.shape)}
         value = psnr(non_local_means(sample, *choice), sample.clean[None, None]).item()
         row["non-local means"] = f"{value:.2f}"
-        for method, net in found.items():
-            value, iterations = score(net, [sample])
-            row[method] = f"{value:.2f}"
-            if iterations:
-                row["iterations"] = str(iterations[0])
-                row["converged"] = "yes" if bool(net.layer.last.converged) else "no"
-        yield row
+        yield row | each(found, sample)
 
 
 def picture(path: Path, found: Nets, samples: Sequence[Noisy], side: int = 160) -> None:
