@@ -60,15 +60,6 @@ def pytest_terminal_summary(terminalreporter):
             )
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Trainings of small nets are fastest so, and their clock is the processor's."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=["reference", "native"])
 def backend(request):
     if "cpu" not in backends.available().get(request.param, ()) and request.param != "reference":
