@@ -46,10 +46,12 @@ def parameters(module):
 # --- the nets --------------------------------------------------------------------------------
 
 
-@pytest.mark.no_poison
-def test_the_layer_is_less_than_a_ten_thousandth_of_the_full_size_net():
-    with torch.device("meta"):
-        full = FlowNetS(1)
+@pytest.fixture(scope="module")
+def full():
+    return FlowNetS(1)
+
+
+def test_the_layer_is_less_than_a_ten_thousandth_of_the_full_size_net(full):
     assert parameters(full) == FULL_SIZE
     for method in (REFINED, ONCE):
         model = refined(method)
@@ -59,10 +61,7 @@ def test_the_layer_is_less_than_a_ten_thousandth_of_the_full_size_net():
     assert parameters(refined(NET)) == parameters(refined(NET).net)
 
 
-@pytest.mark.no_poison
-def test_the_full_size_net_has_the_papers_channels():
-    with torch.device("meta"):
-        full = FlowNetS(1)
+def test_the_full_size_net_has_the_papers_channels(full):
     convolutions = [m for m in full.stages.modules() if isinstance(m, torch.nn.Conv2d)]
     assert [(c.out_channels, c.kernel_size[0], c.stride[0]) for c in convolutions] == [
         (64, 7, 2),

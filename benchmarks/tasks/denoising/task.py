@@ -165,7 +165,7 @@ class Denoise(Task):
         )
 
     def quick(self, settings: Settings) -> Settings:
-        small = {"patches": 200, "validation": 2, "tests": 1}
+        small = {"patches": 160, "validation": 2, "tests": 1}
         return replace(settings.with_values(**small), epochs=2)
 
     def grid(self, method: str) -> Mapping[str, Sequence[Any]]:
