@@ -150,16 +150,17 @@ def test_gradients_reach_the_layer_once_it_is_read(method):
         model.zero_grad()
         flows, _ = model(first, second)
         flow_task.loss(flows, truth).sum().backward()
-        return {name: float(p.grad.abs().sum()) for name, p in model.named_parameters()}
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return {name: float(p.grad.abs().sum()) for name, p in trained}
 
     before = gradients()
     assert before["read.weight"] > 0
     assert all(g == 0 for name, g in before.items() if name.startswith("layer."))
     read_something(model)
     after = {name: g for name, g in gradients().items() if not name.startswith("net.stages")}
-    if method == ONCE:
-        assert after.pop("layer.g.layers.0.weight") == 0  # it acts on x = 0
     assert all(g > 0 for g in after.values())
+    fixed = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert fixed == ({"layer.g.layers.0.weight"} if method == ONCE else set())  # acts on x = 0
 
 
 def test_the_implicit_gradient_is_that_of_many_steps():
@@ -212,7 +213,7 @@ def test_autocast_trains_too(method):
         loss = flow_task.loss(flows, torch.ones(2, 2, 48, 64)).sum() + penalty
     assert loss.dtype == torch.float32
     loss.backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     assert (flows[0].float() - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 

@@ -34,6 +34,7 @@ from .denoising.task import Denoise
 from .flow.task import Flow
 from .multilabel.bibtex import Multilabel
 from .task import Parts, Settings, Task
+from .trained import Trained
 from .training import Place, Run, place, read
 
 TASKS: dict[str, Task] = {
@@ -177,13 +178,9 @@ def evaluate(task: Task, given: argparse.Namespace, where: Place) -> None:
         if not path.exists():
             continue
         found += 1
-        state = checkpoint.load(path)
-        kept = Settings(**state["settings"])
-        parts = loaded(task, kept, given, where)
-        model = task.model(kept, parts).to(where.device)
-        model.load_state_dict(state["model"])
-        figures = task.test(model.eval(), parts.test, where.device, state["best"]["validation"])
-        print(f"{method}, seed {seed}, epoch {state['best']['epoch']}: {shown(figures)}")
+        net = Trained.load(task, path, given.data, work(task, given), where.device)
+        figures = task.test(net.model, net.parts.test, where.device, net.best["validation"])
+        print(f"{method}, seed {seed}, epoch {net.best['epoch']}: {shown(figures)}")
     if not found:
         raise FileNotFoundError(
             f"eval: {given.out / given.task} must hold METHOD/seed-N/best.pt of a run; train "

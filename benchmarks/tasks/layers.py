@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fpi_cuda import ConvStep
+
 
 class Unrolled(nn.Module):
     """So many steps of g from zero, differentiated through: what SPEN and its like do."""
@@ -17,6 +19,27 @@ class Unrolled(nn.Module):
         x = z.new_zeros(len(z), *self.g.state_shape)
         for _ in range(self.steps):
             x = self.g(x, z, *more)
+        return x
+
+
+class UnrolledConvolutions(nn.Module):
+    """The same of convolutions with relu; one step is the feedforward net, g(0, z)."""
+
+    def __init__(self, g: ConvStep, steps: int) -> None:
+        super().__init__()
+        self.g, self.steps = g, steps
+        if steps == 1:  # multiplies 0 alone
+            g.layers[0].weight.requires_grad_(False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        g = self.g
+        form = g.form(z.new_empty(len(z), g.state_channels, *z.shape[2:]), z)
+        # The first step's convolution of x = 0 would be a waste of its time.
+        x = form.u[0]
+        for layer in g.layers[1:]:
+            x = layer(torch.relu(x))
+        for _ in range(self.steps - 1):
+            x = form(x)
         return x
 
 

@@ -71,6 +71,13 @@ class Solves:
             "failed_backward": self.failed_backward,
         }
 
+    def figures(self) -> dict[str, float]:
+        """Of a test: mean iterations and failures; empty where nothing was solved."""
+        if not self.iterations:
+            return {}
+        counts = histogram(self.iterations)
+        return {"iterations": mean(counts), "failed": float(self.failed)}
+
 
 def layers(model: nn.Module) -> Iterator[Any]:
     """The layers in the model that have solved something."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 from skimage.restoration import denoise_nl_means
@@ -200,17 +199,15 @@ def picture(path: Path, found: Nets, samples: Sequence[Noisy], side: int = 160) 
 
 
 def study(task: Task, folder: Path, data: Path | None, device: torch.device) -> dict[str, Rows]:
-    """Tables and pictures of the nets of seed 0 for σ = 25; none before both are trained.
+    """Tables and pictures of the nets of seed 0 for σ = 25; none before FPI_NN is trained.
 
     What is drawn of the data's photographs stays in the folder; what may be published, of
     scikit-image's, goes to its folder published.
     """
-    matplotlib.use("Agg")
-    settings = task.settings(METHODS[1])
-    parts = task.load(data, settings, folder)
-    found = {method: net.to(device) for method, net, _ in nets(task, folder, METHODS, parts)}
-    if METHODS[1] not in found:
+    kept = {net.method: net for net in nets(task, folder, METHODS, data, device)}
+    if METHODS[1] not in kept:
         return {}
+    found = {method: net.model for method, net in kept.items()}
     name, clean = list(read(data).tests.items())[-1]
     small = {n: image for n, image in clean.items() if image.numel() <= 256**2} or clean
     largest = max(clean.values(), key=Tensor.numel)
@@ -219,7 +216,7 @@ def study(task: Task, folder: Path, data: Path | None, device: torch.device) -> 
     pictured = noisy({n: shipped[n] for n in (PICTURED if data else BUNDLED_TESTS)}, SIGMA)
     picture(folder / "published" / "pictures.jpg", found, pictured)
     picture(folder / "pictures.jpg", found, noisy(clean, SIGMA))
-    choice = best_non_local_means(parts.validation[:5])
+    choice = best_non_local_means(kept[METHODS[1]].parts.validation[:5])
     about = f"nets for σ = {SIGMA}, seed 0"
     where = f"{len(small)} photographs of {name}"
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,31 +14,12 @@ from torch import Tensor, nn
 from fpi_cuda import Anderson, ConvStep, FixedPointLayer, ImplicitAdjoint, Tolerance
 from fpi_cuda.contraction import jacobian_penalty
 
+from ..layers import UnrolledConvolutions
+from ..solves import Solves
 from ..task import Batch, Figures, Parts, Settings, Task
 from .photographs import NOISE, Noisy, Patches, psnr, read
 
 Options = Mapping[str, Any]
-
-
-class FromZero(nn.Module):
-    """So many steps of g from x = 0, differentiated through; one is the feedforward net."""
-
-    def __init__(self, g: ConvStep, steps: int) -> None:
-        super().__init__()
-        self.g, self.steps = g, steps
-        if steps == 1:  # multiplies 0 alone
-            g.layers[0].weight.requires_grad_(False)
-
-    def forward(self, z: Tensor) -> Tensor:
-        g = self.g
-        form = g.form(z.new_empty(len(z), g.state_channels, *z.shape[2:]), z)
-        # The first step's convolution of x = 0 would be a waste of the feedforward net's time.
-        x = form.u[0]
-        for layer in g.layers[1:]:
-            x = layer(torch.relu(x))
-        for _ in range(self.steps - 1):
-            x = form(x)
-        return x
 
 
 class Denoiser(nn.Module):
@@ -56,7 +36,7 @@ class Denoiser(nn.Module):
         g = ConvStep(channels, 1, hidden=(int(options["hidden"]),))
         self.layer: nn.Module
         if options["layer"] == "unrolled":
-            self.layer = FromZero(g, int(options["steps"]))
+            self.layer = UnrolledConvolutions(g, int(options["steps"]))
         else:
             self.layer = FixedPointLayer(
                 g,
@@ -211,20 +191,14 @@ class Denoise(Task):
         device: torch.device,
         validated: Figures,
     ) -> Figures:
-        figures, solved = {}, defaultdict(list)
+        figures, counts = {}, Solves()
         for name, some in samples.items():
             values = []
             for estimate, clean in estimates(model, some, device):
                 values.append(psnr(estimate, clean).item())
-                if isinstance(model.layer, FixedPointLayer):
-                    last = model.layer.last
-                    solved["iterations"].append(float(last.iterations))
-                    solved["failed"].append(float(~last.converged))
+                counts.add(model)
             figures[name] = mean(values)
-        if solved:
-            figures["iterations"] = mean(solved["iterations"])
-            figures["failed"] = sum(solved["failed"])
-        return figures
+        return figures | counts.figures()
 
     def study(
         self, folder: Path, data: Path | None, device: torch.device

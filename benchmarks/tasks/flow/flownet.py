@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fpi_cuda import Anderson, ConvStep, FixedPointLayer, ImplicitAdjoint, Tolerance
 from fpi_cuda.contraction import jacobian_penalty
 
+from ..layers import UnrolledConvolutions
+
 UNIT = 20.0  # pixels
 SCALES = (4, 8, 16, 32, 64)  # of the flows, finest first
 SLOPE = 0.1  # of LeakyReLU below 0
@@ -164,18 +166,6 @@ def warped(second: Tensor, flow: Tensor) -> Tensor:
 # --- the layer behind it ---------------------------------------------------------------------
 
 
-class Once(nn.Module):
-    """One step of g from zero, in the layer's place; there its weight on x changes nothing."""
-
-    def __init__(self, g: ConvStep) -> None:
-        super().__init__()
-        self.g = g
-
-    def forward(self, z: Tensor) -> Tensor:
-        """g(0, z)."""
-        return self.g(z.new_zeros(len(z), *self.g.state_shape(z)), z)
-
-
 class Refined(nn.Module):
     """FlowNetS, and R x̂ added to its finest flow, x̂ = g(x̂, z) at 1/4 of the resolution.
 
@@ -210,7 +200,7 @@ class Refined(nn.Module):
         if kind == "net":
             return
         g = ConvStep(STATE, INPUTS, hidden=(HIDDEN,))
-        self.layer = Once(g) if kind == "once" else layer_of(g)
+        self.layer = UnrolledConvolutions(g, 1) if kind == "once" else layer_of(g)
         self.read = nn.Conv2d(STATE, 2, 3, padding=1)
         nn.init.zeros_(self.read.weight)
         nn.init.zeros_(self.read.bias)

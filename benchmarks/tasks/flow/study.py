@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from fpi_cuda import Tolerance
 from fpi_cuda.contraction import jacobian_radius
 
-from .. import checkpoint
-from ..task import Settings
+from ..trained import nets
 from . import chairs
 from .colour import colours
 from .files import known, read_pair
 from .flownet import Refined
 from .scenes import Album, scene
 from .task import (
-    KINDS,
     NET,
     REFINED,
     SEED,
@@ -43,26 +41,6 @@ TILE = 256  # columns of a tile
 Table = list[dict[str, str]]
 Models = Mapping[str, Refined]
 Tile = tuple[str, Tensor]  # its column's name and its pixels, [H, W, 3], uint8
-
-
-def trained(
-    task: Flow, folder: Path, data: Path | None, device: torch.device
-) -> tuple[Models, Tested | None]:
-    """The nets of seed 0, and what tests them; pairs of those that train the first of them."""
-    models: dict[str, Refined] = {}
-    tested = None
-    for method in KINDS:
-        path = folder / method / "seed-0" / "best.pt"
-        if not path.exists():
-            continue
-        state = checkpoint.load(path)
-        settings = Settings(**state["settings"])
-        parts = task.load(data, settings, folder)
-        tested = tested or parts.test
-        model = task.model(settings, parts)
-        model.load_state_dict(state["model"])
-        models[method] = model.eval().to(device)
-    return models, tested
 
 
 def photographs(models: Models, tested: Tested) -> Iterator[dict[str, str]]:
@@ -228,9 +206,11 @@ def study(task: Flow, folder: Path, data: Path | None, device: torch.device) -> 
     Writes pictures.jpg, of the real pairs where the data have some, and published/pictures.jpg, of
     pairs of scikit-image's photographs, which others may see.
     """
-    models, tested = trained(task, folder, data, device)
-    if tested is None:
+    kept = list(nets(task, folder, task.methods, data, device))
+    if not kept:
         return {}
+    # Test pairs like those of the first net.
+    models, tested = {net.method: net.model for net in kept}, kept[0].parts.test
     tables: dict[str, Table] = {
         "End-point error on photographs, in their own pixels": [*photographs(models, tested)]
     }

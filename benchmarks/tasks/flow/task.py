@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import solves
+from ..solves import Solves
 from ..task import Batch, Figures, Parts, Settings, Task
 from . import chairs
 from .files import Pair, Pairs, find_pairs, known, read_pair, split
@@ -132,15 +132,12 @@ class Flow(Task):
     def test(
         self, model: nn.Module, samples: Tested, device: torch.device, validated: Figures
     ) -> Figures:
-        counts = solves.Solves()
+        counts = Solves()
         figures = {"EPE": float(errors(model, samples.pairs, device, counts).mean())}
         for name, pairs in samples.real.items():
             found = [real_error(model, pair, samples.columns, device) for pair in pairs]
             figures[f"EPE, {name}"] = sum(found) / len(found)
-        if row := counts.row():
-            figures["iterations"] = solves.mean(row["iterations"])
-            figures["failed"] = float(row["failed"])
-        return figures
+        return figures | counts.figures()
 
     def study(
         self, folder: Path, data: Path | None, device: torch.device
@@ -283,7 +280,7 @@ def estimate(model: nn.Module, first: Tensor, second: Tensor, device: torch.devi
 
 
 def estimates(
-    model: nn.Module, pairs: Pairs, device: torch.device, counts: solves.Solves | None = None
+    model: nn.Module, pairs: Pairs, device: torch.device, counts: Solves | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Flow and true flow of some pairs after others; what the solves took goes into counts."""
     for rows in torch.arange(len(pairs)).split(EVALUATED):
@@ -295,7 +292,7 @@ def estimates(
 
 
 def errors(
-    model: nn.Module, pairs: Pairs, device: torch.device, counts: solves.Solves | None = None
+    model: nn.Module, pairs: Pairs, device: torch.device, counts: Solves | None = None
 ) -> Tensor:
     """The end-point error of each pair, [N]."""
     return torch.cat([end_point_error(*both) for both in estimates(model, pairs, device, counts)])

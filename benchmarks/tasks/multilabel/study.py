@@ -44,9 +44,8 @@ def gradient(task: Multilabel, model: nn.Module, batch: Any, settings: Settings)
 
 def gradient_errors(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]]:
     """Relative errors of the gradient at the trained weights, by how the layer is computed."""
-    parts = task.load(data, task.settings("MLP"), folder)
-    train = parts.train
-    for method, model, settings in nets(task, folder, ("FPI_NN", "FPI_GD"), parts):
+    for net in nets(task, folder, ("FPI_NN", "FPI_GD"), data):
+        method, model, settings, train = net.method, net.model, net.settings, net.parts.train
         samples = train[torch.arange(min(BATCH, len(train)))]
         batch = task.batch(samples, settings, torch.Generator().manual_seed(0))
         wide = tuple(t.double() for t in batch)
@@ -71,9 +70,8 @@ def error(found: Tensor, reference: Tensor) -> str:
 
 def certificates(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]]:
     """Bounds on the distance of the default solution to the minimum, over the test samples."""
-    parts = task.load(data, task.settings("MLP"), folder)
-    z = parts.test.features
-    for method, model, _ in nets(task, folder, ("FPI_GD", "FPI_GD, ICNN"), parts):
+    for net in nets(task, folder, ("FPI_GD", "FPI_GD, ICNN"), data):
+        method, model, z = net.method, net.model, net.parts.test.features
         with torch.no_grad():
             h = torch.relu(model.hidden(z))
             y = model.layer(h)
@@ -97,9 +95,8 @@ def certificates(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[st
 
 def radii(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]]:
     """Whether the trained steps contract, at their fixed points of 256 test samples."""
-    parts = task.load(data, task.settings("MLP"), folder)
-    z = parts.test.features[:BATCH]
-    for method, model, _ in nets(task, folder, ("FPI_NN", "FPI_GD"), parts):
+    for net in nets(task, folder, ("FPI_NN", "FPI_GD"), data):
+        method, model, z = net.method, net.model, net.parts.test.features[:BATCH]
         with torch.no_grad():
             h = torch.relu(model.hidden(z))
             x = model.layer(h)
