@@ -189,9 +189,7 @@ class Problem:
                 x, v = inputs[:2]
                 linear = Adjoint(self, g, x, v, inputs[2:], self.independence())
                 return self._iterate(linear, x0, v)
-            may_capture = self.driver not in ("eager", "whole") and (
-                x0.device.type in graph.RECORDERS
-            )
+            may_capture = self.driver == "graph"
             # Only dense layers are solved whole; a graph makes the form of others itself.
             form = None
             if x0.dim() == 2 or not may_capture:
@@ -397,7 +395,6 @@ class Problem:
         solved = graph.solve(
             graph.Request(
                 g=step.g,
-                name=self.driver,
                 options=(
                     *(end is None, self.parts, step.n_inputs, m, self.autocast_dtype),
                     *(self.adjoint.failed, self.backend, *options),
@@ -586,7 +583,7 @@ def _first_order(
     solved = _whole_first_order(adjoint, x, v, tensors, need)
     if solved is not None:
         return solved
-    if adjoint.driver not in ("eager", "whole") and v.device.type in graph.RECORDERS:
+    if adjoint.driver == "graph":
         solved = _captured_first_order(adjoint, x, v, tensors, need)
         if solved is not None:
             return solved

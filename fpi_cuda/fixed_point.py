@@ -66,11 +66,11 @@ def fixed_point(
         driver: who decides that the iteration goes on. "eager": the host, which launches every
             iteration. "graph" (CUDA): the device; g and the step are captured once and repeated
             without the host, forward and backward, on the whole batch. g's Python code does not
-            run again until a tensor's place, a shape, an option, or a Python attribute of g
-            changes. What can't be captured runs eagerly, with a warning. "whole": one kernel,
-            for a g of dense layers (`DenseStep`, and `GradientStep` of a `DenseEnergy`), that
-            iterates every sample to its own end. "auto": whole where that is possible; else
-            eager on the CPU, and on CUDA a graph once the same kind of solve has been seen twice.
+            run again until a tensor's place, a shape, an option, or a Python value that g reads
+            changes. What can't be captured, or reads objects that can't be looked into, runs
+            eagerly, with a warning. "whole": one kernel, for a g of dense layers (`DenseStep`,
+            and `GradientStep` of a `DenseEnergy`), that iterates every sample to its own end.
+            "auto": whole where that is possible, else eager.
 
     Returns:
         A `Solution`; its x is shaped like x0 and attached to autograd.

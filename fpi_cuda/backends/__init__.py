@@ -33,18 +33,15 @@ def choose(name: str, x: Tensor) -> ModuleType:
     if name == "reference":
         return reference
     device = x.device.type
-    here = device in native.devices()
-    if name == "native" and not here:
+    lacking = native.missing(x.device)
+    if name == "native" and lacking is not None:
         advice = 'use backend="auto" or "reference"'
         if device == "cuda":
             advice += (
                 ", or rebuild where nvcc and a torch with CUDA are, in the source folder: "
                 "FPI_CUDA_BUILD=cuda pip install --no-build-isolation --no-deps --force-reinstall ."
             )
-        raise RuntimeError(
-            f'backend "native" has no kernels for device {x.device} in this build (it has them for '
-            f"{', '.join(native.devices())}); {advice}"
-        )
+        raise RuntimeError(f'backend "native" can\'t be used: {lacking}; {advice}')
     if name == "triton":
         reason = triton.missing(device)
         if reason is not None:
@@ -53,6 +50,6 @@ def choose(name: str, x: Tensor) -> ModuleType:
                 'use backend="auto", "native" or "reference"'
             )
         return triton
-    if here:
+    if lacking is None:
         return native
     return triton if device == "cuda" and triton.missing(device) is None else reference

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .. import _build  # noqa: F401 - loads the library
+from .. import _build
 from ..forms import ACTIVATIONS, DenseForm
 from .progress import Progress, accumulate_dtype
 
@@ -38,6 +38,39 @@ def devices() -> tuple[str, ...]:
     return tuple(
         d for d in ("cpu", "cuda") if _has(d, "_picard_step") and _has(d, "_anderson_step")
     )
+
+
+def missing(device: torch.device) -> str | None:
+    """Why the step operators don't run on this device here, or None."""
+    if device.type not in devices():
+        return (
+            f"this build has no kernels for device {device} (it has them for "
+            f"{', '.join(devices())})"
+        )
+    return _too_old(device.index) if device.type == "cuda" else None
+
+
+@cache
+def _too_old(index: int | None) -> str | None:
+    built: list[str] = _build.build_info()["cuda_archs"]
+    found = torch.cuda.get_device_capability(index)
+    if any(_runs(arch, *found) for arch in built):
+        return None
+    name = ".".join(map(str, found))
+    return (
+        f"this build's CUDA kernels are for compute capability {', '.join(built)}, and the device "
+        f"has {name}; rebuild with TORCH_CUDA_ARCH_LIST={name} (8.0 is the least that is tested)"
+    )
+
+
+def _runs(arch: str, major: int, minor: int) -> bool:
+    """Whether code for arch, as "80" or "90+PTX", runs on a device of this compute capability."""
+    number, _, ptx = arch.partition("+")
+    own = number.rstrip("af")
+    least = int(own[:-1]), int(own[-1])
+    if own != number:  # features of this one alone
+        return (major, minor) == least
+    return (major == least[0] and minor >= least[1]) or (bool(ptx) and (major, minor) >= least)
 
 
 @cache

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..solvers.iterate import read_now
+
 __all__ = ["LAG", "LateRead", "Slot", "reader", "refuse_capture"]
 
 # Iterations that the host may be ahead of what it knows. One keeps the device busy wherever an
@@ -66,6 +68,10 @@ class PinnedSlot:
 class LateRead:
     """Reads the tally at most `len(slots) - 1` iterations late, without emptying the queue.
 
+    What has arrived early may end the loop: to iterate on would change nothing. It decides nothing
+    else, since a compaction changes the bits of a library's products, and those must not depend on
+    timing: the third of the numbers returned is of the step exactly so many iterations ago.
+
     Args:
         slots: one more than the iterations the host may be ahead.
         rows: what is known before anything has arrived: this many are active.
@@ -77,10 +83,11 @@ class LateRead:
         self._ahead = len(slots) - 1
         self._under_way: deque[Slot] = deque()
         self._known = [rows, 0, 0]
+        self._counts = deque([rows] * self._ahead)  # active rows by step, not yet given out
         self._left = max_iterations
 
-    def __call__(self, tally: Tensor) -> list[int]:
-        """The newest tally that the host can know without waiting for the last steps."""
+    def __call__(self, tally: Tensor) -> tuple[int, int, int]:
+        """Rows active and samples failed as far as is known, and rows active `ahead` steps ago."""
         slot = self._free.pop()
         slot.take(tally)
         self._under_way.append(slot)
@@ -93,14 +100,15 @@ class LateRead:
             elif not oldest.ready():
                 break
             self._known = oldest.values()
+            self._counts.append(self._known[0])
             self._free.append(self._under_way.popleft())
-        return self._known
+        return self._known[0], self._known[1], self._counts.popleft()
 
 
-def reader(x: Tensor, max_iterations: int) -> Callable[[Tensor], Sequence[int]]:
+def reader(x: Tensor, max_iterations: int) -> Callable[[Tensor], tuple[int, int, int]]:
     """How the loop reads the tally of a solve for a state like x, [B, ...]."""
     if x.device.type != "cuda":
-        return Tensor.tolist
+        return read_now
     refuse_capture()
     with torch.inference_mode(False):
         slots = [PinnedSlot() for _ in range(LAG + 1)]

@@ -8,34 +8,30 @@ host waits once, at the end, for the counts that `on_failure` and the record nee
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import _build
 from ..backends.progress import STATUS, Limits, Progress, accumulate_dtype
 from ..solution import Record, Status, warn
 from ..solvers.iterate import Evaluation
 from ..solvers.layout import Layout
-from . import eager
+from . import eager, kind
+from .capture import RECORDERS, Recorder
 
-__all__ = ["MAX_GRAPHS", "RECORDERS", "Recorder", "Request", "Solved", "solve"]
+__all__ = ["MAX_GRAPHS", "RECORDERS", "Request", "Solved", "solve"]
 
 MAX_GRAPHS = 8  # of one g; the least recently used goes first
-MAX_SEEN = 64
-SIGHTINGS = 2  # solves of one kind that "auto" runs eagerly before it captures
+MAX_REFUSED = 64
 
 RANDOM = (
     "g draws random numbers, and a graph would draw the same ones in every iteration; freeze "
@@ -43,133 +39,11 @@ RANDOM = (
 )
 
 
-class Recorder(Protocol):
-    """What turns callables into something the device repeats. Tests have one in plain Python."""
-
-    @staticmethod
-    def missing() -> str | None:
-        """Why it can't work here, or None."""
-
-    def __init__(self, device: torch.device) -> None: ...
-
-    def random_state(self) -> Tensor:
-        """The state of the device's generator."""
-
-    def restore_random_state(self, state: Tensor) -> None:
-        """Put it back."""
-
-    def warm_up(self, run: Callable[[], None]) -> None:
-        """Run outside any capture what is to be recorded."""
-
-    def record(self, run: Callable[[], None]) -> None:
-        """The next of: what comes before the loop, one iteration, what follows (if any)."""
-
-    def loop(self, tally: Tensor, max_iterations: int) -> Callable[[], None]:
-        """A launch of what was recorded; iterates while tally[0] > 0."""
-
-
-class CudaRecorder:
-    """torch's capture, and the WHILE node that torch has no binding for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: list[torch.cuda.CUDAGraph] = []  # they own the memory that the kernels use
-
-    @staticmethod
-    @functools.cache
-    def missing() -> str | None:
-        """Why this build or machine has no loops on the device."""
-        if _build.cuda is None:
-            return "this build has no CUDA library"
-        version = _build.cuda.driver_version()
-        if version == 0:
-            return "there is no CUDA driver"
-        if version < 12040:
-            return f"the CUDA driver is for {version // 1000}.{version % 1000 // 10}, before 12.4"
-        return None
-
-    def random_state(self) -> Tensor:
-        """Of the default generator: seed and offset."""
-        return torch.cuda.get_rng_state(self.device)
-
-    def restore_random_state(self, state: Tensor) -> None:
-        """Put it back."""
-        torch.cuda.set_rng_state(state, self.device)
-
-    def warm_up(self, run: Callable[[], None]) -> None:
-        """On a side stream, as torch demands before a capture."""
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            run()
-        current.wait_stream(self.stream)
-
-    def record(self, run: Callable[[], None]) -> None:
-        """Capture on the side stream; leaves torch able to capture and to draw after a failure."""
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(self.stream), _own_workspaces():
-            # Other threads may allocate meanwhile; only this one is held to what a capture allows.
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                run()
-                graph.capture_end()
-            except BaseException:  # it is the one that tells, not what ending the capture says
-                try:
-                    graph.capture_end()
-                except RuntimeError:
-                    self._recover()
-                raise
-        self.graphs.append(graph)
-
-    def _recover(self) -> None:
-        """A broken capture leaves torch's allocator and generator believing that it goes on."""
-        for forget in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            with contextlib.suppress(RuntimeError):
-                forget(self.device.index, self.pool)
-        graph = torch.cuda.CUDAGraph()  # one that ends well takes the generator out of it
-        scrap = torch.zeros(1, device=self.device)
-        torch.cuda.synchronize(self.device)
-        graph.capture_begin(capture_error_mode="thread_local")
-        scrap.zero_()
-        graph.capture_end()
-
-    def loop(self, tally: Tensor, max_iterations: int) -> Callable[[], None]:
-        """One launch on the current stream."""
-        handles = [graph.raw_cuda_graph() for graph in self.graphs]
-        before, body, after = (*handles, 0)[:3]
-        with torch.cuda.device(self.device):
-            loop = _build.cuda.WhileGraph(before, body, after, tally.data_ptr(), max_iterations)
-
-        def launch() -> None:
-            with torch.cuda.device(self.device):
-                loop.launch(torch.cuda.current_stream(self.device).cuda_stream)
-
-        return launch
-
-
-@contextlib.contextmanager
-def _own_workspaces() -> Iterator[None]:
-    """cuBLAS takes its workspaces anew, from the graph's memory, and leaves them there."""
-    torch._C._cuda_clearCublasWorkspaces()
-    try:
-        yield
-    finally:
-        torch._C._cuda_clearCublasWorkspaces()
-
-
-# By device type: where there is a graph driver at all.
-RECORDERS: dict[str, type[Recorder]] = {"cuda": CudaRecorder}
-
-
 @dataclass
 class Request:
     """One solve, said so that it can be captured, and found again."""
 
     g: Any
-    name: str  # "auto" or "graph"
     options: tuple[Any, ...]  # all that fixes what is computed, beside g and the tensors
     given: Sequence[Tensor]  # copied in at every launch; the first is where the iteration starts
     own: Sequence[Tensor]  # g's parameters, used where they are
@@ -241,15 +115,16 @@ class _Captured:
                 progress.counters[:, STATUS].masked_fill_(floor == 0, Status.CONVERGED + 1)
                 progress.out.copy_(x)
 
-        def iteration() -> None:
-            step(x, layout.rows(made[0](state)))
+        def iterations() -> None:
+            for _ in range(recorder.unroll):  # where none is needed it changes nothing
+                step(x, layout.rows(made[0](state)))
 
         def finish() -> None:
             assert end is not None
             out = layout.state(progress.out, (b,))
             self._outputs = list(end(made[0], out, progress))
 
-        parts = (prepare, iteration) if end is None else (prepare, iteration, finish)
+        parts = (prepare, iterations) if end is None else (prepare, iterations, finish)
         for _ in range(2):  # whatever g or a library does at its first and second call is done
             for part in parts:
                 recorder.warm_up(part)
@@ -257,7 +132,8 @@ class _Captured:
         self._outputs.clear()
         for part in parts:
             recorder.record(part)
-        self.rows = "masked" if made[0].masks else "whole batch"
+        rows = "masked" if made[0].masks else "whole batch"
+        self.path = f"{request.backend.NAME}, graph{recorder.note}, {rows}"
         self._launch = recorder.loop(progress.tally, request.limits.max_iterations)
         self._used = x, step  # the device's own: nothing here reads them again
 
@@ -317,10 +193,10 @@ class _Watch(TorchDispatchMode):
 
 @dataclass
 class _Cache:
-    """Of one g: captured solves, and how often others were seen or why they can't be captured."""
+    """Of one g: captured solves, and why others can't be captured."""
 
     graphs: OrderedDict[Any, _Captured] = field(default_factory=OrderedDict)
-    seen: OrderedDict[Any, int | str] = field(default_factory=OrderedDict)
+    refused: OrderedDict[Any, str] = field(default_factory=OrderedDict)
     warned: set[str] = field(default_factory=set)
 
     everyone: ClassVar[weakref.WeakKeyDictionary[Any, _Cache]] = weakref.WeakKeyDictionary()
@@ -333,49 +209,51 @@ def solve(request: Request) -> Solved | str:
     """Solve on the device alone, or say why the eager driver is to do it.
 
     Raises:
-        RuntimeError: g draws random numbers and "graph" was asked for; or the user is capturing.
+        RuntimeError: g draws random numbers; or the user is capturing.
     """
-    device = request.given[0].device
-    recorder = RECORDERS[device.type]
-    if device.type == "cuda":
+    start = request.given[0]
+    if start.device.type == "cuda":
         eager.refuse_capture()
     if request.backend.NAME == "reference":
         return f"the {request.backend.NAME} backend reads the device in every iteration"
-    if not request.given[0].numel():
+    if not start.numel():
         return "the state is empty"
-    odd = next((t for t in request.given if type(t) not in (Tensor, nn.Parameter)), None)
-    if odd is not None:
-        return f"a {type(odd).__name__} can't be copied into a graph's memory"
     try:
-        owner, key = _key(request)
+        owner = kind.owner_of(request.g)
         cache = _Cache.everyone.setdefault(owner, _Cache())
     except TypeError:
         return "g can't be found again: it takes no weak reference or hash"
-    reason = recorder.missing()
-    if reason is not None:
-        return _refuse(cache, request, reason)
+    odd = next((t for t in request.given if type(t) not in (Tensor, nn.Parameter)), None)
+    if odd is not None:
+        return f"a {type(odd).__name__} can't be copied into a graph's memory"
+    for t in (*request.given, *request.own):
+        if t.device != start.device:  # a number on the host becomes an argument of a kernel
+            return _refuse(
+                cache,
+                f"a tensor of shape {tuple(t.shape)} that g takes is on {t.device}, where a graph "
+                f"would not see its value change; move it to {start.device}",
+            )
+    try:
+        key = _key(request)
+    except kind.Unseen as unseen:
+        return _refuse(cache, str(unseen))
     captured = cache.graphs.get(key)
     if captured is None:
-        seen = cache.seen.get(key, 0)
-        if isinstance(seen, str):
-            return _refuse(cache, request, seen)
-        if request.name == "auto" and seen < SIGHTINGS:
-            _keep(cache.seen, key, seen + 1, MAX_SEEN)
-            return f"a graph after {SIGHTINGS - seen} more of the same kind"
+        if key in cache.refused:
+            return _refuse(cache, cache.refused[key])
         # Nobody waits: whoever captures may need the thread that would wait, autograd's.
         if not _capturing.acquire(blocking=False):
             return "another solve is being captured"
         try:
-            captured = _Captured(recorder(device), request)
+            captured = _Captured(RECORDERS[start.device.type](start.device), request)
         except torch.OutOfMemoryError:
-            return _refuse(cache, request, "the graph's memory could not be allocated")
+            return _refuse(cache, "the graph's memory could not be allocated")
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            _keep(cache.seen, key, reason, MAX_SEEN)
-            return _refuse(cache, request, reason)
+            _keep(cache.refused, key, reason, MAX_REFUSED)
+            return _refuse(cache, reason)
         finally:
             _capturing.release()
-        cache.seen.pop(key, None)
     _keep(cache.graphs, key, captured, MAX_GRAPHS)
     try:
         x, progress, outputs = captured(request.given)
@@ -387,7 +265,7 @@ def solve(request: Request) -> Solved | str:
         progress=progress,
         batch=x.shape[:1],
         rate=request.solver.contraction,
-        path=f"{request.backend.NAME}, graph, {captured.rows}",
+        path=captured.path,
         failed=failed,
         evaluations=1 if request.adjoint else iterations,
     )
@@ -401,82 +279,33 @@ def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any, limit: int) -> None
         kept.popitem(last=False)
 
 
-def _refuse(cache: _Cache, request: Request, reason: str) -> str:
-    """Say it once; random numbers are an error where a graph was asked for."""
-    if reason == RANDOM and request.name == "graph":
+def _refuse(cache: _Cache, reason: str) -> str:
+    """Say it once; random numbers are an error."""
+    if reason == RANDOM:
         raise RuntimeError(f"fixed_point: {reason}")
-    quiet = request.name == "auto" and reason == RECORDERS[request.given[0].device.type].missing()
-    if not quiet and reason not in cache.warned:
+    if reason not in cache.warned:
         cache.warned.add(reason)
         warn(f"fpi_cuda: no CUDA graph for this solve, it runs eagerly: {reason}", UserWarning)
     return reason
 
 
-def _key(request: Request) -> tuple[Any, tuple[Any, ...]]:
-    """Whose graphs are looked through, and what must agree."""
-    g = request.g
-    owner, method = (g.__self__, g.__func__) if isinstance(g, MethodType) else (g, None)
-    return owner, (
-        method,
+def _key(request: Request) -> tuple[Any, ...]:
+    """What must agree for a captured solve to serve this one.
+
+    Raises:
+        Unseen: g reads what can't be looked into.
+    """
+    return (
         request.options,
         request.solver,
         request.limits,
         tuple((t.shape, _dense(t), t.dtype, t.device) for t in request.given),
         tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in request.own),
-        _python_state(owner),
-        _precision(),
+        kind.python_values(request.g),
+        kind.precision(),
     )
 
 
 def _dense(t: Tensor) -> tuple[int, ...]:
     """The strides of a copy: an expanded gradient is of the same kind as a plain one."""
     return (t if t.is_contiguous() else torch.empty_like(t, device="meta")).stride()
-
-
-_INTERNAL = frozenset(nn.Module().__dict__)
-
-
-def _python_state(g: Any) -> tuple[Any, ...]:
-    """The Python values g may read, as far as they can be seen: a graph has them built in."""
-    if isinstance(g, nn.Module):
-        return tuple(
-            (
-                type(m),
-                m.training,
-                *m._modules,
-                *m._forward_hooks,
-                *m._forward_pre_hooks,
-                *((k, _plain(v)) for k, v in vars(m).items() if k not in _INTERNAL),
-            )
-            for m in g.modules()
-        )
-    if isinstance(g, FunctionType):
-        cells = [c.cell_contents for c in g.__closure__ or ()]
-        return tuple(_plain(v) for v in (*cells, *(g.__defaults__ or ())))
-    return tuple((k, _plain(v)) for k, v in getattr(g, "__dict__", {}).items())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (bool, int, float, complex, str, type(None))):
-        return value
-    if isinstance(value, (tuple, list)):
-        return tuple(_plain(v) for v in value)
-    if isinstance(value, dict):
-        return tuple((_plain(k), _plain(v)) for k, v in value.items())
-    return (id(value), value._version) if isinstance(value, Tensor) else id(value)
-
-
-def _precision() -> tuple[Any, ...]:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    return (
-        matmul.fp32_precision,
-        matmul.allow_fp16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction,
-        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        cudnn.rnn.fp32_precision,  # type: ignore[attr-defined]
-        cudnn.enabled,
-        cudnn.benchmark,
-        cudnn.deterministic,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_default_dtype(),
-    )

@@ -31,6 +31,9 @@ def refusal(form: DenseForm, x0: Tensor, backend: str, solver: Solver) -> str | 
         return f'backend "{backend}" has no whole solve'
     if x0.device.type not in native.dense_devices():
         return f"this build has no whole solve for {x0.device.type}"
+    lacking = native.missing(x0.device)
+    if lacking is not None:
+        return lacking
     if any(t.device != x0.device for t in form.tensors):
         return "tensors on several devices"
     if any(t.dtype != x0.dtype for t in form.tensors if t.dim() > 0):

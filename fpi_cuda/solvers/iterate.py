@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -35,6 +35,16 @@ class Evaluation(Protocol):
         """
 
 
+def read_now(tally: Tensor) -> tuple[int, int, int]:
+    """Rows active, samples failed, and the rows that count for compaction: those active.
+
+    A reader that is late says the first two of the newest step it knows of, and the third of a
+    step a fixed number before the last, so that it does not depend on timing.
+    """
+    active, failed, _ = tally.tolist()
+    return active, failed, active
+
+
 def iterate(
     evaluate: Evaluation,
     x0: Tensor,
@@ -45,7 +55,7 @@ def iterate(
     *,
     floor: Tensor | None = None,
     skip: Tensor | None = None,
-    read: Callable[[Tensor], Sequence[int]] = Tensor.tolist,
+    read: Callable[[Tensor], tuple[int, int, int]] = read_now,
     driver: str = "eager",
 ) -> tuple[Tensor, Record]:
     """Iterate every sample to its own end.
@@ -59,7 +69,7 @@ def iterate(
         limits: the stop rule.
         floor: [B], see `Progress`.
         skip: bool [B]: samples that are left at x0 as converged, without an iteration.
-        read: gives the tally, of this iteration or of an earlier one.
+        read: see `read_now`.
         driver: its name, for the record.
 
     Returns:
@@ -74,19 +84,19 @@ def iterate(
         progress.counters[:, STATUS].masked_fill_(skip, Status.CONVERGED + 1)
         progress.out.copy_(x)
         active -= int(skip.sum())
-    before = active
+    rest = before = active  # what decides on compaction: a count that no timing changes
     evaluate.watch(progress)
     rows = "masked" if evaluate.masks else "whole batch"
-    now = read is Tensor.tolist
+    now = read is read_now
     step = None
     rows_shape = tuple(batch)
     state = layout.state(x, rows_shape)
     while active:
         # Where most of the active samples ended at once, the others are about to: what is left out
         # would be left out of one iteration.
-        rush = 2 * active < before and (len(x) - active) * layout.n < WORTHWHILE
-        if active <= evaluate.compact_below * len(x) and not rush:
-            keep = progress.active_rows() if now else progress.first_rows(active)
+        rush = 2 * rest < before and (len(x) - rest) * layout.n < WORTHWHILE
+        if rest <= evaluate.compact_below * len(x) and not rush:
+            keep = progress.active_rows() if now else progress.first_rows(rest)
             smaller = evaluate.select(keep, state)
             if smaller is None:
                 evaluate.compact_below = 0.0
@@ -106,8 +116,8 @@ def iterate(
                 layout, state = wanted, wanted.state(x, rows_shape)
             step = solver.start(backend, progress, progress.out)
         step(x, layout.rows(gx))
-        before = active
-        active, failed, _ = read(progress.tally)
+        before = rest
+        active, failed, rest = read(progress.tally)
     record = Record(
         progress=progress,
         batch=batch,
