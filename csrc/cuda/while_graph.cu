@@ -58,6 +58,31 @@ const char* forbidden(cudaGraphNodeType type) {
   }
 }
 
+// For what has nobody to tell of an error: nothing later is to find it.
+void forget(cudaError_t error) {
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();
+  }
+}
+
+// While it lives, this thread may do what a capture forbids in its own or any thread: allocate and
+// free, as building and destroying a graph does. A WhileGraph may die in the middle of a capture,
+// when Python's collector finds it, and be built while another thread captures. Nothing of that
+// belongs to the capture, which goes on.
+class OutsideCaptures {
+ public:
+  OutsideCaptures() { exchange(); }
+  ~OutsideCaptures() { exchange(); }
+  OutsideCaptures(const OutsideCaptures&) = delete;
+  OutsideCaptures& operator=(const OutsideCaptures&) = delete;
+
+ private:
+  // Leaves in mode_ what held before, for the next call.
+  void exchange() { forget(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // That all nodes lie on one device is for the driver to check, at instantiation.
 void check_nodes(cudaGraph_t graph) {
   size_t count = 0;
@@ -82,6 +107,7 @@ void check_nodes(cudaGraph_t graph) {
 
 WhileGraph::WhileGraph(cudaGraph_t prepare, cudaGraph_t body, cudaGraph_t finish,
                        const int32_t* tally, int max_iterations) {
+  const OutsideCaptures outside;
   try {
     build(prepare, body, finish, tally, max_iterations);
   } catch (...) {
@@ -129,14 +155,14 @@ void WhileGraph::build(cudaGraph_t prepare, cudaGraph_t body, cudaGraph_t finish
 
 WhileGraph::~WhileGraph() { destroy(); }
 
-// A destructor has nobody to tell.
 void WhileGraph::destroy() {
+  const OutsideCaptures outside;
   if (executable_ != nullptr) {
-    (void)cudaGraphExecDestroy(executable_);
+    forget(cudaGraphExecDestroy(executable_));
     executable_ = nullptr;
   }
   if (graph_ != nullptr) {
-    (void)cudaGraphDestroy(graph_);
+    forget(cudaGraphDestroy(graph_));
     graph_ = nullptr;
   }
 }
