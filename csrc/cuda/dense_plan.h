@@ -40,6 +40,35 @@ FPI_HOST_DEVICE constexpr int64_t stride_of(int64_t k, int value_bytes) {
   return padded_of(k, value_bytes) + kPackBytes / value_bytes;
 }
 
+// A warp's part of a product: rows of the operand by rows of W, which are the result's columns.
+struct ProductTile {
+  int rows, columns;
+};
+
+// Tiles as wide as keep all warps busy: a warp reads its columns' k once for all of its rows, and
+// its rows' once for all of its columns. is_matrix: on tensor cores.
+FPI_HOST_DEVICE constexpr ProductTile tile_of(bool is_matrix, int64_t rows, int64_t columns) {
+  const auto fills = [&](ProductTile tile) {
+    return divide_up(rows, tile.rows) * divide_up(columns, tile.columns) >= kDenseWarps;
+  };
+  if (is_matrix) {
+    return rows > 16 && fills({32, 32}) ? ProductTile{32, 32} : ProductTile{16, 16};
+  }
+  return rows > 24 && fills({8, 128}) ? ProductTile{8, 128}
+         : rows > 8 && fills({8, 64}) ? ProductTile{8, 64}
+         : rows > 2                   ? ProductTile{8, 32}
+                                      : ProductTile{2, 32};
+}
+
+// Columns that the block's warps take at a time, side by side: in as many rows of tiles as there
+// are, and no more of them than a panel holds. A slab is of rows of W that stay or of such that
+// stream.
+FPI_HOST_DEVICE constexpr int slab_of(ProductTile tile, int64_t rows) {
+  const int groups = static_cast<int>(divide_up(rows, tile.rows));
+  const int across = kDenseWarps / groups, most = kPanelRows / tile.columns;
+  return (across < most ? across : most) * tile.columns;
+}
+
 struct DenseShape {
   int64_t n;       // values of a state
   int64_t hidden;  // of the hidden layer; −1: there is none

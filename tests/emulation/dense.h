@@ -114,6 +114,14 @@ inline const Operator dense_plan_of("dense_plan", [](const Request& r) {
   std::copy(std::begin(values), std::end(values), r.array<int64_t>("plan"));
 });
 
+// tile: rows, columns and slab of a product.
+inline const Operator product_tile_of("product_tile", [](const Request& r) {
+  const int64_t rows = r.integer("rows");
+  const ProductTile tile = tile_of(r.number("is_matrix") != 0, rows, r.integer("columns"));
+  const int64_t values[] = {tile.rows, tile.columns, slab_of(tile, rows)};
+  std::copy(std::begin(values), std::end(values), r.array<int64_t>("tile"));
+});
+
 template <typename T>
 void dense_map(const Request& r) {
   const int64_t in = r.integer("k"), out = r.integer("n");

@@ -253,11 +253,10 @@ FPI_DEVICE void product_by(const Rows<T>& rows, const Weight<T>& weight, T* pane
   // Warps side by side, in groups that have a row of tiles each.
   const int warp = thread_index() / kWarp;
   const int groups = static_cast<int>(divide_up(rows.count, Tile::kRows));
-  int across = kDenseWarps / groups;
-  across = across < kPanelRows / Tile::kColumns ? across : kPanelRows / Tile::kColumns;
+  const int slab = slab_of({Tile::kRows, Tile::kColumns}, rows.count);
   const int top = warp % groups * Tile::kRows;
-  const int left = warp / groups < across ? warp / groups * Tile::kColumns : weight.rows;
-  const int slab = across * Tile::kColumns;
+  const int across = warp / groups * Tile::kColumns;
+  const int left = across < slab ? across : weight.rows;
 
   Panels<T> coming(weight, panels, slab);
   coming.bring();
@@ -303,25 +302,22 @@ FPI_DEVICE void product_by(const Rows<T>& rows, const Weight<T>& weight, T* pane
   }
 }
 
-// Tiles as wide as keep all warps busy: a warp reads its columns' k once for all of its rows, and
-// its rows' once for all of its columns. kMatrix: on tensor cores.
+// kMatrix: on tensor cores.
 template <bool kMatrix, typename T, typename Take>
 FPI_DEVICE void product(const Rows<T>& rows, const Weight<T>& weight, T* panels, const Take& take) {
-  const auto tiles = [&](int high, int wide) {
-    return divide_up(rows.count, high) * divide_up(weight.rows, wide);
-  };
+  const ProductTile tile = tile_of(kMatrix, rows.count, weight.rows);
   if constexpr (kMatrix) {
-    if (rows.count > 16 && tiles(32, 32) >= kDenseWarps) {
+    if (tile.rows == 32) {
       product_by<MatrixTile<T, 2, 4>>(rows, weight, panels, take);
     } else {
       product_by<MatrixTile<T, 1, 2>>(rows, weight, panels, take);
     }
   } else {
-    if (rows.count > 24 && tiles(8, 4 * kWarp) >= kDenseWarps) {
+    if (tile.columns == 4 * kWarp) {
       product_by<ExactTile<T, 8, 4>>(rows, weight, panels, take);
-    } else if (rows.count > 8 && tiles(8, 2 * kWarp) >= kDenseWarps) {
+    } else if (tile.columns == 2 * kWarp) {
       product_by<ExactTile<T, 8, 2>>(rows, weight, panels, take);
-    } else if (rows.count > 2) {
+    } else if (tile.rows == 8) {
       product_by<ExactTile<T, 8, 1>>(rows, weight, panels, take);
     } else {
       product_by<ExactTile<T, 2, 1>>(rows, weight, panels, take);
