@@ -156,7 +156,10 @@ struct MatrixProduct {
     }
   }
 
-  // The 32 bytes of k from the values k_a of A's rows and k_b of B's on.
+  // The 32 bytes of k from the values k_a of A's rows and k_b of B's on. These are instructions of
+  // the warp (`.aligned`): all lanes must come to them together, so where they may have parted
+  // since their last barrier, by a condition or a loop that is not the warp's as a whole, a
+  // warp_barrier must stand before. A shuffle only waits for all lanes, wherever they come from.
   FPI_DEVICE void add(float (&acc)[kHigh][kWide][4], int k_a, int k_b) const {
     uint32_t as[kHigh][4];
 #pragma unroll

@@ -425,6 +425,19 @@ void exchange(const void* value, void* result, size_t bytes, int source) {
   std::memcpy(result, exchange.values[source], bytes);
 }
 
+Together::Together() {
+  const uintptr_t caller = address(__builtin_return_address(0));
+  const int first = thread / kWarp * kWarp;
+  meet(block->warps[thread / kWarp], first, first + kWarp, caller, [&] {
+    if (!came_one_way(block->history, first, first + kWarp)) {
+      fail("lanes of the warp of " + who() +
+           " came by different ways, with no barrier between, to " + place(caller));
+    }
+  });
+}
+
+Together::~Together() { way_ended(block->history, thread); }
+
 void run(void (*body)(const void*), const void* argument, int threads, int64_t blocks,
          size_t shared_bytes) {
   if (blocks < 1 || threads > kMostThreads || shared_bytes > allowed) {

@@ -1,9 +1,10 @@
 // The machine of csrc/cuda/primitives.cuh on the host: the threads of a block are fibers that one
 // scheduler runs, and every primitive is a point where it may go on with another.
 //
-// Found out: threads that part at a barrier or a shuffle; reads past a buffer, and of what nobody
-// wrote (AddressSanitizer and poison in one build); accesses that no barrier, or fence with atomic,
-// puts in order (races.h, in the other build).
+// Found out: threads that part at a barrier, a shuffle or a warp's instruction; reads past a
+// buffer, and of what nobody wrote (AddressSanitizer and poison in one build); accesses that no
+// barrier, or fence with atomic, puts in order, and lanes that come to a warp's instruction by
+// different ways (races.h, in the other build).
 #pragma once
 
 #include <cstddef>
@@ -64,6 +65,13 @@ void async_commit();
 void async_wait(int left);
 // Gives `value` to the warp and takes that of the lane `source`.
 void exchange(const void* value, void* result, size_t bytes, int source);
+
+// An instruction of the warp as a whole, while it lives: every lane comes to it, and since their
+// last barrier or such instruction all have come the same way.
+struct Together {
+  Together();
+  ~Together();
+};
 
 // The next launch may have so many bytes of shared memory.
 void allow_shared(size_t bytes);
@@ -135,6 +143,7 @@ struct MatrixProduct {
   void place_b(const T* rows, int stride, int last) { b = rows, b_stride = stride, b_last = last; }
 
   void add(float (&acc)[kHigh][kWide][4], int k_a, int k_b) const {
+    const emulation::Together instruction;
     constexpr int kChunk = 32 / static_cast<int>(sizeof(T));
     const int lane = thread_index() % kWarp;
     for (int e = 0; e < kHigh * kWide * 4; ++e) {

@@ -110,6 +110,8 @@ void check(uintptr_t address, size_t bytes, bool write, bool atomic, uintptr_t c
   if (block == nullptr) {
     return;
   }
+  constexpr uint64_t kPrime = 0x100000001b3;  // FNV-1a
+  block->ways[thread] = (block->ways[thread] ^ code) * kPrime;
   const auto found = regions.upper_bound(address);
   if (found == regions.end() || address < found->second->begin) {
     return;
@@ -167,7 +169,8 @@ Tracked::~Tracked() { regions.erase(end_); }
 Uncached::Uncached() { uncached = true; }
 Uncached::~Uncached() { uncached = false; }
 
-History::History(uint32_t number, int threads) : serial(number), met(threads), fences(threads) {}
+History::History(uint32_t number, int threads)
+    : serial(number), met(threads), fences(threads), ways(threads) {}
 
 void launch_began() {
   launched = ++now;
@@ -188,14 +191,23 @@ void block_met(History& history) {
   for (Met& met : history.met) {
     met.block = now;
   }
+  std::fill(history.ways.begin(), history.ways.end(), 0);
 }
 
 void warp_met(History& history, int first, int end) {
   ++now;
   for (int i = first; i < end; ++i) {
     history.met[i].warp = now;
+    way_ended(history, i);
   }
 }
+
+bool came_one_way(const History& history, int first, int end) {
+  const auto* ways = history.ways.data();
+  return std::all_of(ways + first, ways + end, [&](uint64_t way) { return way == ways[first]; });
+}
+
+void way_ended(History& history, int index) { history.ways[index] = 0; }
 
 void fence_passed(History& history, int index) {
   history.fences[index] = {++now, history.met[index]};

@@ -8,7 +8,11 @@
 //   same
 //                  address, and barriers where other threads of the block are concerned. The second
 //                  must read past its cache (load_uncached) or pass a fence of its own before.
-// Shuffles order nothing. In a build without that instrumentation nothing here ever complains.
+// Shuffles order nothing.
+//
+// A thread's way is told by the code of its accesses, of any memory: lanes whose sequences differ
+// have parted. A barrier joins them again; after a shuffle the machine need not. In a build without
+// that instrumentation nothing here ever complains.
 #pragma once
 
 #include <cstddef>
@@ -66,6 +70,7 @@ struct History {
   std::vector<Met> met;
   std::vector<Fence> fences;
   std::vector<Acquired> acquired;
+  std::vector<uint64_t> ways;  // a hash of each thread's accesses since it met others
 };
 
 // Called by the scheduler and the primitives.
@@ -75,6 +80,8 @@ void touched(const void* address, size_t bytes, bool write, uintptr_t code);  //
 void block_met(History& block);
 void warp_met(History& block, int first, int end);
 void fence_passed(History& block, int thread);
+bool came_one_way(const History& block, int first, int end);
+void way_ended(History& block, int thread);
 void atomic_made(History& block, int thread, const int32_t* address, uintptr_t code);
 
 }  // namespace fpi::emulation

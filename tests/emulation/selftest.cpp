@@ -74,7 +74,17 @@ struct Reversed {
   }
 };
 
-enum Fault { kSkipsBarrier, kTwoBarriers, kSkipsShuffle, kOverrun, kUnwritten, kStaleRead };
+enum Fault {
+  kSkipsBarrier,
+  kTwoBarriers,
+  kSkipsShuffle,
+  kOverrun,
+  kUnwritten,
+  kStaleRead,
+  kSkipsMatrices,
+  kPartsBeforeMatrices,
+  kJoinsBeforeMatrices,  // this one is right
+};
 
 struct Faulty {
   static constexpr int kThreads = 64;
@@ -106,7 +116,32 @@ struct Faulty {
           shared_by_blocks[3] = shared_by_blocks[2 - block_index()];
         }
       }
+    } else if (fault >= kSkipsMatrices) {
+      multiply(i);
     }
+  }
+
+  // A warp's product, of which some lanes write something before, or to which one does not come.
+  FPI_DEVICE void multiply(int i) const {
+    float* shared = reinterpret_cast<float*>(shared_memory());
+    shared[i] = 1;
+    block_barrier();
+    MatrixProduct<float, 1, 2> product;
+    product.place_a(shared, 8, 1);
+    product.place_b(shared + 16, 8, 1);
+    float acc[1][2][4] = {};
+    if (fault != kSkipsMatrices && i % 3 == 0) {
+      shared[32 + i % 32] = 2;
+    }
+    if (fault == kJoinsBeforeMatrices) {
+      warp_barrier();
+    }
+    if (fault != kSkipsMatrices || i != 7) {
+      product.add(acc, 0, 0);
+      product.add(acc, 0, 0);
+    }
+    block_barrier();
+    shared[i] = acc[0][0][0];
   }
 };
 

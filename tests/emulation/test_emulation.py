@@ -8,6 +8,7 @@ from machine import FORWARD, RANDOM, REVERSE, EmulationError, Machine, places
 
 ORDERS = [(FORWARD, 0), (REVERSE, 0), (RANDOM, 1), (RANDOM, 2)]
 SKIPS_BARRIER, TWO_BARRIERS, SKIPS_SHUFFLE, OVERRUN, UNWRITTEN, STALE_READ = range(6)
+SKIPS_MATRICES, PARTS_BEFORE_MATRICES, JOINS_BEFORE_MATRICES = range(6, 9)
 
 
 @pytest.fixture(params=["sanitized", "races"])
@@ -51,6 +52,8 @@ def test_lanes_exchange(build, start):
         (OVERRUN, "sanitized", "heap-buffer-overflow"),
         (UNWRITTEN, "races", "nobody wrote shared memory.*read by .* at .*selftest.cpp"),
         (STALE_READ, "races", "race in shared_by_blocks.*write by .*selftest.cpp.*read by"),
+        (SKIPS_MATRICES, "sanitized", "others at .*selftest.cpp|stuck: 31 lanes"),
+        (PARTS_BEFORE_MATRICES, "races", "came by different ways, .* to .*selftest.cpp"),
     ],
 )
 def test_faults_are_told(fault, build_name, message, start):
@@ -58,6 +61,12 @@ def test_faults_are_told(fault, build_name, message, start):
         shared = {"shared_by_blocks": torch.zeros(4, dtype=torch.int32)}
         with pytest.raises(EmulationError, match=message):
             start(build_name, order, seed).call("faulty", shared, fault=fault)
+
+
+def test_a_barrier_joins_lanes_for_a_warps_instruction(build, start):
+    for order, seed in ORDERS:
+        shared = {"shared_by_blocks": torch.zeros(4, dtype=torch.int32)}
+        start(build, order, seed).call("faulty", shared, fault=JOINS_BEFORE_MATRICES)
 
 
 def test_every_deleted_barrier_and_fence_of_the_sum_is_caught(start):

@@ -80,6 +80,7 @@ template <typename T, int kHigh, int kWide>
 struct ExactTile {
   static constexpr int kRows = kHigh, kColumns = kWide * kWarp, kStep = kWidth<T>;
   static constexpr int kUnroll = kWide > 1 ? 1 : kHigh > 2 ? 2 : 4;
+  static constexpr bool kByWarp = false;
   using Acc = T;
 
   const T *a, *b;
@@ -156,6 +157,7 @@ struct MatrixTile {
   static constexpr int kRows = kHigh * 16, kColumns = kWide * 8;
   static constexpr int kStep = kChunkBytes / static_cast<int>(sizeof(T));
   static constexpr int kUnroll = kHigh > 1 ? 1 : 2;
+  static constexpr bool kByWarp = true;
   using Acc = float;
 
   MatrixProduct<T, kHigh, kWide> product;
@@ -285,6 +287,9 @@ FPI_DEVICE void product_by(const Rows<T>& rows, const Weight<T>& weight, T* pane
       }
       const int some = k + depth < weight.padded ? depth : weight.padded - k;
       if (is_mine) {
+        if constexpr (Tile::kByWarp) {
+          warp_barrier();  // lanes may have parted in `bring` here, or in `take` of the slab before
+        }
 #pragma unroll Tile::kUnroll
         for (int i = 0; i < some; i += Tile::kStep) {
           tile.add(k + i, i);
