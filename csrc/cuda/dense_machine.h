@@ -18,7 +18,7 @@ class DenseMachine {
   template <typename Body>
   int64_t blocks(int64_t shared_bytes) const {
     int fit = 0;
-    STD_CUDA_CHECK(allow_shared<Body>(static_cast<size_t>(shared_bytes)));
+    STD_CUDA_CHECK(allow_shared<Body>(shared_limit()));
     STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
         &fit, run<Body>, Body::kThreads, static_cast<size_t>(shared_bytes)));
     return static_cast<int64_t>(fit > 0 ? fit : 1) * multiprocessors();

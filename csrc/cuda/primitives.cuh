@@ -205,11 +205,13 @@ void launch(const Body& body, int64_t blocks, size_t shared_bytes, cudaStream_t 
   run<<<static_cast<unsigned>(blocks), Body::kThreads, shared_bytes, stream>>>(body);
 }
 
-// Shared memory beyond 48 KiB needs leave, once a kernel and device.
+// Shared memory beyond 48 KiB needs leave, once a kernel and device: for all that a block of the
+// current device may have, never for what one launch needs. Threads that launch the same kernel for
+// other shapes then ask for the same, and none takes away what another is about to use.
 template <typename Body>
-cudaError_t allow_shared(size_t bytes) {
+cudaError_t allow_shared(int64_t device_limit) {
   return cudaFuncSetAttribute(run<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+                              static_cast<int>(device_limit));
 }
 
 }  // namespace fpi::cuda
