@@ -8,8 +8,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ from fpi_cuda import (
     fixed_point,
 )
 from fpi_cuda.backends import native
-from fpi_cuda.backends.progress import Limits
+from fpi_cuda.backends.progress import Limits, Progress
 from fpi_cuda.drivers import whole
 from fpi_cuda.forms import ACTIVATIONS, DenseForm
 
@@ -41,6 +43,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 NEAR = {torch.float64: (1e-9, 1e-11)}  # of solves that stop at the same iteration
 LAYERS = {"one layer": None, "two layers": 11}
+
+on_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() or "cuda" not in native.dense_devices(),
+    reason="needs a CUDA device and a build with CUDA",
+)
+every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])
 
 
 def step(n, d=3, hidden=None, dtype=torch.float64, seed=0, **options):
@@ -62,11 +70,11 @@ def solve(g, z, *more, n=None, backward=True, **options):
     """x̂, its record, and the gradients of a loss that weighs every value differently."""
     n = g.state_shape[0] if n is None else n
     z = z.clone().requires_grad_()
-    x0 = torch.zeros(len(z), n, dtype=z.dtype)
+    x0 = z.new_zeros(len(z), n)
     solution = fixed_point(g, x0, z, *more, on_failure="return", **options)
     gradients = ()
     if backward:
-        loss = (solution.x * torch.linspace(-1, 1, n, dtype=z.dtype)).sum()
+        loss = (solution.x * torch.linspace(-1, 1, n, dtype=z.dtype, device=z.device)).sum()
         wanted = (z, *g.parameters())
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
     return solution, gradients
@@ -156,6 +164,43 @@ def test_iterations_of_every_shape_and_activation_in_every_dtype(hidden, dtype):
                     expected = exact(expected)
             torch.testing.assert_close(x.double(), expected, rtol=rounded, atol=rounded)
             assert (record.iterations <= 3).all(), "fewer where an iterate is its own image"
+
+
+@every_device
+@pytest.mark.parametrize("hidden", LAYERS.values(), ids=LAYERS)
+def test_iterations_of_rows_beyond_two_kilobytes(hidden, dtype, device):
+    """On CUDA a block takes such a row, not a warp; more samples than slots, so that all refill."""
+    few = Limits(rtol=0.0, offset=0.0, rounding=0.0, patience=10**6, max_iterations=3)
+    n, b = 2048 // dtype.itemsize + 9, 150
+    g = step(n, hidden=hidden, dtype=dtype, residual=0.1).to(device)
+    with torch.no_grad():
+        x0 = torch.randn(b, n).to(device, dtype)
+        form = g.form(x0, torch.randn(b, 3).to(device, dtype))
+        x, record = whole.solve(form, x0, Picard(), few, slots=1)
+        again, _ = whole.solve(form, x0, Picard(), few)
+        exact, expected = in_float64(form), x0.double()
+        for _ in range(3):
+            expected = exact(expected)
+    rounded = 30 * torch.finfo(dtype).eps
+    torch.testing.assert_close(x.double(), expected, rtol=rounded, atol=rounded)
+    assert same_bits(x, again)
+    assert (record.iterations <= 3).all(), "fewer where an iterate is its own image"
+
+
+@every_device
+def test_rows_beyond_two_kilobytes_solve_to_their_tolerance(dtype, solver, device):
+    """With a hidden layer: few weights, so that CUDA takes them whole too."""
+    n = 2048 // dtype.itemsize + 9
+    g = step(n, hidden=11, dtype=dtype).to(device)
+    z = torch.randn(5, 3).to(device, dtype)
+    ours, gradients = solve(g, z, solver=solver)
+    exact = copy.deepcopy(g).double()
+    true, expected = solve(exact, z.double(), solver=solver, tolerance=TIGHT, adjoint=TIGHT_ADJOINT)
+    assert ours.path == ours.adjoint.path == "native, whole"
+    assert bool(ours.converged.all())
+    assert_solved(ours.x, true.x)
+    for mine, other in zip(gradients, expected, strict=True):
+        assert_solved(mine.reshape(1, -1), other.reshape(1, -1), factor=12)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.2])
@@ -354,15 +399,17 @@ def test_samples_that_fail_leave_nothing_in_their_slots(case, every, gain):
         assert set(record.status[fails].tolist()) == {Status.NONFINITE}
 
 
+@every_device
 @pytest.mark.parametrize("hidden", LAYERS.values(), ids=LAYERS)
-def test_an_exact_layer_has_a_samples_bits_in_any_batch(hidden):
-    g = step(33, d=21, hidden=hidden, dtype=torch.float32, exact=True)
-    z = torch.randn(100, 21)
+def test_an_exact_layer_has_a_samples_bits_in_any_batch(hidden, device):
+    g = step(33, d=21, hidden=hidden, dtype=torch.float32, exact=True).to(device)
+    z = torch.randn(100, 21).to(device)
     x, _ = solve(g, z, backward=False)
+    assert x.path == "native, whole"
     for rows in (torch.arange(1), torch.arange(7, 50), torch.randperm(100)):
         part, _ = solve(g, z[rows], backward=False)
         assert torch.equal(part.x, x.x[rows])
-    loose = step(33, d=21, hidden=hidden, dtype=torch.float32)
+    loose = step(33, d=21, hidden=hidden, dtype=torch.float32).to(device)
     (ours, a), (theirs, b) = solve(g, z), solve(loose, z)
     assert_close(ours.x, theirs.x)
     for mine, other in zip(a, b, strict=True):
@@ -722,11 +769,6 @@ def test_an_energy_of_its_own_is_called():
 
 # --- on a device -----------------------------------------------------------------------------
 
-on_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available() or "cuda" not in native.dense_devices(),
-    reason="needs a CUDA device and a build with CUDA",
-)
-
 
 def moved(g, z, **options):
     """The solve on the device, and on the CPU by the reference."""
@@ -794,21 +836,111 @@ def test_cuda_bits_depend_on_neither_batch_nor_slots():
             assert same_bits(x[rows], y)
 
 
+# --- several threads -------------------------------------------------------------------------
+
+
+def stepped(x, values, history):
+    """x and its record after the solver's steps with these values of g."""
+    b, n = x.shape
+    x, p = x.clone(), Progress(x, Limits(0.0, 0.0, 0.0, 10**6, 10**6))
+    window = [x.new_zeros(b, history, k) for k in (n, n, history)]
+    for gx in values:
+        if history == 1:
+            native.picard_step(p, x, gx, 0.7)
+        else:
+            native.anderson_step(p, x, gx, 1.0, 1e-3, 1e9, *window)
+    return x, p.counters, p.scalars
+
+
+def work_of(sizes, b, device):
+    """Calls that each give tensors: whole solves and steps of rows of these sizes."""
+    calls = []
+    for n in sizes:
+        normal = torch.randn(5, b, n).to(device)
+        form = DenseForm((torch.randn(n, n) / (3 * n**0.5)).to(device), normal[0])
+        for history in (1, 3):
+            solver = Anderson(history) if history > 1 else Picard()
+
+            def solve_whole(form=form, solver=solver, n=n):
+                x, record = whole.solve(
+                    form, torch.zeros_like(form.u), solver, limits(torch.float32, n)
+                )
+                return x, record.progress.counters, record.progress.scalars
+
+            calls += [solve_whole, lambda h=history, v=normal: stepped(v[1], v[2:5], h)]
+    return calls
+
+
+@every_device
+@pytest.mark.parametrize("streams", ["one stream", "own streams"])
+def test_threads_do_not_disturb_each_other(device, streams):
+    """Two at a time, 50 rounds: the same kernels for rows of other sizes, to the bit as alone.
+
+    On CUDA the sizes need unlike amounts of shared memory, the larger more than 48 KiB.
+    """
+    work = [work_of((24, 700), 5, device), work_of((160, 48), 37, device)]
+    alone = [[call() for call in calls] for calls in work]
+    begin = threading.Barrier(len(work), timeout=60)
+
+    def repeat(calls, expected):
+        own = device == "cuda" and streams == "own streams"
+        if own:
+            torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream() if own else None):
+            begin.wait()
+            for _ in range(50):
+                for call, right in zip(calls, expected, strict=True):
+                    for mine, other in zip(call(), right, strict=True):
+                        assert same_bits(mine, other)
+
+    with ThreadPoolExecutor(len(work)) as pool:
+        for done in [pool.submit(repeat, *pair) for pair in zip(work, alone, strict=True)]:
+            done.result(timeout=300)
+
+
 # --- the operator ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (25, 33, 31), (64, 159, 200)], ids=str)
-def test_products_match_float64(shape, dtype):
-    b, k, n = shape
-    x, weight, u = (torch.randn(*s).to(dtype) for s in ((b, k), (n, k), (n,)))
-    expected = x.double() @ weight.double().mT
+PRODUCTS = [(1, 1, 1), (3, 5, 7), (25, 33, 31), (64, 159, 200)]
+# On CUDA: rows of W that partly stay in shared memory, and more rows of x than blocks have at once.
+PRODUCTS += [(9, 300, 290), (150, 40, 70)]
+
+
+def product(b, k, n, dtype, device):
+    """Operands of a product and, in float64, what it is and what its terms sum to in magnitude."""
+    x, weight = (torch.randn(*shape).to(dtype) for shape in ((b, k), (n, k)))
+    right = x.double() @ weight.double().mT
+    magnitude = x.abs().double() @ weight.abs().double().mT
+    return x.to(device), weight.to(device), right, magnitude
+
+
+@every_device
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_products_match_float64(shape, dtype, device):
+    x, weight, right, magnitude = product(*shape, dtype, device)
+    u = torch.randn(shape[2]).to(device, dtype)
     for strided in (weight, weight.mT.contiguous().mT):
-        for found, right in (
-            (native.dense_map(x, strided, None), expected),
-            (native.dense_map(x, strided, u), expected + u.double()),
-        ):
-            rounding = 2 * torch.finfo(dtype).eps * (x.abs().double() @ weight.abs().double().mT)
-            assert ((found.double() - right).abs() <= rounding + torch.finfo(dtype).eps).all()
+        for bias, expected in ((None, right), (u, right + u.double().cpu())):
+            found = native.dense_map(x, strided, bias)
+            assert found.dtype == dtype and found.device == x.device
+            error = (found.double().cpu() - expected).abs()
+            eps = torch.finfo(dtype).eps  # k roundings of either sign add up as their root
+            assert (error <= eps * (max(2, shape[1] ** 0.5) * magnitude + 1)).all()
+
+
+@every_device
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_products_round_to_tf32_where_torch_is_set_to_it(shape, device, matmul):
+    """On CUDA alone; and to the bit the same rows in any batch."""
+    x, weight, right, magnitude = product(*shape, torch.float32, device)
+    matmul.fp32_precision = "ieee"
+    exact = native.dense_map(x, weight, None)
+    matmul.fp32_precision = "tf32"
+    rounded = native.dense_map(x, weight, None)
+    assert torch.equal(exact, rounded) == (device == "cpu")
+    assert ((rounded.double().cpu() - right).abs() <= 1.1e-3 * magnitude).all()
+    for rows in (slice(0, 1), slice(shape[0] // 2, None)):
+        assert torch.equal(native.dense_map(x[rows], weight, None), rounded[rows])
 
 
 def test_arguments_are_checked():
