@@ -31,7 +31,7 @@ sanitize() {
   fi
   sanitized memcheck cuda tests/test_primitives.py tests/test_dense.py
   sanitized racecheck cuda tests/test_primitives.py tests/test_dense.py
-  sanitized memcheck "size or channel" tests/triton/test_conv_kernels.py
+  sanitized memcheck "size or channel" tests/triton_kernels/test_conv_kernels.py
 }
 
 # A check of the tool over those tests of some files that a keyword selects.

@@ -3,10 +3,12 @@
 import os
 import sys
 
+import budget
 import hypothesis
 import pytest
 import torch
 from helpers import DTYPES, SOLVERS
+from products import perturbed
 
 from fpi_cuda import backends
 from fpi_cuda.backends import scratch
@@ -19,7 +21,8 @@ hypothesis.settings.register_profile("soak", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser, pluginmanager):
+    pluginmanager.register(budget)
     parser.addoption(
         "--require-backend",
         action="append",
@@ -27,36 +30,22 @@ def pytest_addoption(parser):
         metavar="NAME[:DEVICE]",
         help="fail, instead of skipping its tests, where this build lacks the backend",
     )
+    parser.addoption(
+        "--plain-products",
+        action="store_true",
+        help="leave torch's products and convolutions as they are (tests/products.py)",
+    )
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "no_poison: torch's own functions must stay what they are")
+    config.addinivalue_line("markers", "plain_products: library products are not perturbed")
     for wanted in config.getoption("--require-backend"):
         name, _, device = wanted.partition(":")
         devices = backends.available().get(name, ())
         if not devices or (device and device not in devices and "any" not in devices):
             raise pytest.UsageError(
                 f"--require-backend {wanted}: this build has {backends.available()}"
-            )
-
-
-# Seconds that a whole run of each folder's tests may take on two cores.
-BUDGETS = {"tests": 480, "tests/emulation": 240, "tests/triton": 240}
-
-
-def pytest_terminal_summary(terminalreporter):
-    """How long each folder's tests took, beside its budget."""
-    spent = dict.fromkeys(BUDGETS, 0.0)
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            folder = getattr(report, "nodeid", "").rpartition("/")[0]
-            if folder in spent:
-                spent[folder] += getattr(report, "duration", 0.0)
-    for folder, seconds in spent.items():
-        if seconds > 1:
-            terminalreporter.write_line(
-                f"{folder}: {seconds:.0f} s of {BUDGETS[folder]} s"
-                f"{' - OVER ITS BUDGET' if seconds > BUDGETS[folder] else ''}"
             )
 
 
@@ -89,6 +78,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def products(request):
+    """A library product's last bit depends on the row's place: no test may rely on it."""
+    plain = request.config.getoption("--plain-products")
+    if plain or request.node.get_closest_marker("plain_products"):
+        yield
+    else:
+        with perturbed():
+            yield
 
 
 def _poison(t):
