@@ -10,16 +10,19 @@ QUIET := --quiet --disable-pip-version-check
 PY := $(VENV)/bin/python
 PY_CUDA := $(VENV_CUDA)/bin/python
 STAMP := $(VENV)/.installed-$(subst ==,-,$(TORCH))
+# What this torch's CUDA build asks for, in the version that it asks for.
+CONSTRAINTS := $(wildcard requirements/$(subst ==,-,$(TORCH)).txt)
 STAMP_CUDA := $(VENV_CUDA)/.installed-$(subst ==,-,$(TORCH_CUDA))
 NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv build test bench soak lint cuda-compile cuda-link-check clean
+.PHONY: venv build test matrix bench soak lint cuda-compile cuda-link-check clean
 
 venv: $(STAMP)
 
 $(STAMP): $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install $(QUIET) $(TORCH) -r requirements/dev.txt
+	$(PY) -m pip install $(QUIET) $(TORCH) -r requirements/dev.txt \
+		$(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@
 
 # Editable: Python changes need no rebuild, and a rebuild compiles only what changed.
@@ -27,8 +30,13 @@ build: venv
 	$(PY) -m pip install $(QUIET) --no-build-isolation --no-deps --editable .
 	@$(PY) -c "import fpi_cuda; print('built:', fpi_cuda.build_info())"
 
+# BUDGET: the processor seconds that it may cost.
 test: build
-	$(PY) -m pytest
+	$(PY) -m pytest $(addprefix --processor-budget ,$(BUDGET))
+
+# The tests under each torch that is supported, and without triton. Long, and a download of gigabytes.
+matrix:
+	PYTHON=$(PYTHON) .ci/matrix
 
 # The long tests too, with many more examples.
 soak: build

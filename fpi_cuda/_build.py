@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"fpi_cuda's native library could not be loaded: {error}. If it was never built, or not "
-        f"for this Python and torch {torch.__version__} (2.10 or newer is needed), build it with "
+        f"for this Python and torch {torch.__version__} (2.11 or newer is needed), build it with "
         "`pip install --no-build-isolation .` in the source folder."
     ) from error
 
