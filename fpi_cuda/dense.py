@@ -100,8 +100,10 @@ class DenseStep(_Inputs):
         output_activation: φ₂ of two layers; None: "identity".
         residual: α.
         bias: whether there are b and b₂.
-        exact: u too is computed with sums in an order that does not depend on the batch, so that
-            the bits of a sample's solution do not depend on the samples beside it.
+        exact: u too is computed with sums in an order that does not depend on the batch, so that,
+            where the solve is whole, the bits of a sample's solution depend neither on the samples
+            beside it nor on the number of threads. Those of gradients may: they pass torch's
+            products.
 
     Attributes:
         state_weight: W [N, N], or W₁ [H, N].

@@ -29,7 +29,7 @@ def pytest_addoption(parser):
 
 
 def _passed():
-    global _before  # noqa: PLW0603
+    global _before
     now = spent()
     cost, _before = now - _before, now
     return cost

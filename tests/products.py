@@ -18,12 +18,15 @@ import torch
 
 # What calls a library on the CPU. matmul, linear, einsum, mv and conv*d end in these, as do all
 # derivatives.
-PRODUCTS = """
-    mm mm.out addmm addmm.out addmm_ bmm bmm.out baddbmm baddbmm.out baddbmm_
-    addmv addmv.out addmv_ dot vdot convolution convolution_backward
-    linalg_cholesky_ex _cholesky_solve_helper _linalg_solve_ex linalg_lu_factor_ex linalg_lu_solve
-    linalg_solve_triangular linalg_inv_ex _linalg_eigh _linalg_svd
-""".split()
+# fmt: off
+PRODUCTS = (
+    "mm", "mm.out", "addmm", "addmm.out", "addmm_", "bmm", "bmm.out", "baddbmm", "baddbmm.out",
+    "baddbmm_", "addmv", "addmv.out", "addmv_", "dot", "vdot", "convolution",
+    "convolution_backward", "linalg_cholesky_ex", "_cholesky_solve_helper", "_linalg_solve_ex",
+    "linalg_lu_factor_ex", "linalg_lu_solve", "linalg_solve_triangular", "linalg_inv_ex",
+    "_linalg_eigh", "_linalg_svd",
+)
+# fmt: on
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -36,7 +39,6 @@ def _layout(argument):
     return argument
 
 
-@functools.lru_cache(4096)
 def _moves(shape, key, integer):
     """-1, 0 or 1 for each place."""
     hashed = np.arange(np.prod(shape, dtype=np.uint64), dtype=np.uint64) + np.uint64(key)
@@ -47,11 +49,14 @@ def _moves(shape, key, integer):
     return torch.from_numpy(moves.astype(np.int64) - 1).reshape(shape).to(integer)
 
 
+_kept_moves = functools.lru_cache(1000)(_moves)
+
+
 def _move(t, key):
     if not (isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()):
         return
     integer = _INTEGERS[t.element_size()]
-    moves = _moves(tuple(t.shape), key, integer)
+    moves = (_kept_moves if t.numel() < 1000 else _moves)(tuple(t.shape), key, integer)
     t.view(integer).add_(moves * (t.isfinite() & (t != 0)))  # a sum of nothing is 0 anywhere
 
 

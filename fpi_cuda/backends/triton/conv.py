@@ -14,8 +14,8 @@ Both walk a compact list of the active samples. There are as many programs as th
 time; each takes the tiles of the listed samples whose number is its own, plus a multiple of the
 number of programs. How many samples are listed is read on the device.
 
-A sample's bits depend on the config, which the layers, precision and device choose, and not on the
-batch or on who else is active.
+Given u, a sample's bits depend on the config, which the layers, precision and device choose, and
+not on the batch or on who else is active.
 """
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
