@@ -184,14 +184,17 @@ class PerSample:
             with contextlib.suppress(TypeError):  # g takes no weak reference: look each time
                 self.known = _PER_SAMPLE.get(g, {}).get(self._key)
 
-    def learn(self, part: Callable[[], Tensor], whole: Tensor) -> bool:
-        """Compare g on the compacted rows with those rows of g on the whole batch."""
+    def learn(self, part: Callable[[], Tensor], whole: Tensor, dtype: torch.dtype | None) -> bool:
+        """Compare g on the compacted rows with those rows of g on the whole batch.
+
+        dtype is autocast's: g's products have the rounding of that, whatever the state's.
+        """
         try:
             rows = part()
         except Exception:
             self.known = False
         else:
-            self.known = self._agree(rows, whole)
+            self.known = self._agree(rows, whole, dtype or whole.dtype)
         with contextlib.suppress(TypeError):
             _PER_SAMPLE.setdefault(self._g, {})[self._key] = self.known
         if not self.known:
@@ -205,8 +208,8 @@ class PerSample:
         return self.known
 
     @staticmethod
-    def _agree(part: Tensor, whole: Tensor) -> bool:
-        eps = torch.finfo(part.dtype).eps
+    def _agree(part: Tensor, whole: Tensor, dtype: torch.dtype) -> bool:
+        eps = max(torch.finfo(part.dtype).eps, torch.finfo(dtype).eps)
         # A library GEMM's or convolution's rows differ in the last bits with the batch's size.
         slack = (16 if eps > 1e-5 else 256) * eps
         part, whole = (t.reshape(len(t), -1).double() for t in (part, whole))
@@ -264,7 +267,8 @@ class Forward:
         part.first = False
         if self.per_sample.known is None:
             whole = self(x).index_select(0, positions)
-            if not self.per_sample.learn(lambda: part(x.index_select(0, positions)), whole):
+            dtype = self.owner.autocast_dtype
+            if not self.per_sample.learn(lambda: part(x.index_select(0, positions)), whole, dtype):
                 return None
         return part
 
@@ -321,7 +325,8 @@ class Adjoint:
             made.append(smaller())
             return made[0].y.detach()
 
-        return made[0] if self.per_sample.learn(part, rows(self.y)) else None
+        dtype = self.owner.autocast_dtype
+        return made[0] if self.per_sample.learn(part, rows(self.y), dtype) else None
 
 
 class Masked:

@@ -294,9 +294,7 @@ def test_adjoint_options_are_checked():
 def test_backend_that_is_not_there_raises_and_names_those_that_are():
     with raises(RuntimeError, r'"triton".*use backend="auto"'):
         fixed_point(half, X0, backend="triton")
-    with raises(
-        RuntimeError, r'"native" .*: this build has no kernels for device meta'
-    ):
+    with raises(RuntimeError, r'"native" .*: this build has no kernels for device meta'):
         backends.choose("native", X0.to("meta"))
 
 
