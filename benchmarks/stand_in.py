@@ -53,6 +53,11 @@ def is_marked(t: torch.Tensor) -> bool:
         return False
 
 
+def is_anywhere(t: torch.Tensor) -> bool:
+    """Whether autograd made it, with nothing known yet that it goes with."""
+    return not is_marked(t) and hasattr(t.untyped_storage(), "anywhere")
+
+
 def mark(t: torch.Tensor) -> None:
     t.untyped_storage().on_device = True
 
@@ -96,6 +101,8 @@ class Device(TorchDispatchMode):
         here = any(is_marked(t) for t in given)
         if name not in CROSSING and here:
             check_devices(func, name, args, given)
+            for t in filter(is_anywhere, given):
+                mark(t)
         target = here
         if (wanted := kwargs.get("device")) is not None:
             target = torch.device(wanted).type == "cuda"
@@ -116,12 +123,19 @@ class Device(TorchDispatchMode):
         if name in ("_dense_map", "_dense_solve"):
             args = tuple(False if a is True else a for a in args)  # tf32, which CPUs have not
         before = {t.untyped_storage()._cdata for t in given}
-        out = func(*args, **kwargs)
+        # Below autograd, where an operator of ours can't ask whether it is differentiated.
+        ours = func.namespace == "fpi_cuda" and not any(t.requires_grad for t in given)
+        with torch.no_grad() if ours else contextlib.nullcontext():
+            out = func(*args, **kwargs)
         results = [t for t in tree_leaves(out) if is_tensor(t)]
         fresh = [t.untyped_storage()._cdata not in before for t in results]
+        # What autograd makes it makes on the real device, which is always the CPU.
+        by_autograd = "device" in kwargs and torch._C._current_graph_task_id() != -1
         for t, new in zip(results, fresh, strict=True):
             if new and target:
                 mark(t)
+            elif new and by_autograd:
+                t.untyped_storage().anywhere = True
         if (graph := getattr(_local, "capture", None)) is not None:
             graph.write((func, *_plain((args, kwargs)), results, fresh))
         return out
@@ -134,8 +148,8 @@ def _plain(tree: Any) -> Any:
 def check_devices(func: Any, name: str, args: Any, given: Sequence[torch.Tensor]) -> None:
     if name in INDEXING and is_marked(args[0]):
         return  # indices may come from the CPU
-    others = [t for t in given if not is_marked(t) and (t.dim() > 0 or name == "_foreach_add")]
-    if others and _device_of.__get__(others[0]).type == "cpu":
+    others = [t for t in given if not (is_marked(t) or is_anywhere(t) or t.dim() == 0)]
+    if any(_device_of.__get__(t).type == "cpu" for t in others):
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, "
             f"cuda:0 and cpu! ({func})"

@@ -51,15 +51,16 @@ def at(dtype: torch.dtype) -> dict[str, Any]:
 class Affine(nn.Module):
     """x ↦ tanh(scale W x + shift) + z, with a buffer and a Python number; counts its calls."""
 
+    calls = 0  # of the class: a number of the module's own would be part of a graph's kind
+
     def __init__(self, n: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(contraction(2, n, n, 0.6))
         self.register_buffer("shift", torch.full((n,), 0.1, dtype=torch.float64))
         self.scale = 1.0
-        self.calls = [0]
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        self.calls[0] += 1
+        Affine.calls += 1
         return torch.tanh(self.scale * (x @ self.weight.mT) + self.shift) + z
 
 
@@ -183,11 +184,12 @@ def graphed(
     options = {"solver": solver, **at(dtype)}
     for seed in range(4):
         z = normal(seed, place.size(130, 6), n).to(dtype).to(place.device)
-        calls = g.calls[0]
+        calls = Affine.calls
         layer, found = solve(g, z, backward, driver="graph", **options)
-        paths = [layer.last.path] + [layer.last.adjoint.path] * backward
+        records = [layer.last, layer.last.adjoint] if backward else [layer.last]
+        paths = [record.path for record in records]
         require(all(", graph," in p for p in paths), f"a graph was asked for (got {paths})")
-        require(seed == 0 or g.calls[0] == calls, "a launch must not call g's Python")
+        require(seed == 0 or Affine.calls == calls, "a launch must not call g's Python")
         eager, beside = solve(g, z, backward, driver="eager", **options)
         right = exact(g, z, backward)
         for what, value in found.items():
@@ -432,7 +434,7 @@ def bounded(place: Place, solver: Any) -> Iterator[Error]:
         plain, z * 0, z, params=(w,), tolerance=Tolerance(0, 0), max_iterations=9, **options
     )
     yield Error("evaluations beyond max_iterations", abs(solution.evaluations - 9), 0.0)
-    yield same("iterations", solution.iterations, torch.full((len(z),), 9, dtype=torch.int32))
+    yield Error("most iterations, beside 9", abs(int(solution.iterations.max()) - 9), 0.0)
 
 
 def compaction(place: Place) -> Iterator[Check]:
