@@ -136,13 +136,16 @@ class Device(TorchDispatchMode):
                 mark(t)
             elif new and by_autograd:
                 t.untyped_storage().anywhere = True
-        if (graph := getattr(_local, "capture", None)) is not None:
-            graph.write((func, *_plain((args, kwargs)), results, fresh))
+        if (graph := getattr(_local, "capture", None)) is not None and (here or target):
+            graph.calls.append((func, *tree_map(kept, (args, kwargs)), results, fresh))
         return out
 
 
-def _plain(tree: Any) -> Any:
-    return tree_map(lambda t: t.detach() if is_tensor(t) else t, tree)
+def kept(t: Any) -> Any:
+    """As a graph keeps an argument: a tensor by its place, a number on the CPU by its value."""
+    if not is_tensor(t):
+        return t
+    return t.detach() if is_marked(t) or t.dim() > 0 else t.detach().clone()
 
 
 def check_devices(func: Any, name: str, args: Any, given: Sequence[torch.Tensor]) -> None:
@@ -270,7 +273,6 @@ def current_stream(device: Any = None) -> Stream:
 class CUDAGraph:
     """Operators as they were called, repeated on the very same tensors."""
 
-    handles: collections.Counter[int] = collections.Counter()
     by_handle: dict[int, CUDAGraph] = {}
 
     def __init__(self, keep_graph: bool = False) -> None:
@@ -284,9 +286,6 @@ class CUDAGraph:
         if getattr(_local, "capture", None) is not None:
             raise RuntimeError("a capture is under way already")
         _local.capture = self
-
-    def write(self, call: tuple[Any, ...]) -> None:
-        self.calls.append(call)
 
     def capture_end(self) -> None:
         _local.capture = None

@@ -151,10 +151,13 @@ def poison(device: str) -> None:
 # --- comparing ----------------------------------------------------------------------------------
 
 
-def norm_error(found: Tensor, exact: Tensor, rows: bool = False) -> float:
+def norm_error(
+    found: Tensor, exact: Tensor, rows: bool = False, beside: Tensor | None = None
+) -> float:
     """‖found − exact‖/‖exact‖, of the whole or of the worst row; NaN and wrong shapes are ∞.
 
-    NaN agrees with NaN, where a test leaves some on purpose.
+    NaN agrees with NaN, where a check leaves some on purpose. `beside`, shaped likewise, counts in
+    the divisor too: the terms of a sum that may cancel.
     """
     a, e = found.detach().double().cpu(), exact.detach().double().cpu()
     if a.shape != e.shape or not torch.equal(a.isfinite(), e.isfinite()):
@@ -163,12 +166,21 @@ def norm_error(found: Tensor, exact: Tensor, rows: bool = False) -> float:
         return 0.0
     shape = (len(a), -1) if rows else (1, -1)
     a, e = (t.nan_to_num(0.0, 0.0, 0.0).reshape(shape) for t in (a, e))
-    difference, size = ((t.square().sum(1).sqrt()) for t in (a - e, e))
-    return float((difference / size.clamp(min=torch.finfo(torch.float64).tiny)).amax())
+    size = e.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    if beside is not None:
+        size = size.maximum(beside.detach().double().cpu().reshape(shape).norm(dim=1))
+    return float(((a - e).norm(dim=1) / size).amax())
 
 
-def compare(what: str, found: Tensor, exact: Tensor, allowed: float, rows: bool = False) -> Error:
-    return Error(what, norm_error(found, exact, rows), allowed)
+def compare(
+    what: str,
+    found: Tensor,
+    exact: Tensor,
+    allowed: float,
+    rows: bool = False,
+    beside: Tensor | None = None,
+) -> Error:
+    return Error(what, norm_error(found, exact, rows, beside), allowed)
 
 
 def same(what: str, found: Tensor, expected: Tensor) -> Error:
