@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import os
 import runpy
@@ -71,9 +72,7 @@ def wait(what: str) -> None:
     """The host waits for the device: not in a capture, and not unseen by the sync debug mode."""
     if (graph := getattr(_local, "capture", None)) is not None:
         graph.broken = True
-        raise RuntimeError(
-            f"CUDA error: operation not permitted when stream is capturing ({what})"
-        )
+        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
     if _state["sync"] == "error":
         raise RuntimeError(f"called a synchronizing CUDA operation ({what})")
     if _state["sync"] == "warn":
@@ -137,7 +136,7 @@ class Device(TorchDispatchMode):
             elif new and by_autograd:
                 t.untyped_storage().anywhere = True
         if (graph := getattr(_local, "capture", None)) is not None and (here or target):
-            graph.calls.append((func, *tree_map(kept, (args, kwargs)), results, fresh))
+            graph.write((func, *tree_map(kept, (args, kwargs)), results, fresh))
         return out
 
 
@@ -174,7 +173,9 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Tensor.to, which else finds that the device is the right one already."""
     if args and is_tensor(args[0]):
         args = (args[0].device, args[0].dtype, *args[1:])
-    kwargs = {k: torch.device(v) if k == "device" and v is not None else v for k, v in kwargs.items()}
+    kwargs = {
+        k: torch.device(v) if k == "device" and v is not None else v for k, v in kwargs.items()
+    }
     args = tuple(torch.device(a) if isinstance(a, str) else a for a in args)
     wanted = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.device)), None)
     if wanted is None or wanted.type not in ("cpu", "cuda"):
@@ -287,10 +288,15 @@ class CUDAGraph:
             raise RuntimeError("a capture is under way already")
         _local.capture = self
 
+    def write(self, call: tuple[Any, ...]) -> None:
+        self.calls.append(call)
+
     def capture_end(self) -> None:
         _local.capture = None
         if self.broken:
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture"
+            )
 
     def instantiate(self) -> None: ...
 
@@ -500,17 +506,37 @@ def pretend() -> None:
     absent = backends.triton.missing("cpu")  # None where the interpreter runs
     backends.triton.missing = lambda device: absent
     if absent is None:
-        quicken()
+        interpret()
 
 
-def quicken() -> None:
-    """Triton's interpreter, with numpy's warnings off: kernels compute with NaN where they have to.
-
-    It also replaces triton.language once a launch, and not for each call of a device function.
-    """
+def interpret() -> None:
+    """Triton's interpreter, with launches as a device's; numpy does not warn of NaN."""
     import numpy
+    from triton.runtime import interpreter
+
+    from fpi_cuda.backends.triton import configs
 
     numpy.seterr(all="ignore")
+
+    def choose(shape: Any, precision: str, capability: int | None) -> Any:
+        """Small tiles: the interpreter takes as long for pixels outside the image."""
+        fused = configs.can_fuse(shape)
+        return configs.Config(fused, (4, 8), pixels=32, outputs=32, blocks=1)
+
+    configs.choose = choose
+    launch = interpreter.GridExecutor.__call__
+
+    def launch_as_one(self: Any, *args: Any, **kwargs: Any) -> None:
+        """A node of its own in a graph, and not the operators that the interpreter is made of."""
+        graph, _local.capture = getattr(_local, "capture", None), None
+        try:
+            launch(self, *args, **kwargs)
+        finally:
+            _local.capture = graph
+        if graph is not None:
+            graph.write((functools.partial(launch, self), args, kwargs, [], []))
+
+    interpreter.GridExecutor.__call__ = launch_as_one
 
 
 def main() -> int:

@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.smoke",
         description="Checks on a CUDA device against float64, a line each.",
         epilog=f"Exit code: the number of failed checks, at most {MOST_FAILED}; {NO_DEVICE}: no "
-        f"device; {UNKNOWN}: an unknown part. " + "; ".join(f"{n}: {p.__doc__}" for n, p in PARTS.items()),
+        f"device; {UNKNOWN}: an unknown part. "
+        + "; ".join(f"{n}: {p.__doc__}" for n, p in PARTS.items()),
     )
     parser.add_argument("part", nargs="*", help=f"{', '.join(PARTS)}; {ALL}: each of them")
     parser.add_argument("--list", action="store_true", help="the names of the parts, one a line")

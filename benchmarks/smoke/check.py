@@ -109,7 +109,9 @@ def one(name: str, call: Callable[[], Told], place: Place) -> bool:
     worst = max(errors, key=lambda e: e.share if e.share == e.share else math.inf)
     right = worst.found <= worst.allowed
     place_of = f"  ({worst.what})" if worst.what else ""
-    say("ok" if right else "FAIL", name, f"error {worst.found:.1e} of {worst.allowed:.0e}{place_of}")
+    say(
+        "ok" if right else "FAIL", name, f"error {worst.found:.1e} of {worst.allowed:.0e}{place_of}"
+    )
     return right
 
 

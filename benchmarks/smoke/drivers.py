@@ -39,7 +39,10 @@ from .check import (
 
 SOLVERS = {"picard": Picard(), "anderson": Anderson()}
 RTOL = {torch.float64: 1e-10, torch.float32: 1e-5}
-TIGHT = {"tolerance": Tolerance(1e-13, 1e-14), "adjoint": ImplicitAdjoint(tolerance=Tolerance(1e-13))}
+TIGHT = {
+    "tolerance": Tolerance(1e-13, 1e-14),
+    "adjoint": ImplicitAdjoint(tolerance=Tolerance(1e-13)),
+}
 FACTOR = 20  # of what a solve's tolerance leaves: rates below are up to 0.9
 
 
@@ -125,9 +128,7 @@ def counted(
         graphs.append(graph)
     handles = [graph.raw_cuda_graph() for graph in graphs]
     before, inside, after = (*handles, 0)[:3]
-    loop = fpi_cuda._build.cuda.WhileGraph(
-        before, inside, after, tally.data_ptr(), max_iterations
-    )
+    loop = fpi_cuda._build.cuda.WhileGraph(before, inside, after, tally.data_ptr(), max_iterations)
     total.zero_()
     for launch in (1, 2):
         loop.launch(torch.cuda.current_stream().cuda_stream)
@@ -358,9 +359,7 @@ def cpu_scalar(place: Place, where: str) -> Iterator[Error]:
         g: Callable[..., Tensor] = module if where == "own" else explicit
         params = () if where == "own" else (number,)
         options = {"driver": "graph", "per_sample": False, "tolerance": Tolerance(1e-10)}
-        solution = quietly(
-            functools.partial(fixed_point, g, z * 0, z, params=params, **options)
-        )
+        solution = quietly(functools.partial(fixed_point, g, z * 0, z, params=params, **options))
         yield compare(f"{value}: x", solution.x, z / (1 - value), FACTOR * 1e-10)
 
 
