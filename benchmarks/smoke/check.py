@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import traceback
 import warnings
@@ -190,7 +191,7 @@ def same(what: str, found: Tensor, expected: Tensor) -> Error:
     a, e = found.detach().cpu(), expected.detach().cpu()
     if a.shape != e.shape:
         return Error(what, math.inf, 0.0)
-    return Error(what, float(((a != e) & ~((a != a) & (e != e))).sum()), 0.0)
+    return Error(what, float(((a != e) & ~(a.isnan() & e.isnan())).sum()), 0.0)
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
@@ -216,15 +217,12 @@ def quietly(call: Callable[[], Any]) -> Any:
         return call()
 
 
-class in_tf32:  # noqa: N801 - reads as a statement
-    """Torch set to round float32's operands to tf32."""
-
-    def __enter__(self) -> None:
-        cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-        self.before = cuda.fp32_precision, cudnn.fp32_precision
-        cuda.fp32_precision = cudnn.fp32_precision = "tf32"
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = (
-            self.before
-        )
+@contextlib.contextmanager
+def in_tf32() -> Iterator[None]:
+    """Torch set to round the operands of float32's products to tf32."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import drivers, kernels, solves
+from . import drivers, kernels, loops, solves
 from .check import Part
 
 PARTS: dict[str, Part] = {
@@ -20,9 +20,9 @@ PARTS: dict[str, Part] = {
     "graph_backward": drivers.graph_backward,
     "graph_failed": drivers.graph_failed,
     "graph_refused": drivers.graph_refused,
-    "late_read": drivers.late_read,
-    "compaction": drivers.compaction,
+    "late_read": loops.late_read,
+    "compaction": loops.compaction,
     "training": solves.training,
-    "threads": drivers.threads,
-    "streams": drivers.streams,
+    "threads": loops.threads,
+    "streams": loops.streams,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -36,10 +37,8 @@ from .check import (
     compare,
     contraction,
     in_tf32,
-    name_of,
     normal,
     require,
-    same,
 )
 
 SOLVERS = {"picard": Picard(), "anderson": Anderson()}
@@ -189,7 +188,7 @@ def dense_image(t: Tensor) -> Tensor:
 
 def conv_form(channels: Sequence[int], size: tuple[int, int], b: int, hidden: str) -> ConvForm:
     """In float64 on the CPU, its values those of bfloat16."""
-    pairs = list(zip(channels, channels[1:], strict=False))
+    pairs = list(itertools.pairwise(channels))
 
     def values(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
         return normal(seed, *shape, scale=scale).bfloat16().double()
@@ -218,7 +217,7 @@ def moved(form: ConvForm, dtype: torch.dtype, device: str) -> ConvForm:
 
 
 def convolved(place: Place, channels: Sequence[int], kind: str, hidden: str) -> Iterator[Error]:
-    dtype, allowed = CONV[kind]
+    _, allowed = CONV[kind]
     b = 3
     size = (place.size(33, 5), place.size(47, 9))
     active = [0, 2]  # one sample is left out
