@@ -116,7 +116,7 @@ def solved(step: nn.Module, z: Tensor, **options: Any) -> tuple[FixedPointLayer,
 def dense_reference(b: int, n: int, hidden: int | None, dtype: torch.dtype) -> dict[str, Tensor]:
     step = dense_step(n, hidden, dtype).double()
     z = normal(b, b, 5).to(dtype).double()
-    return solved(step, z, **TIGHT)[1]
+    return solved(step, z, solver=Picard(), backend="reference", **TIGHT)[1]
 
 
 def dense(
