@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"smoke: {reason}", file=sys.stderr)
         return NO_DEVICE
     place = check.Place(given.device, tiny=given.device == "cpu" or stands_in())
+    # Of float64's references; parts run beside one another, and threads that wait for a core spin.
+    torch.set_num_threads(min(torch.get_num_threads(), 2))
     failed = 0
     for name in names:
         torch.manual_seed(0)
