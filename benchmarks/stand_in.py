@@ -241,7 +241,7 @@ def pretend() -> None:
     build_info = _build.build_info
 
     def loaded() -> dict[str, Any]:
-        here = {"cuda_built": True, "cuda_loaded": True, "cuda_missing": None}
+        here = {"cuda_built": True, "cuda_loaded": True, "cuda_missing": None, "cuda_archs": ["90"]}
         return build_info() | here
 
     fpi_cuda.build_info = _build.build_info = loaded
