@@ -92,9 +92,10 @@ def one(name: str, call: Callable[[], Told], place: Place) -> bool:
     try:
         if place.cuda:
             poison(place.device)
-        told = call()
-        if not isinstance(told, (str, Error)):
-            told = list(told)  # checks may be generators
+        with products_in("ieee"):  # cuDNN's convolutions would else be tf32's
+            told = call()
+            if not isinstance(told, (str, Error)):
+                told = list(told)  # checks may be generators
         if place.cuda:
             torch.cuda.synchronize()  # so that a kernel's error is told of the check that ran it
     except Exception as error:
@@ -218,11 +219,14 @@ def quietly(call: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def in_tf32() -> Iterator[None]:
-    """Torch set to round the operands of float32's products to tf32."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+def products_in(precision: str) -> Iterator[None]:
+    """Torch set to take float32's products and convolutions in "ieee" or "tf32"."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
     try:
+        for switch in switches:
+            switch.fp32_precision = precision
         yield
     finally:
-        matmul.fp32_precision = before
+        for switch, own in zip(switches, before, strict=True):
+            switch.fp32_precision = own

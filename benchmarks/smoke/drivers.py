@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -50,9 +51,7 @@ def at(dtype: torch.dtype) -> dict[str, Any]:
 
 
 class Affine(nn.Module):
-    """x ↦ tanh(scale W x + shift) + z, with a buffer and a Python number; counts its calls."""
-
-    calls = 0  # of the class: a number of the module's own would be part of a graph's kind
+    """x ↦ tanh(scale W x + shift) + z, with a buffer and a Python number."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -61,7 +60,6 @@ class Affine(nn.Module):
         self.scale = 1.0
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        Affine.calls += 1
         return torch.tanh(self.scale * (x @ self.weight.mT) + self.shift) + z
 
 
@@ -73,8 +71,26 @@ class Diagonal(nn.Module):
         self.a = nn.Parameter(torch.linspace(-0.6, 0.6, n, dtype=torch.float64))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        Affine.calls += 1
         return torch.tanh(self.a * x) + z
+
+
+@contextlib.contextmanager
+def tanh_calls() -> Iterator[list[int]]:
+    """Grows whenever Python calls torch.tanh, as both modules do; they can't count by themselves,
+    since a number that they read is part of a graph's kind.
+    """
+    calls: list[int] = []
+    tanh = torch.tanh
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(1)
+        return tanh(x)
+
+    torch.tanh = counted
+    try:
+        yield calls
+    finally:
+        torch.tanh = tanh
 
 
 def needs_cuda(place: Place) -> None:
@@ -197,12 +213,13 @@ def graphed(
     options = {"solver": solver, **at(dtype)}
     for seed in range(4):
         z = normal(seed, place.size(130, 6), n).to(dtype).to(place.device)
-        calls = Affine.calls
-        layer, found = solve(g, z, backward, driver="graph", **options)
+        with tanh_calls() as calls:
+            layer, found = solve(g, z, backward, driver="graph", **options)
         records = [layer.last, layer.last.adjoint] if backward else [layer.last]
         paths = [record.path for record in records]
         require(all(", graph," in p for p in paths), f"a graph was asked for (got {paths})")
-        require(seed == 0 or Affine.calls == calls, "a launch must not call g's Python")
+        called = f"g's Python must run for the capture alone (solve {seed}: {len(calls)} calls)"
+        require(bool(calls) == (seed == 0), called)
         eager, beside = solve(g, z, backward, driver="eager", **options)
         right = exact(g, z, backward)
         for what, value in found.items():

@@ -35,9 +35,9 @@ from .check import (
     Skipped,
     Told,
     compare,
-    in_tf32,
     name_of,
     normal,
+    products_in,
     require,
     same,
 )
@@ -338,7 +338,7 @@ def product(place: Place, b: int, k: int, n: int, dtype: torch.dtype, tf32: bool
     allowed = (1 if dtype.itemsize == 2 else 8) * torch.finfo(dtype).eps
     if tf32 and place.cuda:
         allowed = 2.0**-9
-        with in_tf32():
+        with products_in("tf32"):
             require(native.tf32_wanted(tensors[0]), "torch's switch was not seen")
             found = native.dense_map(*tensors)
     else:

@@ -36,8 +36,8 @@ from .check import (
     Skipped,
     compare,
     contraction,
-    in_tf32,
     normal,
+    products_in,
     require,
 )
 
@@ -127,7 +127,7 @@ def dense(
     step = dense_step(n, hidden, dtype).to(place.device)
     z = normal(b, b, 5).to(dtype).to(place.device)
     tf32 = kind == "tf32" and place.cuda
-    with in_tf32() if tf32 else nullcontext():
+    with products_in("tf32") if tf32 else nullcontext():
         layer, found = solved(step, z, solver=SOLVERS[solver], **tolerances(rtol))
     for path in (layer.last.path, layer.last.adjoint.path):
         require(path == f"native, whole{', tf32' * tf32}", f"solved otherwise: {path}")
