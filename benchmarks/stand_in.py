@@ -284,6 +284,14 @@ def interpret() -> None:
             graph.write((functools.partial(launch, self), args, kwargs, [], []))
 
     interpreter.GridExecutor.__call__ = launch_as_one
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        """Triton 3.6's bounds of loops are arrays that numpy 2.4 makes no number of."""
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda t: int(t.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def main() -> int:
