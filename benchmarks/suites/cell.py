@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,7 +55,7 @@ class Options:
         return self.device.startswith("cuda")
 
     def make(self, kind: str, batch: int, size: int, **more: Any) -> Problem:
-        return problems.make(
+        problem = problems.make(
             kind,
             batch,
             size,
@@ -64,6 +64,9 @@ class Options:
             data=self.data,
             **{"instances": self.instances} | more,
         )
+        if self.tiny:  # a few iterations are enough to see that it runs
+            problem = replace(problem, rule=problems.rule_of(problem.rule, torch.bfloat16))
+        return problem
 
     def methods(self, *families: str, grid: bool = False) -> list[Method]:
         """Of those families that the suite wants and the command allows."""

@@ -49,7 +49,7 @@ def cell(suite: str, options: Options, kind: str, size: Size, backward: bool) ->
         methods = [method for method in methods if method.name != "unrolled"]
     rows = contest(suite, problem, methods, options, backward=backward)
     for row in rows:
-        if row["method"] == COMPACTED:
+        if row["method"] == COMPACTED and "evaluations" in row and not options.tiny:
             problems.check_spread(problem, row["evaluations"], row["iterations_mean"])
     return rows
 
