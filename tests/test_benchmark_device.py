@@ -101,7 +101,7 @@ def test_the_run_says_its_device_and_that_a_rehearsal_says_nothing(monkeypatch, 
 
 def test_another_packages_warning_does_not_end_a_measurement(monkeypatch, tmp_path):
     def warn():
-        warnings.warn("of some package's version", DeprecationWarning, stacklevel=2)
+        warnings.warn("of some package's version", FutureWarning, stacklevel=2)
         return [{"suite": "scale", "method": "Picard", "what": "loss", "difference": 0.0}]
 
     monkeypatch.setitem(suites.SUITES, "scale", lambda options: [suites.Cell("warns", warn)])
