@@ -13,12 +13,15 @@ import torch
 
 from fpi_cuda import backends
 
-from . import compare, page, problems, records, suites, tables
+from . import compare, devices, page, problems, records, suites, tables
 from .machine import facts
 from .methods import FAMILIES, all_methods
 from .records import Row
 from .session import Harness, failures
 from .suites import ABOUT, SUITES, Options
+from .suites.cell import precision
+
+REHEARSAL = "a rehearsal with tiny sizes and few calls; says nothing of speed"
 
 
 def size(text: str) -> tuple[int, int]:
@@ -49,7 +52,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="where to write rows and facts")
     add("--compare", type=Path, metavar="OLD.json", help="flag what became slower than plain loops")
     add("--backend", default="auto", choices=backends.NAMES, help="of this library")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add(
+        "--device",
+        default=devices.DEFAULT,
+        help="cpu, cuda or cuda:N; default auto: CUDA where torch and this build can use it",
+    )
+    add(
+        "--tiny",
+        action="store_true",
+        help="a rehearsal: one tiny size of each cell, few calls; says nothing of speed",
+    )
     add(
         "--dtype",
         default="float32",
@@ -67,8 +79,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.suite and not options.list:
         parser.error(f"name a suite: {', '.join(names)}")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: torch sees no CUDA device here; leave it out")
+    try:
+        options.device, options.about = devices.resolve(options.device)
+    except ValueError as error:
+        parser.error(f"--device: {error}")
     if options.json and (options.json.is_dir() or not writable(options.json)):
         parser.error(f"--json: must be a file that can be written (got {options.json})")
     if options.compare:
@@ -116,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kinds=tuple(given.kinds) if given.kinds else None,
         families=tuple(given.families) if given.families else None,
         without=tuple(given.without),
-        budget=given.budget,
+        budget=min(given.budget, 1e-3) if given.tiny else given.budget,
+        tiny=given.tiny,
     )
     named = [name for name in given.suite if name != "report"]
     cells = [cell for name in named for cell in SUITES[name](options)]
@@ -125,8 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     code = 0
     if named:
-        harness = Harness(cells, facts(given.device), given.json)
-        code = harness.run(*(["-k", given.select] if given.select else []))
+        print(given.about)
+        about = facts(given.device) | ({"tiny": REHEARSAL} if given.tiny else {})
+        if given.tiny:
+            print(f"--tiny: {REHEARSAL}")
+        harness = Harness(cells, about, given.json)
+        # On CUDA torch's convolutions are tf32 by default: then a rival would not meet the rule.
+        with precision(given.dtype):
+            code = harness.run(*(["-k", given.select] if given.select else []))
         code = finish(harness, given) or code
     if "report" in given.suite:
         print(f"{page.PAGE.name}:", "changed" if page.rebuild() else "up to date")

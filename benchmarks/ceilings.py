@@ -24,9 +24,11 @@ def copy(device: str, nbytes: int, budget: float = 0.3) -> tuple[float, Times]:
     return 2 * source.nbytes / seconds.median, seconds
 
 
-def product(device: str, dtype: torch.dtype, budget: float = 2.0) -> tuple[float, Times]:
+def product(
+    device: str, dtype: torch.dtype, budget: float = 2.0, *, tiny: bool = False
+) -> tuple[float, Times]:
     """FLOP/s of a product of large square matrices."""
-    side = 8192 if device.startswith("cuda") else 2048
+    side = 64 if tiny else 8192 if device.startswith("cuda") else 2048
     kind: dict[str, Any] = {"device": device, "dtype": dtype}
     a, b = torch.randn(2, side, side, **kind)
     out = torch.empty_like(a)

@@ -106,3 +106,21 @@ def interleave(
         name: Times(tuple(s for _, s in taken), tuple(i for i, _ in taken))
         for name, taken in samples.items()
     }
+
+
+def captured(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """The call as one launch of a CUDA graph, so that launches from Python are not timed.
+
+    It must read and write the same tensors in every call, and not wait for the device.
+    """
+    index = torch.device(device)
+    side = torch.cuda.Stream(index)
+    side.wait_stream(torch.cuda.current_stream(index))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what compiles, is looked up or measured at first calls
+            call()
+    torch.cuda.current_stream(index).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay

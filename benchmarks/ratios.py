@@ -9,7 +9,7 @@ from typing import Any
 from .judge import incomparable
 
 Row = Mapping[str, Any]
-CONTESTS = ("solve", "training", "peers", "dense", "denoise", "scaling", "convergence")
+CONTESTS = ("solve", "training", "peers", "dense", "whole", "denoise", "scaling", "convergence")
 
 
 def cells(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -105,9 +105,12 @@ def entry(cell: Cell, row: Row) -> Metadata:
 
 
 def failures(rows: Iterable[Row]) -> list[str]:
-    """What of ours is wrong; times, and what a peer gets wrong, are no failures."""
+    """What of ours is wrong, and what raised that may not; times are no failures.
+
+    Nor is what a rival gets wrong.
+    """
     return [
         f"{row['cell']} {row['method']}: {row['refused']}"
         for row in rows
-        if row.get("family", "ours") == "ours" and row.get("refused")
+        if row.get("refused") and (row.get("family", "ours") == "ours" or row.get("crashed"))
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,6 +80,7 @@ SIMPLE: dict[str, tuple[str, Columns]] = {
             "dtype": key("dtype"),
             "finished": key("finished"),
             "method": key("method"),
+            "refused": key("refused"),
             "µs": key("median_s", ".1f", 1e6),
             "TFLOP/s": key("flops_per_s", ".1f", 1e-12),
             "GB/s": key("bytes_per_s", ".0f", 1e-9),
@@ -187,6 +189,10 @@ def matrix(rows: Sequence[Row], across: Callable[[Row], str], value: Callable[[R
     ]
 
 
+def done(row: Row) -> bool:
+    return not row.get("refused") and "skipped" not in row
+
+
 def milliseconds(row: Row) -> str:
     return key("median_s", ".2f", 1e3)(row) or ("-" if "skipped" in row else "refused")
 
@@ -212,7 +218,7 @@ def matrices(rows: Sequence[Row]) -> list[tuple[str, Table]]:
         table = matrix(
             some,
             lambda row: f"{row['iterations']} iterations",
-            lambda row: f"{row['peak_bytes'] / row['state_bytes']:.1f}",
+            lambda row: f"{row['peak_bytes'] / row['state_bytes']:.1f}" if done(row) else "-",
         )
         what = f"({some[0]['batch']}, {some[0]['size']}) {some[0]['mode']}"
         found.append((f"peak memory {what}, in states of {state / 2**20:.2f} MiB", table))
@@ -225,10 +231,11 @@ def products_table(rows: Sequence[Row]) -> Table:
     by_size: dict[tuple[int, int], dict[str, float]] = {}
     for row in rows:
         if row["suite"] == "products":
-            by_size.setdefault((row["batch"], row["size"]), {})[row["method"]] = row["median_s"]
+            place = by_size.setdefault((row["batch"], row["size"]), {})
+            place[row["method"]] = row.get("median_s", math.nan)
     for (batch, size), by in by_size.items():
         part = by[names[0]] / by[names[1]]
-        micro = (f"{by[name] * 1e6:.0f}" for name in names)
+        micro = ("-" if math.isnan(by[name]) else f"{by[name] * 1e6:.0f}" for name in names)
         table.append([str(batch), str(size), *micro, f"{part:.0%}"])
     return table
 

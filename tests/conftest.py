@@ -75,6 +75,13 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def programs_take_the_cpu(monkeypatch):
+    """On a machine with a GPU too: what a test runs of the benchmarks is about the CPU."""
+    if "benchmarks.devices" in sys.modules:
+        monkeypatch.setattr("benchmarks.devices.DEFAULT", "cpu")
+
+
 @pytest.fixture
 def one_thread():
     """Small tensors gain nothing from threads, and on busy cores wait for one another."""

@@ -246,7 +246,17 @@ def command(data, out, *more, python=(sys.executable,)):
     script = out.parent / "small.py"
     script.write_text(SCRIPT)
     given = ["small", "train", "--data", data, "--out", out, "--methods", "FPI_NN", "--seeds", "0"]
-    given += ["--set", "hidden=16", "state=6", "batch=59", *more, "--threads", "1"]
+    given += [
+        "--set",
+        "hidden=16",
+        "state=6",
+        "batch=59",
+        *more,
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return [*python, str(script), *map(str, given)], environment
 

@@ -11,14 +11,15 @@ from typing import Any
 from ..problems import Problem
 from . import ours, plain, replaced
 from .ours import HISTORY, SOLVERS
-from .runner import Build, Runner, Solver, gradients
+from .runner import Build, NotForThis, Runner, Solver, gradients
 
-__all__ = ["HISTORY", "Method", "Runner", "Solver", "all_methods", "gradients"]
+__all__ = ["HISTORY", "Method", "NotForThis", "Runner", "Solver", "all_methods", "gradients"]
 
 PLAIN = "plain loop"
 COMPACTED = "plain loop, compacted"
 COMPILED = "plain loop, compacted, compiled"
 GRAPHED = "plain loop, compiled, CUDA graph"
+CAPTURED = f"plain loop, CUDA graph of {plain.AT_ONCE} iterations"
 SAME_TASK = (PLAIN, COMPACTED, COMPILED, GRAPHED)  # as our Picard: tested in every iteration
 WHOLE = ("Picard, whole", "Anderson, whole")
 CONVOLUTIONS = ("Picard, ConvStep", "Anderson, ConvStep")
@@ -80,6 +81,7 @@ def plain_loops() -> list[Method]:
         torch_method(f"{COMPACTED}, test every 3rd", "plain", plain.plain(plain.seldom, below)),
         torch_method(COMPILED, "plain", plain.plain(plain.picard_compiled, below), slow=True),
         torch_method(GRAPHED, "plain", plain.plain(plain.picard_graphed), device="cuda"),
+        torch_method(CAPTURED, "plain", plain.plain(plain.picard_captured), device="cuda"),
         torch_method("plain Anderson", "plain", plain.plain(plain.anderson)),
         torch_method("plain Anderson, compacted", "plain", plain.plain(plain.anderson, below)),
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +13,7 @@ import fpi_cuda
 from fpi_cuda import compat
 
 from ..problems import Problem, Rule, Step, dense, nets
-from .runner import Build, Solve, Solver
+from .runner import Build, NotForThis, Solve, Solver
 
 HISTORY = 5  # Anderson's window, ours and the plain loop's
 SOLVERS = {"Picard": fpi_cuda.Picard(), "Anderson": fpi_cuda.Anderson(history=HISTORY)}
@@ -28,14 +30,26 @@ def options_for(solver: Any, rule: Rule, backend: str = "auto") -> dict[str, Any
     )
 
 
-def opaque(solver: Any, backend: str = "auto", **more: Any) -> Build:
-    def build(rule: Rule) -> Solve:
+def solution(
+    solver: Any, backend: str = "auto", **more: Any
+) -> Callable[[Rule], Callable[..., fpi_cuda.Solution]]:
+    """As `opaque`, with all that the library tells of the solve."""
+
+    def build(rule: Rule) -> Callable[..., fpi_cuda.Solution]:
         options = options_for(solver, rule, backend) | more
 
-        def solve(g: Step, x0: Tensor, u: Tensor, s: Tensor, *weights: Tensor) -> Tensor:
-            return fpi_cuda.fixed_point(g, x0, u, s, params=weights, **options).x
+        def solve(g: Step, x0: Tensor, u: Tensor, s: Tensor, *weights: Tensor) -> fpi_cuda.Solution:
+            return fpi_cuda.fixed_point(g, x0, u, s, params=weights, **options)
 
         return solve
+
+    return build
+
+
+def opaque(solver: Any, backend: str = "auto", **more: Any) -> Build:
+    def build(rule: Rule) -> Solve:
+        solve = solution(solver, backend, **more)(rule)
+        return lambda *arguments: solve(*arguments).x
 
     return build
 
@@ -95,8 +109,11 @@ class Whole(Structured):
         owner._parameters.update(zip(names, weights, strict=False))
         gain = (s,) if self.gained else ()
         self.last = fpi_cuda.fixed_point(self.step, x0, u, *gain, **options)
-        if not self.last.path.startswith("native, whole"):
-            raise RuntimeError(f"a whole solve was to be measured (got {self.last.path})")
+        path = self.last.path
+        if not path.startswith("native, whole"):
+            if reason := re.search(r"\(not whole: (.*)\)", path):
+                raise NotForThis(f"not solved whole: {reason[1]}")
+            raise RuntimeError(f"a whole solve was to be measured (got {path})")
         return self.last.x
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..clock import captured
 from ..problems import Rule, Step
 from .ours import HISTORY
 from .runner import Build, Counting, Solve
@@ -227,9 +228,73 @@ def compiled_step(g: Step, graph: bool = False) -> Callable[..., tuple[Tensor, T
     def step(g: Step, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         return tested_step(g, *rest)
 
-    if graph:
-        return torch.compile(step, mode="reduce-overhead")
+    if graph:  # one a size too: symbolic sizes would be slower
+        return torch.compile(step, mode="reduce-overhead", dynamic=False)
     return torch.compile(step, dynamic=True)
+
+
+AT_ONCE = 4  # iterations in a graph that is captured by hand
+
+
+def picard_captured(f: Any, x: Tensor, rtol: float, offset: float, limit: int, _: float) -> Tensor:
+    """The loop without compaction as a CUDA graph of several iterations; forward only.
+
+    The last of them is tested, so that the host waits once a launch.
+    """
+    if isinstance(f, Adjoint):
+        return picard(f, x, rtol, offset, limit, 0.0)
+    rest = (f.u, f.s, *f.weights)
+    if isinstance(f.g, Counting):
+        block = Block(f.g, rtol, offset, x, *rest)
+        launch: Callable[[], Any] = block
+    else:
+        block, launch = captured_block(f.g, rtol, offset, x, *rest)
+        block.take(x, *rest)
+    for _k in range(0, limit, AT_ONCE):
+        launch()
+        if not int(block.left):
+            break
+    return block.x.clone()
+
+
+class Block:
+    """Some iterations on tensors of its own."""
+
+    def __init__(self, g: Step, rtol: float, offset: float, x: Tensor, *rest: Tensor) -> None:
+        self.g, self.rtol, self.offset = g, rtol, offset
+        self.x, *self.rest = (t.clone() for t in (x, *rest))
+        self.left = torch.ones((), dtype=torch.int64, device=x.device)
+
+    def take(self, *given: Tensor) -> None:
+        torch._foreach_copy_([self.x, *self.rest], list(given))
+
+    def __call__(self) -> None:
+        x = self.x
+        for _ in range(AT_ONCE - 1):
+            x = self.g(x, *self.rest)
+        y, _, left = tested_step(self.g, self.rtol, self.offset, x, *self.rest)
+        self.x.copy_(y)
+        self.left.copy_(left)
+
+
+blocks: dict[Any, tuple[Block, Callable[[], Any]]] = {}
+
+
+def captured_block(
+    g: Step, rtol: float, offset: float, *given: Tensor
+) -> tuple[Block, Callable[[], Any]]:
+    key = (g, rtol, offset, *((t.shape, t.dtype) for t in given))
+    if key not in blocks:
+        block = Block(g, rtol, offset, *given)
+        blocks[key] = block, captured(block, str(given[0].device))
+    return blocks[key]
+
+
+def forget() -> None:
+    """Let go of what was compiled or captured: for other sizes, or under other switches."""
+    torch.compiler.reset()
+    compiled_step.cache_clear()
+    blocks.clear()
 
 
 class PlainLayer(torch.autograd.Function):

@@ -16,6 +16,10 @@ Solve = Callable[..., Tensor]  # solve(g, x0, u, s, *weights) -> x̂, attached t
 Build = Callable[[Rule], Solve]
 
 
+class NotForThis(Exception):
+    """A method does not take this case, and says so: no failure."""
+
+
 class Runner:
     """A method on a problem. Inputs are prepared before; calls return when they are done."""
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from . import dense, nets
-from .problem import Instance, Make, Problem, Rule, Step
+from .problem import Instance, Make, Problem, Rule, Step, rule_of
 
-__all__ = ["KINDS", "SIZES", "Instance", "Problem", "Rule", "Step", "at", "make"]
+__all__ = ["KINDS", "SIZES", "Instance", "Problem", "Rule", "Step", "at", "make", "rule_of"]
 
 SIZES = ((256, 128), (1024, 256), (64, 1024), (4096, 64))
 BIBTEX = ((32, 159), (512, 159), (2515, 159))  # labels of that data set, three batches

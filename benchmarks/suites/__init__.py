@@ -9,6 +9,7 @@ from .. import problems
 from ..methods import FAMILIES
 from . import (
     convergence,
+    convolutions,
     dense,
     failing,
     importing,
@@ -18,6 +19,7 @@ from . import (
     scale,
     scaling,
     solve,
+    whole,
 )
 from .cell import Cell, Options
 
@@ -39,8 +41,8 @@ def quick(options: Options) -> Iterator[Cell]:
     yield from scale.cells(short)
     yield from solve.solve(mine)
     yield from solve.training(mine)
-    yield from overhead.overhead(replace(short, sizes=(options.sizes or problems.SIZES)[:1]))
-    at_one = (options.sizes or problems.SIZES)[:1]
+    at_one = options.sizes_or(problems.SIZES)[:1]
+    yield from overhead.overhead(replace(short, sizes=at_one))
     yield from solve.peers(replace(dense_only, sizes=at_one, families=options.families))
     allowed = tuple({"ours", "plain", "replaced"} & set(options.families or FAMILIES))
     yield from memory.cells(replace(short, families=allowed))
@@ -64,6 +66,8 @@ SUITES: dict[str, Suite] = {
     "memory": memory.cells,
     "peers": solve.peers,
     "dense": dense.cells,
+    "whole": whole.cells,
+    "convolutions": convolutions.cells,
     "denoise": solve.denoise,
     "scaling": scaling.cells,
     "convergence": convergence.cells,
@@ -77,12 +81,14 @@ SUITES: dict[str, Suite] = {
 ABOUT = {
     "quick": "every claim, short: about 2.5 minutes on 2 cores",
     "full": "all of the suites below, for the committed JSON",
-    "kernels": "step kernels against a copy, roofs of the machine; on CUDA also convolutions",
+    "kernels": "step kernels against a copy, roofs of the machine",
     "solve": "whole solves, forward: ours and plain loops",
     "training": "the same with the backward: loss and gradients, and deep unrolling",
     "memory": "peak memory against iterations, and states that the library holds",
     "peers": "beside torchdeq, jaxopt and optimistix, at defaults and at the best of a grid",
     "dense": "steps of dense layers solved whole: the Bibtex shape, products, refill",
+    "whole": "whole solves of dense layers against plain loops as CUDA graphs, in three precisions",
+    "convolutions": "on a CUDA device: an iteration of a net beside cuDNN, both as CUDA graphs",
     "denoise": "a net of two convolutions, 32 images of mixed noise",
     "scaling": "time against B, N, spread of difficulty, iterations",
     "convergence": "residual against evaluations, time against the residual reached",

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .. import problems
 from ..clock import interleave, timed
 from ..judge import judge
-from ..methods import PEERS, Method, Runner, all_methods
+from ..methods import PEERS, Method, NotForThis, Runner, all_methods
 from ..problems import Problem
 from ..records import Row
 
 Size = tuple[int, int]
+T = TypeVar("T")
+TINY: Size = (64, 64)  # where "hard" can be solved; 64: an image of 8 × 8, too
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,25 @@ class Options:
     rounds: tuple[int, int] = (5, 31)
     instances: int = problems.INSTANCES
     quick: bool = False
+    tiny: bool = False  # a rehearsal: says nothing of speed
+
+    def either(self, full: T, tiny: T) -> T:
+        """A suite's own size or count, or what takes its place in a rehearsal."""
+        return tiny if self.tiny else full
+
+    def sizes_or(self, own: Sequence[Size]) -> tuple[Size, ...]:
+        return self.sizes or self.either(tuple(own), (TINY,))
+
+    def turns(self, least: int, most: int) -> tuple[int, int]:
+        """Rounds of timed calls."""
+        return self.either((least, most), (1, 2))
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.startswith("cuda")
 
     def make(self, kind: str, batch: int, size: int, **more: Any) -> Problem:
-        return problems.make(
+        problem = problems.make(
             kind,
             batch,
             size,
@@ -44,6 +64,9 @@ class Options:
             data=self.data,
             **{"instances": self.instances} | more,
         )
+        if self.tiny:  # a few iterations are enough to see that it runs
+            problem = replace(problem, rule=problems.rule_of(problem.rule, torch.bfloat16))
+        return problem
 
     def methods(self, *families: str, grid: bool = False) -> list[Method]:
         """Of those families that the suite wants and the command allows."""
@@ -89,6 +112,37 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+def stopped(method: Method, error: Exception) -> Row:
+    """What a row says of a method that raised.
+
+    One that is not for this case is skipped, and so is a peer, which may fail in ways of its own;
+    whatever else raises is wrong.
+    """
+    if isinstance(error, NotForThis):
+        return {"skipped": str(error)}
+    if method.family in PEERS:
+        return {"skipped": brief(error)}
+    traceback.print_exception(error)
+    return {"refused": f"raised {brief(error)}", "crashed": True}
+
+
+@contextmanager
+def precision(name: str) -> Iterator[None]:
+    """How products and convolutions of float32 are computed, by all methods: "tf32", else IEEE.
+
+    By torch's older switches: its compiler reads these, and raises where only the newer are set.
+    """
+    convolutions = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), convolutions.allow_tf32
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    convolutions.allow_tf32 = name == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        convolutions.allow_tf32 = before[1]
+
+
 def contest(
     suite: str,
     problem: Problem,
@@ -115,10 +169,8 @@ def contest(
         try:
             runner = (runners or {}).get(method.name) or method.build(problem)
             row |= examine(runner, backward=backward)
-        except Exception as error:  # a peer may fail in ways of its own; ours may not
-            if method.family not in PEERS:
-                raise
-            row["skipped"] = brief(error)
+        except Exception as error:
+            row |= stopped(method, error)
             continue
         if row["refused"] is None:
             calls[method.name] = runner.call(backward=backward)
@@ -126,7 +178,7 @@ def contest(
         calls,
         device=options.device,
         budget=options.budget,
-        rounds=options.rounds,
+        rounds=options.turns(*options.rounds),
         label=f"{problem.name} {mode(backward)}",
     )
     for row in rows:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..methods import Method, Solver
 from ..problems import Problem, at
 from ..records import Row
-from .cell import Cell, Options, contest, head
+from .cell import TINY, Cell, Options, contest, head
 from .scaling import chosen
 
 PLACES = {"hard": (256, 128), "energy": at("energy"), "stiff": at("stiff")}
@@ -22,12 +22,16 @@ TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 def cells(options: Options) -> Iterator[Cell]:
     for kind in options.kinds or PLACES:
-        size = options.sizes[0] if options.sizes else PLACES.get(kind) or at(kind)
+        size = (
+            options.sizes[0]
+            if options.sizes
+            else options.either(PLACES.get(kind) or at(kind), TINY)
+        )
         name = f"convergence/{kind}-{size[0]}x{size[1]}-{options.dtype}"
         yield Cell(name, functools.partial(history, options, kind, size))
         if kind == "stiff":  # its residual says little: the error is a thousand times that
             continue
-        for rtol in TOLERANCES:
+        for rtol in options.either(TOLERANCES, TOLERANCES[:1]):
             yield Cell(
                 f"{name}-{rtol:g}", functools.partial(work_precision, options, kind, size, rtol)
             )

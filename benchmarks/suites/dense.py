@@ -16,21 +16,22 @@ from fpi_cuda.forms import DenseForm
 
 from .. import problems
 from ..clock import interleave
-from ..methods import ours, plain
+from ..methods import NotForThis, ours, plain
 from ..problems import Problem, Rule
 from ..records import Row
-from .cell import Cell, Options, Size, contest, mode
+from .cell import TINY, Cell, Options, Size, contest, mode
 
 
 def cells(options: Options) -> Iterator[Cell]:
     for kind in ("easy", "energy"):
-        for batch, size in problems.BIBTEX:
+        for batch, size in options.either(problems.BIBTEX, (TINY,)):
             for backward in (False, True):
                 yield Cell(
                     f"dense/{kind}-{batch}x{size}-{options.dtype}-{mode(backward)}",
                     functools.partial(bibtex, options, kind, (batch, size), backward),
                 )
-    for size in (*(options.sizes or problems.SIZES), *problems.BIBTEX):
+    sizes = (*options.sizes_or(problems.SIZES), *options.either(problems.BIBTEX, ()))
+    for size in (*sizes, *(CUDA_SIZES if options.is_cuda and not options.tiny else ())):
         name = f"dense/products-{size[0]}x{size[1]}"
         yield Cell(name, functools.partial(products, options, *size))
     yield Cell("dense/refill", functools.partial(refill, options))
@@ -42,6 +43,7 @@ def bibtex(options: Options, kind: str, size: Size, backward: bool) -> list[Row]
     return contest("dense", options.make(kind, *size), methods, options, backward=backward)
 
 
+CUDA_SIZES: tuple[Size, ...] = ((2112, 256), (4096, 256))  # more than a wave, weights that fill it
 FEW_PASSES, MANY_PASSES = 2, 10  # later an iterate may be its own image to the bit, and end
 
 
@@ -64,24 +66,33 @@ def products(options: Options, batch: int, size: int) -> list[Row]:
         bool(plain.finished(y - x, y, problem.rule.rtol, offset, None).all())
 
     calls = {"product": product, "plain loop's iteration": step}
-    with torch.no_grad():
-        measured = interleave(
-            calls | {"few": passes(problem, FEW_PASSES), "many": passes(problem, MANY_PASSES)},
-            device=options.device,
-            budget=options.budget / 2,
-            rounds=(21, 101),
-            label=f"product {batch}x{size}",
-        )
+    few, many = (passes(problem, count) for count in (FEW_PASSES, MANY_PASSES))
     weight = problem.instances[0].weights[0]
     moved = {
         "flops": 2 * batch * size * size,
         "bytes": (2 * batch * size + size * size) * weight.element_size(),
     }
     head = {"suite": "products", "batch": batch, "size": size, "dtype": options.dtype}
+    last = head | {"method": "whole solve's iteration"} | moved
+    solves: dict[str, Callable[[int], Any]] = {"few": few, "many": many}
+    try:
+        few(0)
+    except NotForThis as reason:
+        solves = {}
+        last["skipped"] = str(reason)
+    with torch.no_grad():
+        measured = interleave(
+            calls | solves,
+            device=options.device,
+            budget=options.budget / 2,
+            rounds=options.turns(21, 101),
+            label=f"product {batch}x{size}",
+        )
     rows = [head | {"method": name} | moved | measured[name].row() for name in calls]
-    a_pass = (measured["many"].median - measured["few"].median) / (MANY_PASSES - FEW_PASSES)
-    rows.append(head | {"method": "whole solve's iteration", "median_s": a_pass} | moved)
-    return rows
+    if solves:
+        spent = measured["many"].median - measured["few"].median
+        last["median_s"] = spent / (MANY_PASSES - FEW_PASSES)
+    return [*rows, last]
 
 
 def passes(problem: Problem, count: int) -> Callable[[int], Any]:
@@ -93,37 +104,47 @@ def passes(problem: Problem, count: int) -> Callable[[int], Any]:
 REFILL_SIZE, FEWEST, MOST = 128, 3, 300  # values a sample; iterations of the fastest, the slowest
 
 
+@torch.no_grad()
 def refill(options: Options) -> list[Row]:
     """Samples of 3 to 300 iterations in one batch, beside batches whose samples all take as long.
 
     x ← s Q x + u with Q orthogonal: the residual falls by s in every iteration exactly, so each
     sample's number of iterations is known.
     """
-    if options.device.startswith("cuda"):
-        return [{"suite": "refill", "skipped": "resident slots of a device are not known here"}]
-    slots = 24  # a thread's: csrc/cpu/dense_solve.cpp
-    resident = slots * torch.get_num_threads()
-    batch, n, rtol = 16 * resident, REFILL_SIZE, 1e-4
+    n, rtol, most = REFILL_SIZE, 1e-4, options.either(MOST, 20)
     v = torch.nn.functional.normalize(torch.randn(n), dim=0)
-    weight = 2 * torch.outer(v, v) - torch.eye(n)
-    counts = torch.linspace(FEWEST, MOST, batch)[torch.randperm(batch)]
-    # ‖r‖ is s^(k − 1) ‖u‖ in iteration k, and x̂ about as long as u.
-    spread = (rtol ** (1 / (counts - 1)))[:, None]
-    slowest = torch.full_like(spread, float(spread.max()))
-    u = torch.randn(batch, n)
+    weight = (2 * torch.outer(v, v) - torch.eye(n)).to(options.device)
+    slots = 0 if options.is_cuda else CPU_SLOTS
 
-    def run(rows: int, gain: Any) -> Callable[[int], Any]:
-        form = DenseForm(weight, u[:rows], gain=gain[:rows])
-        x0 = torch.zeros(rows, n)
-        limits = Limits(rtol, 0.0, 0.0, 10**6, 4 * MOST)
+    def gain(counts: torch.Tensor) -> torch.Tensor:
+        # ‖r‖ is s^(k − 1) ‖u‖ in iteration k, and x̂ about as long as u.
+        return (rtol ** (1 / (counts - 1)))[:, None].to(options.device)
+
+    def run(counts: torch.Tensor) -> Callable[[int], Any]:
+        u = torch.randn(len(counts), n).to(options.device)
+        form = DenseForm(weight, u, gain=gain(counts))
+        x0 = torch.zeros_like(u)
+        limits = Limits(rtol, 0.0, 0.0, 10**6, 4 * most)
         return lambda _: whole.solve(form, x0, fpi_cuda.Picard(), limits, slots=slots)
 
+    def slowest(batch: int) -> torch.Tensor:
+        return torch.full((batch,), float(most))
+
+    resident = resident_slots(options, lambda batch: run(slowest(batch)))
+    batch = 16 * resident
+    mixed = torch.linspace(FEWEST, most, batch)[torch.randperm(batch)]
     calls = {
-        "mixed": run(batch, spread),
-        "all slowest": run(batch, slowest),
-        "one tile": run(resident, slowest),
+        "mixed": run(mixed),
+        "all slowest": run(slowest(batch)),
+        "one tile": run(slowest(resident)),
     }
-    measured = interleave(calls, budget=options.budget, rounds=(11, 51), label="refill")
+    measured = interleave(
+        calls,
+        device=options.device,
+        budget=options.budget,
+        rounds=options.turns(11, 51),
+        label="refill",
+    )
     totals = {name: call(0)[1].iterations for name, call in calls.items()}
     return [
         {
@@ -139,3 +160,30 @@ def refill(options: Options) -> list[Row]:
         }
         for name, times in measured.items()
     ]
+
+
+CPU_SLOTS = 24  # a thread's: csrc/cpu/dense_solve.cpp
+BLOCK_SLOTS = 64  # the most of a block: csrc/cuda/dense_plan.h
+AS_FAST = 0.9  # of the best rate
+
+
+def resident_slots(options: Options, solve: Callable[[int], Callable[[int], Any]]) -> int:
+    """Samples that are iterated at a time.
+
+    On a device the host does not know how many blocks a multiprocessor holds, so it is measured: of
+    batches of 1, 2 and 4 blocks each, whose samples all take as long, the least that is done at
+    the best rate. A larger one is done in several waves, or with blocks in each other's way.
+    """
+    if not options.is_cuda:
+        return CPU_SLOTS * torch.get_num_threads()
+    count = torch.cuda.get_device_properties(options.device).multi_processor_count
+    waves = [blocks * options.either(BLOCK_SLOTS * count, 4) for blocks in (1, 2, 4)]
+    measured = interleave(
+        {str(batch): solve(batch) for batch in waves},
+        device=options.device,
+        budget=options.budget / 4,
+        rounds=options.turns(5, 21),
+        label="slots",
+    )
+    rates = {batch: batch / measured[str(batch)].median for batch in waves}
+    return next(batch for batch in waves if rates[batch] >= AS_FAST * max(rates.values()))

@@ -10,20 +10,22 @@ import torch
 import fpi_cuda
 
 from ..clock import timed
-from ..judge import sample_residuals
+from ..judge import relative_error, sample_residuals
 from ..methods import PEERS, SOLVERS
 from ..methods.ours import options_for
 from ..problems import Problem
 from ..records import Row
-from .cell import Cell, Options, brief, head
+from .cell import TINY, Cell, Options, brief, head, stopped
 
 
 def cells(options: Options) -> Iterator[Cell]:
-    yield Cell(f"failing/expanding-256x128-{options.dtype}", lambda: failing_rows(options))
+    batch, size = options.either((256, 128), TINY)
+    name = f"failing/expanding-{batch}x{size}-{options.dtype}"
+    yield Cell(name, lambda: failing_rows(options))
 
 
 def failing_rows(options: Options) -> list[Row]:
-    problem = options.make("expanding", 256, 128, instances=1)
+    problem = options.make("expanding", *options.either((256, 128), TINY), instances=1)
     rows: list[Row] = []
     for method in options.methods("ours", "plain", "replaced", *PEERS):
         if method.reason(problem) or method.slow:
@@ -36,10 +38,12 @@ def failing_rows(options: Options) -> list[Row]:
             row |= {"evaluations": evaluations, "iterations_mean": mean}
             row["once_s"] = timed(lambda call=runner.forward: call(0), options.device)
             row |= outcome(problem, runner.tensors(runner.forward(0)))
-        except Exception as error:  # whatever a method does about it is what is reported
+        except Exception as error:  # whatever a rival does about it is what is reported
             row["raised"] = brief(error)
+            if method.family == "ours":
+                row |= stopped(method, error)
     for row in rows:
-        if row["method"] in SOLVERS:
+        if row["method"] in SOLVERS and "crashed" not in row:
             row.update(what_we_say(problem, options, row["method"]))
     return rows
 
@@ -86,7 +90,8 @@ def what_we_say(problem: Problem, options: Options, name: str) -> Row:
     if bool(du[lost].any()):
         wrong.append("a diverged sample's gradient is not masked")
     (alone,) = alone_gradient(problem, kept, easy)
-    if not torch.equal(alone, du[easy]):
+    # Not to the bit: a product's rounding may change with the batch.
+    if not relative_error(alone, du[easy].double()) <= 4 * problem.rule.adjoint_rtol:
         wrong.append("failing batch-mates change a gradient")
     if not bool(solution.x.isfinite().all()):
         wrong.append("a returned state is not finite")

@@ -16,10 +16,10 @@ from .. import ceilings
 from ..clock import interleave
 from ..methods import HISTORY
 from ..records import Row
-from . import convolutions
 from .cell import Cell, Options
 
 CPU_KERNELS = ((4096, 1024, "float32"),)
+TINY_KERNELS = ((64, 16, "float32"), (2, 8192, "bfloat16"))
 COPIES = (1, 8, 64, 256)  # MiB, source and target together
 CUDA_KERNELS = (
     (65536, 64, "float32"),
@@ -35,28 +35,28 @@ CUDA_KERNELS = (
 def cells(options: Options) -> Iterator[Cell]:
     """Bandwidth of one step with a full window, for the bytes of the committed layout.
 
-    The copy touches as many bytes of memory as the step does and counts what it reads and writes.
+    The copy goes through as much memory as the step does and counts what it reads and writes.
     """
-    cuda = options.device.startswith("cuda")
     yield Cell(f"kernels/ceilings-{options.dtype}", lambda: roofs(options))
     if torch.device(options.device).type in native.devices():
-        for batch, size, dtype in CUDA_KERNELS if cuda else CPU_KERNELS:
+        full = CUDA_KERNELS if options.is_cuda else CPU_KERNELS
+        for batch, size, dtype in options.either(full, TINY_KERNELS):
             yield Cell(
                 f"kernels/steps-{batch}x{size}-{dtype}",
                 functools.partial(kernels_at, options, batch, size, dtype),
             )
-    if cuda:
-        yield from convolutions.cells(options)
 
 
 def roofs(options: Options) -> list[Row]:
     """The machine's own: bytes/s of a copy, by working set, and FLOP/s of a square product."""
     rows: list[Row] = []
-    for mebibytes in COPIES:
+    for mebibytes in options.either(COPIES, COPIES[:1]):
         value, times = ceilings.copy(options.device, mebibytes << 20)
         head = {"suite": "ceilings", "method": "copy", "what": "copy bytes/s", "dtype": "float32"}
         rows.append(head | {"working_set": mebibytes << 20, "value": value} | times.row())
-    value, times = ceilings.product(options.device, getattr(torch, options.dtype))
+    value, times = ceilings.product(
+        options.device, getattr(torch, options.dtype), tiny=options.tiny
+    )
     head = {"suite": "ceilings", "method": "product", "what": "flop/s", "dtype": options.dtype}
     return [*rows, head | {"value": value} | times.row()]
 
@@ -75,16 +75,23 @@ def step_vectors(device: str, row_bytes: int, m: int) -> dict[str, int]:
     return {"Anderson": 2 * m + 5, "Picard": 4}
 
 
+def working_set(method: str, state_bytes: int, m: int) -> int:
+    """Bytes that calls of a step go through in turn: x, m + 1 values of g, Anderson's window."""
+    return (1 + (m + 1) + (2 * m if method.startswith("Anderson") else 0)) * state_bytes
+
+
+@torch.no_grad()
 def kernels_at(options: Options, batch: int, size: int, dtype: str) -> list[Row]:
     device, m = options.device, HISTORY
     kind = {"device": device, "dtype": getattr(torch, dtype)}
     x = torch.randn(batch, size, **kind)
+    # No two of a window may be one, or there is nothing to solve for.
     values_of_g = cycle([torch.randn(batch, size, **kind) for _ in range(m + 1)])
     progress = Progress(x, Limits(1e-9, 0.0, 0.0, 10**6, 10**6))
     window = [torch.empty(batch, m, size, **kind) for _ in range(2)]
     window.append(torch.empty(batch, m, m, device=device, dtype=progress.dtype))
     # On a device many at once, so that the host's launches hide behind them.
-    repeats = 20 if device.startswith("cuda") else 1
+    repeats = 20 if options.is_cuda else 1
 
     def anderson(_: int) -> None:
         for _ in range(repeats):
@@ -105,16 +112,16 @@ def kernels_at(options: Options, batch: int, size: int, dtype: str) -> list[Row]
         return copy
 
     vectors = step_vectors(device, x.nbytes // batch, m)
-    touched = {"Anderson": (2 * m + 2) * x.nbytes, "Picard": 2 * x.nbytes}
     rows = []
     for name, step in (("Anderson", anderson), ("Picard", picard)):
         for _ in range(2 * m):
             step(0)
+        touched = working_set(name, x.nbytes, m)
         measured = interleave(
-            {"step": step, "copy": copy_of(touched[name])},
+            {"step": step, "copy": copy_of(touched)},
             device=device,
             budget=options.budget,
-            rounds=(11, 101),
+            rounds=options.turns(11, 101),
             label=f"{name} step",
         )
         if progress.tally[:2].tolist() != [batch, 0]:
@@ -122,7 +129,7 @@ def kernels_at(options: Options, batch: int, size: int, dtype: str) -> list[Row]
         seconds = measured["step"].over(repeats)
         moved = vectors[name] * x.nbytes
         bandwidth = moved / seconds.median
-        copied = touched[name] * repeats / measured["copy"].median
+        copied = touched * repeats / measured["copy"].median
         rows.append(
             {
                 "suite": "kernels",
@@ -134,7 +141,7 @@ def kernels_at(options: Options, batch: int, size: int, dtype: str) -> list[Row]
                 "history": m if name == "Anderson" else None,
                 "bytes": moved,
                 "flops": FLOPS[name] * x.numel(),
-                "working_set": touched[name],
+                "working_set": touched,
                 "bytes_per_s": bandwidth,
                 "copy_bytes_per_s": copied,
                 "of_copy": bandwidth / copied,

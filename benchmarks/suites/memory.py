@@ -12,7 +12,7 @@ from torch import Tensor
 from ..methods import COMPACTED, HISTORY, PEERS, Method
 from ..problems import Instance, Problem, Rule
 from ..records import Row
-from .cell import Cell, Options, brief, head, mode
+from .cell import Cell, Options, head, mode, stopped
 
 ITERATIONS = (8, 16, 32, 64, 128)
 SIZES = ((256, 128), (1024, 256))
@@ -22,7 +22,7 @@ LIMITS = {"Picard": 6, "Anderson": 2 * HISTORY + 6}
 
 
 def cells(options: Options) -> Iterator[Cell]:
-    for size in (options.sizes or SIZES)[: 1 if options.quick else None]:
+    for size in options.sizes_or(SIZES)[: 1 if options.quick else None]:
         for backward in (False, True):
             yield Cell(
                 f"memory/easy-{size[0]}x{size[1]}-{options.dtype}-{mode(backward)}",
@@ -43,11 +43,12 @@ def against_iterations(options: Options, size: tuple[int, int], backward: bool) 
             continue
         if method.name in ("compat layer", "old layer, pure Python"):
             continue  # their conditions cannot be told to never stop
-        for count in ITERATIONS[:: len(ITERATIONS) - 1 if options.quick else 1]:
+        few = options.quick or options.tiny
+        for count in ITERATIONS[:: len(ITERATIONS) - 1 if few else 1]:
             never = Rule(0.0, 0.0, 0.0, max_iterations=count)
             row = measured(method, replace(problem, rule=never), backward=backward)
             rows.append(row)
-            if "skipped" in row:
+            if "peak_bytes" not in row:
                 break
     return rows
 
@@ -78,10 +79,8 @@ def measured(method: Method, problem: Problem, *, backward: bool) -> Row:
         runner = method.build(problem)
         runner.call(backward=backward)(0)
         return row | {"peak_bytes": runner.peak_bytes(backward=backward)}
-    except Exception as error:  # a peer may fail in ways of its own; ours may not
-        if method.family not in PEERS:
-            raise
-        return row | {"skipped": brief(error)}
+    except Exception as error:
+        return row | stopped(method, error)
 
 
 def half(x: Tensor, u: Tensor, s: Tensor, weight: Tensor) -> Tensor:

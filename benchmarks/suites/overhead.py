@@ -26,7 +26,7 @@ FIXED = 20  # evaluations; at s = 0.99 no sample is done by then, so that none i
 
 
 def overhead(options: Options) -> Iterator[Cell]:
-    for batch, size in options.sizes or problems.SIZES:
+    for batch, size in options.sizes_or(problems.SIZES):
         name = f"overhead/{batch}x{size}-{options.dtype}"
         yield Cell(name, functools.partial(outside_g, options, batch, size))
 
@@ -52,7 +52,7 @@ def outside_g(options: Options, batch: int, size: int) -> list[Row]:
             {name: call(run) for name, run in fixed_count(options, FIXED).items()},
             device=options.device,
             budget=options.budget,
-            rounds=options.rounds,
+            rounds=options.turns(*options.rounds),
             label=f"{batch}x{size}",
             clock=clock,
         )
@@ -63,13 +63,15 @@ def outside_g(options: Options, batch: int, size: int) -> list[Row]:
     ]
 
 
-def fixed_count(options: Options, count: int, drivers: tuple[str, ...] = ()) -> dict[str, Solve]:
-    """Methods by so many evaluations."""
+def fixed_count(
+    options: Options, count: int, drivers: tuple[str, ...] = ()
+) -> dict[str, Callable[..., Any]]:
+    """Methods by so many evaluations. With drivers: ours by each, returning the solution."""
     never = Rule(rtol=0.0, atol=0.0, max_iterations=count)
-    runs: dict[str, Solve] = {}
+    runs: dict[str, Callable[..., Any]] = {}
     for name, solver in SOLVERS.items():
         for driver in drivers:
-            build = ours.opaque(solver, options.backend, driver=driver)
+            build = ours.solution(solver, options.backend, driver=driver)
             runs[f"ours {name}, {driver}"] = build(never)
         if not drivers:
             runs[f"ours {name}"] = ours.opaque(solver, options.backend)(never)
@@ -88,6 +90,7 @@ def fixed_count(options: Options, count: int, drivers: tuple[str, ...] = ()) -> 
 # --- on a device ------------------------------------------------------------------------------
 
 FEW, MANY = 20, 120  # iterations
+SPREAD = 0.99  # of g's factors over a row: slow enough that no residual becomes zero by then
 
 
 def loop(options: Options) -> Iterator[Cell]:
@@ -96,37 +99,58 @@ def loop(options: Options) -> Iterator[Cell]:
     Beside the drivers: torchdeq; g and the step as nodes of a plain graph, which is what the device
     itself needs; and a WHILE body of one tiny kernel. Syncs are counted in a whole solve.
     """
-    if options.device.startswith("cuda"):
-        for batch, size in options.sizes or problems.SIZES:
+    if options.is_cuda:
+        for batch, size in options.sizes_or(problems.SIZES):
             yield Cell(f"loop/{batch}x{size}", functools.partial(loop_at, options, batch, size))
 
 
+def damp(x: torch.Tensor, u: torch.Tensor, s: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """One kernel. No two values of a row are damped alike: Anderson needs many iterations too."""
+    return torch.addcmul(u, x, c)
+
+
+def damped(batch: int, size: int, device: str) -> tuple[torch.Tensor, ...]:
+    """x₀ and the rest of damp's arguments."""
+    c = torch.linspace(-SPREAD, SPREAD, size, device=device)
+    x0, u = torch.zeros(batch, size, device=device), torch.randn(batch, size, device=device)
+    return x0, u, torch.zeros(batch, 1, device=device), c
+
+
+def check_count(
+    run: Callable[..., Any], tensors: tuple[torch.Tensor, ...], count: int, name: str
+) -> None:
+    """Every sample must go through all iterations, or a slope over them says nothing."""
+    if name.startswith("ours"):
+        iterations = run(damp, *tensors).iterations
+        found = sorted({int(iterations.min()), int(iterations.max())})
+    else:
+        g = Counting(damp, str(tensors[0].device))
+        for _ in range(2):  # the first call of all may look at g more often
+            g.reset()
+            run(g, *tensors)
+        found = [g.calls]
+    if found != [count]:
+        raise RuntimeError(f"loop: {name} made {found} iterations, not {count}")
+
+
 def loop_at(options: Options, batch: int, size: int) -> list[Row]:
-    device = options.device
-    x0 = torch.zeros(batch, size, device=device)
-    u = torch.randn(batch, size, device=device)
-    rest = (u, torch.zeros(batch, 1, device=device), torch.zeros(0, device=device))
-
-    def g(x: torch.Tensor, u: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        return torch.add(u, x, alpha=0.5)
-
+    device, tensors = options.device, damped(batch, size, options.device)
     calls: dict[str, Callable[[int], Any]] = {}
-    for count in (FEW, MANY):
-        for name, run in fixed_count(options, count, ("eager", "graph")).items():
-            calls[f"{name} {count}"] = lambda _, run=run: run(g, x0, *rest)  # type: ignore[misc]
-    names = [name.removesuffix(f" {FEW}") for name in calls if name.endswith(f" {FEW}")]
     head = {"suite": "loop", "batch": batch, "size": size}
     rows = []
     with torch.no_grad():
-        for _ in range(3):  # a graph is made in the third
-            for name in names:
-                calls[f"{name} {FEW}"](0)
+        for count in (FEW, MANY):
+            for name, run in fixed_count(options, count, ("eager", "graph")).items():
+                for _ in range(3):  # a graph is made by then
+                    check_count(run, tensors, count, name)
+                calls[f"{name} {count}"] = lambda _, run=run: run(damp, *tensors)  # type: ignore[misc]
+        names = [name.removesuffix(f" {FEW}") for name in calls if name.endswith(f" {FEW}")]
         syncs = {name: count_syncs(calls[f"{name} {MANY}"]) for name in names}
         measured = interleave(
             calls,
             device=device,
             budget=options.budget,
-            rounds=options.rounds,
+            rounds=options.turns(*options.rounds),
             label=f"loop {batch}x{size}",
         )
         for name in names:
@@ -134,7 +158,7 @@ def loop_at(options: Options, batch: int, size: int) -> list[Row]:
             row = {"method": name.removeprefix("ours "), "iterations": MANY, "syncs": syncs[name]}
             row |= {"seconds_an_iteration": (many - few) / (MANY - FEW), "solve_s": many}
             rows.append(head | row)
-        for name, seconds in bare(g, x0, u).items():
+        for name, seconds in bare(*tensors).items():
             rows.append(head | {"method": name, "seconds_an_iteration": seconds})
     return rows
 
@@ -153,29 +177,54 @@ def count_syncs(run: Callable[[int], Any]) -> int:
     return sum("synchroniz" in str(w.message) for w in seen)
 
 
-def bare(g: Callable[..., torch.Tensor], x0: torch.Tensor, u: torch.Tensor) -> dict[str, float]:
+class Bare:
+    """g and a solver's step on a record of their own, without a driver around them."""
+
+    def __init__(self, solver: Any, x0: torch.Tensor, *rest: torch.Tensor) -> None:
+        self.x0, self.x, self.rest = x0, x0.clone(), rest
+        self.progress = Progress(self.x, Limits(0.0, 0.0, 0.0, 2**30, 2**30))
+        self.step = solver.start(native, self.progress, self.x)
+
+    def __call__(self) -> None:
+        self.step(self.x, damp(self.x, *self.rest))
+
+    def restart(self) -> None:
+        """From x₀ with all samples active: later in a solve there may be nothing left to do."""
+        self.x.copy_(self.x0)
+        for t in (self.progress.counters, self.progress.scalars, self.progress.tally):
+            t.zero_()
+
+    def check(self, count: int) -> None:
+        """Raise unless every row went through so many iterations since the restart, and goes on."""
+        active, failed, done = self.progress.tally.tolist()
+        if (active, failed, done) != (len(self.x), 0, count):
+            raise RuntimeError(
+                f"loop: all {len(self.x)} rows must be active after {count} bare iterations "
+                f"(got {active} active, {failed} failed, {done} iterations)"
+            )
+
+
+def bare(*tensors: torch.Tensor) -> dict[str, float]:
     """Seconds an iteration of g and the steps as nodes of a graph, and of a WHILE body alone."""
     from fpi_cuda import _build
 
-    found = {}
+    device, found = tensors[0].device, {}
     for solver in SOLVERS.values():
-        x = x0.clone()
-        progress = Progress(x, Limits(0.0, 0.0, 0.0, 2**30, 2**30))
-        step = solver.start(native, progress, x)
-
-        def iterate(x: torch.Tensor = x, step: Any = step) -> None:
-            step(x, g(x, u))
-
+        iterate = Bare(solver, *tensors)
         graph = torch.cuda.CUDAGraph()
         iterate()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             for _ in range(MANY):
                 iterate()
-        seconds = [timed(graph.replay, str(x0.device)) for _ in range(12)][2:]
-        found[f"{type(solver).__name__}, nodes of a graph"] = statistics.median(seconds) / MANY
+        seconds = []
+        for _ in range(12):
+            iterate.restart()
+            seconds.append(timed(graph.replay, str(device)))
+            iterate.check(MANY)
+        found[f"{type(solver).__name__}, nodes of a graph"] = statistics.median(seconds[2:]) / MANY
 
-    tally = torch.tensor([1, 0, 0], dtype=torch.int32, device=x0.device)
+    tally = torch.tensor([1, 0, 0], dtype=torch.int32, device=device)
     before, body = (torch.cuda.CUDAGraph(keep_graph=True) for _ in range(2))
     count = tally[2:]
     count.add_(1)
@@ -188,8 +237,8 @@ def bare(g: Callable[..., torch.Tensor], x0: torch.Tensor, u: torch.Tensor) -> d
     loop = _build.cuda.WhileGraph(
         before.raw_cuda_graph(), body.raw_cuda_graph(), 0, tally.data_ptr(), many
     )
-    stream = torch.cuda.current_stream(x0.device).cuda_stream
-    seconds = [timed(lambda: loop.launch(stream), str(x0.device)) for _ in range(12)][2:]
+    stream = torch.cuda.current_stream(device).cuda_stream
+    seconds = [timed(lambda: loop.launch(stream), str(device)) for _ in range(12)][2:]
     if int(tally[2]) != many:
         raise RuntimeError(f"loop: the WHILE node made {int(tally[2])} iterations, not {many}")
     found["WHILE body of one tiny kernel"] = statistics.median(seconds) / many

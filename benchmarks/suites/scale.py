@@ -14,7 +14,7 @@ from ..judge import relative_error
 from ..methods import SOLVERS, gradients, ours
 from ..problems import Instance, Problem
 from ..records import Row
-from .cell import Cell, Options
+from .cell import TINY, Cell, Options
 
 SCALES = (1e-3, 1.0, 1e3)
 LOSS_SCALE = 1e-5
@@ -26,7 +26,7 @@ def cells(options: Options) -> Iterator[Cell]:
 
 def scale_rows(options: Options) -> list[Row]:
     rows = []
-    problem = options.make("hard", 256, 128, instances=1)
+    problem = options.make("hard", *options.either((256, 128), TINY), instances=1)
     (instance,) = problem.instances
     for name, solver in SOLVERS.items():
         head = {"suite": "scale", "method": name}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from ..clock import interleave
-from ..methods import COMPACTED, PEERS, Method
-from ..problems import Rule
+from ..methods import COMPACTED, PEERS, Method, NotForThis
+from ..problems import Problem, Rule
 from ..records import Row
-from .cell import Cell, Options, contest, head
+from .cell import TINY, Cell, Options, contest, head, stopped
 
 NAMES = (
     "Picard",
@@ -31,8 +31,10 @@ COUNTS = (10, 30, 100, 300)
 
 
 def axes(options: Options) -> dict[str, list[tuple[float, tuple[int, int], dict[str, Any]]]]:
-    cuda = options.device.startswith("cuda")
-    batches = [(b, (b, 1024), {}) for b in CUDA_BATCHES] if cuda else []
+    if options.tiny:
+        few = [(b, (b, TINY[1]), {}) for b in (32, 64)]
+        return {"batch": few, "spread": [(0.9, TINY, {"slowest": 0.9})]}
+    batches = [(b, (b, 1024), {}) for b in CUDA_BATCHES] if options.is_cuda else []
     return {
         "batch": batches or [(b, (b, 128), {}) for b in BATCHES],
         "size": [(n, (256, n), {}) for n in SIZES],
@@ -69,18 +71,40 @@ def point(
 def iterations(options: Options) -> list[Row]:
     """Solves made to take so many iterations: the slope is what one costs."""
     rows: list[Row] = []
-    for count in COUNTS:
-        problem = options.make("easy", 256, 128, instances=1)
+    for count in options.either(COUNTS, COUNTS[:2]):
+        problem = options.make("easy", *options.either((256, 128), TINY), instances=1)
         problem = replace(problem, rule=Rule(0.0, 0.0, 0.0, max_iterations=count))
         methods = {m.name: m for m in chosen(options) if not m.reason(problem)}
+        stops: dict[str, Row] = {}
+        calls: dict[str, Callable[[int], Any]] = {}
+        for name, method in methods.items():
+            try:
+                calls[name] = to_its_end(method, problem, count)
+            except Exception as error:
+                stops[name] = stopped(method, error)
         measured = interleave(
-            {name: method.build(problem).forward for name, method in methods.items()},
+            calls,
             device=options.device,
             budget=options.budget / 4,
-            rounds=options.rounds,
+            rounds=options.turns(*options.rounds),
             label=f"{count} iterations",
         )
-        for name, times in measured.items():
-            row = head("scaling", problem, methods[name], backward=False)
-            rows.append(row | {"axis": "iterations", "value": count} | times.row())
+        for name, method in methods.items():
+            row = head("scaling", problem, method, backward=False)
+            row |= {"axis": "iterations", "value": count}
+            rows.append(row | (measured[name].row() if name in measured else stops[name]))
     return rows
+
+
+def to_its_end(method: Method, problem: Problem, count: int) -> Callable[[int], Any]:
+    """A method's forward that makes all the iterations, but for a few of a sample at its end.
+
+    There an iterate may be its own image to the bit.
+    """
+    runner = method.build(problem)
+    runner.forward(0)
+    if method.family == "ours":
+        _, mean = runner.count()
+        if not mean >= 0.98 * count:
+            raise NotForThis(f"ends by itself after {mean:.1f} of {count} iterations")
+    return runner.forward

@@ -26,7 +26,7 @@ def places(suite: str, options: Options) -> list[tuple[str, Size]]:
     found = []
     for kind in kinds:
         sizes = problems.SIZES if kind in problems.DENSE else (problems.at(kind),)
-        found += [(kind, size) for size in options.sizes or sizes]
+        found += [(kind, size) for size in options.sizes_or(sizes)]
     return found
 
 
@@ -49,7 +49,7 @@ def cell(suite: str, options: Options, kind: str, size: Size, backward: bool) ->
         methods = [method for method in methods if method.name != "unrolled"]
     rows = contest(suite, problem, methods, options, backward=backward)
     for row in rows:
-        if row["method"] == COMPACTED:
+        if row["method"] == COMPACTED and "evaluations" in row and not options.tiny:
             problems.check_spread(problem, row["evaluations"], row["iterations_mean"])
     return rows
 
@@ -76,7 +76,8 @@ def denoise(options: Options) -> Iterator[Cell]:
 def denoise_cell(options: Options, backward: bool) -> list[Row]:
     out = ("Picard", "plain loop", "plain loop, compacted, compiled", "plain Anderson")
     out += ("compat layer", "unrolled", "old layer, pure Python")
-    batch, size = options.sizes[0] if options.sizes else problems.DENOISE
+    home = options.either(problems.DENOISE, (4, 16 * 4 * 4))
+    batch, size = options.sizes[0] if options.sizes else home
     problem = options.make("denoise", batch, size, instances=1)
     methods = options.methods("ours", "plain", *PEERS)
     methods = [method for method in methods if method.name not in out]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import records
+from .. import devices, records
 from ..machine import facts
 from ..tables import text_table
 from . import checkpoint, page, timing
@@ -54,7 +54,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings other than the recipe")
     add("--quick", action="store_true", help="two epochs, one seed: does it run?")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add(
+        "--device",
+        default=devices.DEFAULT,
+        help="cpu, cuda or cuda:N; default auto: CUDA where torch and this build can use it",
+    )
     add("--amp", action="store_true", help="bfloat16 autocast, on a GPU")
     add("--threads", type=int, help="torch's threads; default: torch's own")
     given = parser.parse_args(arguments)
@@ -62,10 +66,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for method in given.methods or ():
         if method not in task.methods:
             parser.error(f"--methods: {given.task} has {', '.join(task.methods)} (got {method!r})")
-    if given.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {given.device}: torch sees no CUDA device here; leave it out")
+    try:
+        given.device, about = devices.resolve(given.device)
+    except ValueError as error:
+        parser.error(f"--device: {error}")
+    print(about)
     if given.amp and not given.device.startswith("cuda"):
-        parser.error("--amp: is for a GPU; name it by --device cuda")
+        parser.error(f"--amp: is for a GPU; name it by --device cuda ({about})")
     if given.action != "report" and given.data is None and task.needs_data:
         parser.error(f"{given.action}: needs the data; name its folder by --data")
     given.methods = given.methods or list(task.methods)
