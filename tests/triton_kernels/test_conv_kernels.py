@@ -374,6 +374,14 @@ def test_a_state_of_another_layout_shape_or_place_is_an_error():
         chain(x.float(), out, *active)
 
 
+def test_registers_are_shared_out_among_the_planned_programs():
+    known = {(8, 2): 128, (4, 3): 168, (4, 2): 255, (8, 3): 80, (4, 4): 128}
+    for (warps, blocks), registers in known.items():
+        config = Config(True, (8, 16), warps=warps, blocks=blocks)
+        assert config.registers == registers
+        assert config.registers * 32 * warps * blocks <= configs.REGISTERS
+
+
 def test_the_table_is_read_as_it_was_written_and_goes_before_the_rule(tmp_path, monkeypatch):
     shape = Shape((16, 32, 16), (3, 3))
     rule, other = configs.rule(shape, "bfloat16"), SMALL["by layer"]
@@ -497,8 +505,34 @@ def test_a_chain_can_be_made_and_run_in_a_graph(config):
     status = torch.zeros(2, dtype=torch.int32)
     expected, _ = run(form, x, config)
     out = torch.full_like(x, math.nan)
+
+    def step():
+        conv.Chain(form, x, tf32=False, config=config)(x, out, *conv.active_samples(status))
+
+    step()  # without norms it is compiled by itself, and a capture allows no loading of kernels
+    out.fill_(math.nan)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        conv.Chain(form, x, tf32=False, config=config)(x, out, *conv.active_samples(status))
+        step()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("net", ["16-32-16", "1-32-32-1"])
+def test_programs_of_a_full_device_do_not_race_for_their_scratch(net):
+    """Every sample is right, and keeps its bits over many runs on memory that holds NaN."""
+    if INTERPRETED:
+        pytest.skip("no CUDA device")
+    form, x = make(
+        NETS[net], (128, 128), torch.bfloat16, 64, hidden_activation="relu", residual=0.5
+    )
+    out = check(form, x)
+    chain = conv.Chain(form, x, tf32=False)
+    active = conv.active_samples(torch.zeros(len(x), dtype=torch.int32))
+    assert chain.config.fused
+    for _ in range(50):
+        chain._workspace[0].fill_(math.nan)
+        again = torch.full_like(x, math.nan)
+        chain(x, again, *active)
+        assert torch.equal(again, out)

@@ -21,9 +21,12 @@ TABLE = Path(__file__).with_name("configs.json")
 PRECISIONS = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4, "float64": 8}
 
 MOST_FUSED = 64  # channels of a fused layer
+MOST_PACKED = 4  # input channels whose taps lie one after another: padding each would be most of it
 # Of a multiprocessor's programs together, bytes of hidden layers: so that they stay in its L1 cache
 # (192 KiB on the A100, 256 KiB on the H100, shared memory included).
 MOST_SCRATCH = 176 * 2**10
+REGISTERS = 65536  # of a multiprocessor, and
+MOST_REGISTERS = 255  # of a thread
 # Pixels computed over pixels kept, of the worst hidden layer: beyond, single layers are cheaper.
 MOST_RECOMPUTED = 2.0
 
@@ -62,7 +65,7 @@ class Config:
         warps: of a program.
         stages: of the compiler's pipeline, which copies operands to shared memory past L1; 1: none,
             and they go through L1 and registers, a step ahead.
-        blocks: programs a multiprocessor.
+        blocks: programs a multiprocessor, at a time.
     """
 
     fused: bool
@@ -73,6 +76,16 @@ class Config:
     warps: int = 4
     stages: int = 1
     blocks: int = 2
+
+    @property
+    def registers(self) -> int:
+        """Most of a thread, so that a multiprocessor has room for that many programs.
+
+        Its compiler knows nothing of the plan and takes a few more where it may. A warp's registers
+        are given in pieces of 256, so a thread's in eights.
+        """
+        fair = REGISTERS // (self.blocks * self.warps * 32)
+        return min(fair // 8 * 8, MOST_REGISTERS)
 
 
 def padded(channels: int) -> int:
@@ -110,6 +123,8 @@ def rule(shape: Shape, precision: str) -> Config:
     """The config where the table has none: by bytes and registers as counted, nothing measured."""
     products = _PRODUCTS[precision]
     if can_fuse(shape):
+        if products["pixels"] > 64 and _spills(shape):
+            products = {**products, "pixels": 64}
         most = MOST_SCRATCH // products["blocks"]
         for tile in ((16, 32), (8, 32), (8, 16)):
             small = scratch_values(shape, tile) * PRECISIONS[precision] <= most
@@ -120,8 +135,18 @@ def rule(shape: Shape, precision: str) -> Config:
     return Config(False, (8, 16), **{**products, "warps": 4, "blocks": 2})
 
 
-# Blocks that leave the fused kernel's threads registers enough on every architecture, without
-# spills. Products that no tensor core makes are unrolled, so their blocks are small.
+def _spills(shape: Shape) -> bool:
+    """Whether blocks of 128 pixels would keep more of the threads' values in memory than a few.
+
+    So it was compiled: two layers of 64 outputs, or all taps of a large kernel at once.
+    """
+    wide = [channels for channels in shape.channels[1:] if padded(channels) == MOST_FUSED]
+    taps_at_once = shape.kernels[0] > 3 and shape.channels[0] <= MOST_PACKED
+    return len(wide) > 1 or taps_at_once
+
+
+# Blocks that leave the fused kernel's threads registers enough on every architecture, all but a
+# few. Products that no tensor core makes are unrolled, so their blocks are small.
 _PRODUCTS: dict[str, dict[str, int]] = {
     "bfloat16": {"pixels": 128, "warps": 8, "blocks": 2},
     "float16": {"pixels": 128, "warps": 8, "blocks": 2},

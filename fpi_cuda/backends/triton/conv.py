@@ -43,7 +43,6 @@ from .language import INTERPRETED, bound
 __all__ = ["Chain", "active_samples", "pack_bits", "refusal"]
 
 MOST_KERNEL = 7
-MOST_PACKED = 4  # input channels: padding each tap to 16 would be mostly padding
 _LIST_BLOCK = 1024  # samples that active_samples looks at in a pass
 _PACK_BLOCK = 128  # pixels that a program of pack_bits packs
 
@@ -747,6 +746,7 @@ class Chain:
             "TILE_W": config.tile[1],
             "num_warps": config.warps,
             "num_stages": config.stages,
+            "maxnreg": config.registers,
         }
         self._across = triton.cdiv(width, config.tile[1])
         places = triton.cdiv(height, config.tile[0]) * self._across
@@ -782,7 +782,7 @@ class Chain:
         in_memory = inputs
         if self.config.fused and at > 0:
             in_memory = configs.padded(inputs)
-        if in_memory <= MOST_PACKED:
+        if in_memory <= configs.MOST_PACKED:
             block_k = min(configs.padded(kernel**2 * inputs), self.config.inputs)
             rows = rows.reshape(1, kernel**2 * inputs, outputs)
         padding = -rows.shape[1] % block_k
