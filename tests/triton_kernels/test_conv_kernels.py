@@ -196,7 +196,9 @@ def test_activations_are_right_near_zero_far_out_and_not_finite(activation, dtyp
     zeros = torch.zeros(1, 1, 3, 3, dtype=dtype)
     form = ConvForm((zeros, zeros), (None, None), (None, u), activation)
     out, _ = run(form, torch.zeros_like(u), config)
-    rtol = 1e-12 if dtype == torch.float64 else 2e-6
+    # Four units in the last place; a device's exponential and division have a few of their own.
+    single = 4 * torch.finfo(torch.float32).eps if INTERPRETED else 2e-6
+    rtol = 1e-12 if dtype == torch.float64 else single
     # Where φ itself is a difference of 1s, as torch's is.
     atol = {"gelu": 4 * torch.finfo(dtype).eps}.get(activation, torch.finfo(dtype).tiny)
     expected = ACTIVATIONS[activation](u.double())
@@ -375,11 +377,12 @@ def test_a_state_of_another_layout_shape_or_place_is_an_error():
 
 
 def test_registers_are_shared_out_among_the_planned_programs():
-    known = {(8, 2): 128, (4, 3): 168, (4, 2): 255, (8, 3): 80, (4, 4): 128}
+    known = {(8, 2): 128, (4, 3): 168, (4, 2): None, (8, 3): 80, (4, 4): 128}
     for (warps, blocks), registers in known.items():
         config = Config(True, (8, 16), warps=warps, blocks=blocks)
         assert config.registers == registers
-        assert config.registers * 32 * warps * blocks <= configs.REGISTERS
+        most = registers or configs.MOST_REGISTERS + 1  # which are given in eights
+        assert most * 32 * warps * blocks <= configs.REGISTERS
 
 
 def test_the_table_is_read_as_it_was_written_and_goes_before_the_rule(tmp_path, monkeypatch):
@@ -411,9 +414,9 @@ def test_halos_are_counted():
 @pytest.mark.parametrize("precision", list(configs.PRECISIONS))
 def test_candidates_are_many_and_all_of_them_can_run(precision):
     for case in tune.CASES:
-        found = list(tune.candidates(case.shape, precision))
-        assert len(found) == len(set(found)) > 20
-        assert configs.rule(case.shape, precision) in found
+        found = tune.candidates(case.shape, precision)
+        assert 2 * tune.NEAREST + 1 >= len(found) == len(set(found)) > 20
+        assert configs.rule(case.shape, precision) == found[0]
         assert {c.fused for c in found} == {True, False}
         for c in found:
             if c.fused:
@@ -430,15 +433,55 @@ def test_a_dry_run_of_the_tuner_names_what_it_would_measure(capsys):
     assert all("candidates" in line for line in told)
 
 
-def test_the_tuner_measures_checks_and_writes(tmp_path, monkeypatch):
-    """With a clock of its own and two candidates on a small image: the faster right one is kept."""
-    case = tune.Case(Shape((2, 16, 2), (3, 3)), 1, 3, 5)
+@pytest.fixture
+def tuned(monkeypatch):
+    """The tuner on a small image and two candidates, by a clock of its own."""
     two = [SMALL["fused"], SMALL["by layer"]]
-    times = iter([2.0, 1.0])
+    briefly, longer = iter([2.0, 1.0]), iter([1.5, 3.0])  # the second seems faster at first
     monkeypatch.setattr(tune, "candidates", lambda *_: two)
-    monkeypatch.setattr(tune, "_milliseconds", lambda step: (step(), next(times))[1])
-    found = tune.best(case, "float64", torch.device("cuda" if not INTERPRETED else "cpu"))
-    assert found == (two[1], 1.0)
+
+    def milliseconds(step, *, briefly, short=briefly, long=longer):
+        step()
+        return next(short if briefly else long)
+
+    monkeypatch.setattr(tune, "_milliseconds", milliseconds)
+    case = tune.Case(Shape((2, 16, 2), (3, 3)), 1, 3, 5)
+
+    def best(seconds=math.inf):
+        return tune.best(case, "float64", torch.device("cpu" if INTERPRETED else "cuda"), seconds)
+
+    return two, best
+
+
+def test_the_tuner_takes_the_fastest_of_those_that_it_measures_again(tuned):
+    two, best = tuned
+    assert best() == (two[1], 1.5, 2)  # measured again first
+
+
+def test_when_the_tuners_time_is_up_the_rule_has_been_tried(tuned):
+    two, best = tuned
+    assert best(0) == (two[0], 1.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [("PassManager::run failed", True), ("CUDA error: an illegal memory access", False)],
+)
+def test_the_tuner_goes_on_after_a_config_that_does_not_compile(tuned, monkeypatch, said, refused):
+    two, best = tuned
+    plain = tune._step
+
+    def step(form, x, config, tf32):
+        if config == two[0]:
+            raise RuntimeError(said)
+        return plain(form, x, config, tf32)
+
+    monkeypatch.setattr(tune, "_step", step)
+    if refused:
+        assert best()[::2] == (two[1], 2)
+    else:
+        with pytest.raises(RuntimeError, match=said):
+            best()
 
 
 class Races:

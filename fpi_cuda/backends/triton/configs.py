@@ -78,14 +78,15 @@ class Config:
     blocks: int = 2
 
     @property
-    def registers(self) -> int:
+    def registers(self) -> int | None:
         """Most of a thread, so that a multiprocessor has room for that many programs.
 
-        Its compiler knows nothing of the plan and takes a few more where it may. A warp's registers
-        are given in pieces of 256, so a thread's in eights.
+        The compiler knows nothing of the plan and takes a few more where it may. A warp's registers
+        are given in pieces of 256, so a thread's in eights. None: there is room whatever it takes,
+        and a limit would only make it take more, and spill.
         """
-        fair = REGISTERS // (self.blocks * self.warps * 32)
-        return min(fair // 8 * 8, MOST_REGISTERS)
+        fair = REGISTERS // (self.blocks * self.warps * 32) // 8 * 8
+        return fair if fair <= MOST_REGISTERS else None
 
 
 def padded(channels: int) -> int:
