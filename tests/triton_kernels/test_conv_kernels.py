@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -409,6 +410,20 @@ def test_halos_are_counted():
     shape = Shape((1, 32, 20, 1), (3, 3, 5))
     assert configs.scratch_values(shape, (8, 16)) == 14 * 22 * 32 + 12 * 20 * 32
     assert configs.recomputed(shape, (8, 16)) == 14 * 22 / 128
+
+
+def test_tiles_and_scratch_are_those_of_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "floors.md").read_text()
+    shapes = [Shape(*NETS[name]) for name in ("16-32-16", "1-32-32-1")]
+    tiles, scratch = [], []
+    for precision in ("bfloat16", "tf32"):
+        for shape in shapes:
+            tile = configs.rule(shape, precision).tile
+            values = configs.scratch_values(shape, tile) * configs.PRECISIONS[precision]
+            tiles.append(f"{tile[0]} × {tile[1]}")
+            scratch.append(f"{values / 1024:.0f}")
+    assert f"| tile | {' | '.join(tiles)} |" in page
+    assert f"| scratch a program, KiB | {' | '.join(scratch)} |" in page
 
 
 @pytest.mark.parametrize("precision", list(configs.PRECISIONS))

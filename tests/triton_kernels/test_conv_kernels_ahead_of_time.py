@@ -41,8 +41,9 @@ FORWARD, ADJOINT = ("forward", "relu"), ("adjoint", "bits")
 STEPS = ("_chain_kernel", "_conv_kernel")
 COUNTED = "for any batch"
 CAPTURED = "in a capture"
-# triton 3.6 has up to four scalars of three kernels spill (tf32 on sm_80, float64); 3.7 none.
-SPILLED = 16 if metadata.version("triton").startswith("3.6.") else 0
+VERSION = metadata.version("triton")
+# Bytes of a thread: scalars that find no place in the registers that the planned programs leave.
+SPILLED = 48
 
 
 def dense(*shape, dtype):
@@ -230,12 +231,44 @@ def test_no_kernel_spills_and_as_many_blocks_fit_as_are_planned(compiled):
     check(compiled)
 
 
-def check(compiled):
+def check(compiled, spilled=SPILLED):
     for facts in sorted(compiled, key=lambda f: (f.kernel, f.arch, f.job)):
         print(facts)
-        assert facts.stack <= SPILLED, facts
+        assert facts.stack <= spilled, facts
         assert facts.shared <= MOST_SHARED[facts.arch], facts
         assert facts.blocks >= facts.planned, facts
+
+
+def rows_of(compiled):
+    """Of docs/floors.md: what this version of triton gives the fused kernel, a row a precision."""
+    rows = []
+    for precision in PRECISIONS:
+        ours = {str(c): c for c in CASES if (c.precision, c.config) == (precision, None)}
+        on = [
+            [
+                f
+                for f in compiled
+                if f.job in ours and f.kernel == "_chain_kernel" and f.arch == arch
+            ]
+            for arch in MOST_SHARED
+        ]
+        columns = [f"{on[0][0].planned} × {on[0][0].warps}"]
+        for facts in on:
+            for name in ("registers", "stack"):
+                values = [getattr(f, name) for f in facts]
+                low, high = min(values), max(values)
+                columns.append(f"{low}-{high}" if low < high else f"{low}")
+        columns.append(f"{max(f.shared for facts in on for f in facts) / 1024:.0f}")
+        rows.append(f"| {VERSION} | {precision} | {' | '.join(columns)} |")
+    return rows
+
+
+def test_registers_are_those_of_the_page(compiled):
+    page = (Path(__file__).parents[2] / "docs" / "floors.md").read_text()
+    if f"\n| {VERSION} |" not in page:
+        pytest.skip(f"the page has no rows of triton {VERSION}")
+    for row in rows_of(compiled):
+        assert row in page.splitlines(), f"docs/floors.md: the row is now\n{row}"
 
 
 def test_batch_active_samples_and_image_size_compile_nothing_new(compiled):
@@ -246,3 +279,7 @@ def test_batch_active_samples_and_image_size_compile_nothing_new(compiled):
 
 def test_the_graph_drivers_warm_ups_compile_all_that_its_captures_launch(compiled):
     assert [f for f in compiled if f.job == CAPTURED] == []
+
+
+if __name__ == "__main__":
+    print(*rows_of(in_own_processes(Path(__file__))), sep="\n")

@@ -133,7 +133,8 @@ def rule(shape: Shape, precision: str) -> Config:
                 return Config(True, tile, **products)
     if precision in ("float32", "float64"):
         return Config(False, (4, 16), outputs=32, inputs=16, stages=2, blocks=3)
-    return Config(False, (8, 16), **{**products, "warps": 4, "blocks": 2})
+    tile = (4, 16) if precision == "tf32" else (8, 16)  # of which wide layers would spill
+    return Config(False, tile, **{**products, "warps": 4, "blocks": 2})
 
 
 def _spills(shape: Shape) -> bool:
