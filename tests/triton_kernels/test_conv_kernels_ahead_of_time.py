@@ -21,7 +21,7 @@ from ahead_of_time import MOST_SHARED, compiled_launches, in_own_processes
 from fpi_cuda import Anderson, ConvStep, FixedPointLayer, Picard, backends
 from fpi_cuda.backends.triton import configs
 from fpi_cuda.backends.triton.configs import PRECISIONS, Config, Shape
-from fpi_cuda.drivers import eager, graph
+from fpi_cuda.drivers import capture, eager
 from fpi_cuda.forms.conv import ConvForm
 
 DTYPES = {
@@ -151,10 +151,11 @@ def captured():
         class Recorder:
             """Records nothing; counts the launches of each part."""
 
+            unroll, note = 1, ""
+
             def __init__(self, device):
                 self.parts = 0
 
-            missing = staticmethod(lambda: None)
             random_state = staticmethod(torch.get_rng_state)
 
             def warm_up(self, run):
@@ -172,7 +173,7 @@ def captured():
 
         with (
             mock.patch.object(backends.triton, "missing", lambda device: None),
-            mock.patch.dict(graph.RECORDERS, {"cpu": Recorder}),
+            mock.patch.dict(capture.RECORDERS, {"cpu": Recorder}),
             mock.patch.object(eager, "refuse_capture", lambda: None),
         ):
             for solver, beta in itertools.product((Picard, partial(Anderson, 3)), (1.0, 0.7)):

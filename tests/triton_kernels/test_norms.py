@@ -19,7 +19,7 @@ from fpi_cuda import adjoint as solves
 from fpi_cuda.backends import available, native, triton
 from fpi_cuda.backends.triton import configs, conv, steps
 from fpi_cuda.backends.triton.configs import Config
-from fpi_cuda.drivers import graph
+from fpi_cuda.drivers import capture
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason='the CPU, where "auto" has native steps')
 
@@ -62,10 +62,11 @@ def calls(monkeypatch):
 class Recorder:
     """The graph driver's, without a device: runs again what it was given."""
 
+    unroll, note = 1, ""
+
     def __init__(self, device):
         self.parts = []
 
-    missing = staticmethod(lambda: None)
     random_state = staticmethod(torch.get_rng_state)
 
     def warm_up(self, run):
@@ -132,7 +133,7 @@ def test_picard_reads_the_sums_and_counts_as_native_steps_do(
     assert {(who, read) for who, _, read in calls} == {("native", False)}
     calls.clear()
     if driver == "graph":
-        monkeypatch.setitem(graph.RECORDERS, "cpu", Recorder)
+        monkeypatch.setitem(capture.RECORDERS, "cpu", Recorder)
     last, found, gradients = solved(step, z, Picard(beta), "auto", driver)
     assert set(calls) == {("triton", "picard_step", True)}
     for record in (last, last.adjoint):
@@ -149,7 +150,7 @@ def test_picard_reads_the_sums_and_counts_as_native_steps_do(
 @pytest.mark.parametrize("driver", ["eager", "graph"])
 def test_anderson_keeps_the_native_step(driver, calls, monkeypatch):
     if driver == "graph":
-        monkeypatch.setitem(graph.RECORDERS, "cpu", Recorder)
+        monkeypatch.setitem(capture.RECORDERS, "cpu", Recorder)
     last, _, _ = solved(*make(), Anderson(3), "auto", driver)
     assert set(calls) == {("native", "anderson_step", False)}
     assert last.path == last.adjoint.path == f"native, {driver}, masked"
