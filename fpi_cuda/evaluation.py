@@ -340,8 +340,8 @@ class Masked:
         form: the step.
         like: a state, [B, C, H, W].
         tf32: whether products may round float32 operands to tf32.
-        norms: whether the kernels leave their sums of squares with the record. Triton's steps alone
-            read them, so they are the steps of the solve, whatever its backend.
+        norms: whether the kernels leave their sums of squares with the record. Only their own
+            backend's steps read them, so these are the solve's, whatever its backend.
     """
 
     masks = True
@@ -358,7 +358,7 @@ class Masked:
         norms: bool,
     ) -> None:
         self.owner, self.kernels = owner, kernels
-        self.steps: ModuleType | None = triton if norms else None
+        self.steps: ModuleType | None = kernels.STEPS if norms else None
         self.out = torch.empty_like(like, memory_format=torch.channels_last)
         self.chain = kernels.Chain(form.laid_out(), self.out, tf32=tf32)
         # Without a record to watch, all are active.

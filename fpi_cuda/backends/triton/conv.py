@@ -36,11 +36,12 @@ from torch import Tensor
 
 from ...forms.activations import ACTIVATIONS
 from ...forms.conv import ConvForm
+from .. import triton as STEPS  # whose Picard step reads the sums that the kernels leave
 from ..progress import ACTIVE, accumulate_dtype
 from . import configs
 from .language import INTERPRETED, bound
 
-__all__ = ["Chain", "active_samples", "pack_bits", "refusal"]
+__all__ = ["STEPS", "Chain", "active_samples", "pack_bits", "refusal"]
 
 MOST_KERNEL = 7
 _LIST_BLOCK = 1024  # samples that active_samples looks at in a pass
