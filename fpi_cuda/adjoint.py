@@ -255,10 +255,8 @@ class Problem:
             if kernels is not None:
                 limits = self.limits(x, adjoint=self.linear)
                 tf32 = whole.tf32_allowed(limits) and _convolutions_in_tf32(x)
-                # Nobody else reads the kernels' sums: Anderson's step measures r all the same.
-                norms = self.solver.history == 1 and (
-                    backends.choose(self.backend, x) is backends.triton
-                )
+                # Anderson's step measures r all the same.
+                norms = self.solver.history == 1
                 return Masked(self, kernels, form, x, tf32=tf32, norms=norms)
         g, inputs = form.opened()  # what does not depend on x stays out of the loop
         return Forward(self, g, inputs, PerSample(True, self.step))
@@ -308,7 +306,7 @@ class Problem:
         self, evaluate: Evaluation, x0: Tensor, v: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         limits = self.limits(x0, adjoint=v is not None)
-        backend = backends.choose(self.backend, x0)
+        backend = evaluate.steps or backends.choose(self.backend, x0)
         floor, skip = self._floor(v)
         x, record = iterate(
             evaluate,

@@ -223,6 +223,7 @@ class Forward:
     """x ↦ g(x, *inputs) on the rows it holds."""
 
     masks = False
+    steps: ModuleType | None = None
 
     def __init__(
         self, owner: Owner, g: Bound, inputs: Sequence[Tensor], per_sample: PerSample | None
@@ -277,6 +278,7 @@ class Adjoint:
     """c ↦ (∂g/∂x)ᵀ c + v, linearised once at x."""
 
     masks = False
+    steps: ModuleType | None = None
 
     def __init__(
         self,
@@ -338,7 +340,8 @@ class Masked:
         form: the step.
         like: a state, [B, C, H, W].
         tf32: whether products may round float32 operands to tf32.
-        norms: whether the kernels leave their sums of squares with the record.
+        norms: whether the kernels leave their sums of squares with the record. Only their own
+            backend's steps read them, so these are the solve's, whatever its backend.
     """
 
     masks = True
@@ -354,7 +357,8 @@ class Masked:
         tf32: bool,
         norms: bool,
     ) -> None:
-        self.owner, self.kernels, self.wants_norms = owner, kernels, norms
+        self.owner, self.kernels = owner, kernels
+        self.steps: ModuleType | None = kernels.STEPS if norms else None
         self.out = torch.empty_like(like, memory_format=torch.channels_last)
         self.chain = kernels.Chain(form.laid_out(), self.out, tf32=tf32)
         # Without a record to watch, all are active.
@@ -364,7 +368,7 @@ class Masked:
 
     def watch(self, progress: Progress) -> None:
         self.status = progress.counters[:, STATUS]
-        if not self.wants_norms:
+        if self.steps is None:
             return
         shape = (len(self.out), self.chain.tiles, 2)
         self.norms = torch.empty(shape, dtype=progress.dtype, device=self.out.device)

@@ -80,12 +80,14 @@ class _Captured:
         b = start.shape[0]
         self._batch = start.shape[:1]
         layout = Layout(start)
+        backend = request.backend
         watch = _Watch((*static, *request.own))
 
         def look() -> None:
-            nonlocal layout
+            nonlocal layout, backend
             with watch:
                 evaluate = begin(static)
+                backend = evaluate.steps or backend
                 evaluate.watch(Progress(start, request.limits))  # as in `prepare`: the same kernels
                 layout = Layout(evaluate(start))  # the layout that g returns costs no copies
 
@@ -100,7 +102,7 @@ class _Captured:
         x = layout.rows(start).clone()
         floor = x.new_zeros(b, dtype=accumulate_dtype(x.dtype)) if request.adjoint else None
         self._progress = progress = Progress(x, request.limits, floor)
-        step = request.solver.start(request.backend, progress, progress.out)
+        step = request.solver.start(backend, progress, progress.out)
         state = layout.state(x, (b,))
         made: list[Evaluation] = []
 
@@ -133,7 +135,7 @@ class _Captured:
         for part in parts:
             recorder.record(part)
         rows = "masked" if made[0].masks else "whole batch"
-        self.path = f"{request.backend.NAME}, graph{recorder.note}, {rows}"
+        self.path = f"{backend.NAME}, graph{recorder.note}, {rows}"
         self._launch = recorder.loop(progress.tally, request.limits.max_iterations)
         self._used = x, step  # the device's own: nothing here reads them again
 

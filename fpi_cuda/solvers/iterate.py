@@ -21,6 +21,7 @@ class Evaluation(Protocol):
 
     compact_below: float  # leave finished samples out when active/rows falls below this; 0: never
     masks: bool  # it leaves them out by itself
+    steps: Any  # the backend whose step operators read what it leaves; None: any backend's serve
 
     def watch(self, progress: Progress, /) -> None:
         """Called once, before the first call, with the record of the solve."""

@@ -31,6 +31,12 @@ from typing import Any
 # Of a block, in bytes: what each architecture lets a kernel ask for.
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
+# Of a multiprocessor: registers, and bytes of shared memory, of which each block costs 1 KiB more
+# than it asks for.
+REGISTERS = 65536
+SHARED = {80: 164 * 1024, 90: 228 * 1024}
+RESERVED = 1024
+
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
@@ -48,6 +54,15 @@ class Facts:
     shared: int
     registers: int
     stack: int
+    planned: int = 1  # blocks of a multiprocessor that the host counts on
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor has room for; a warp's registers come in pieces of 256."""
+        thread = -(-self.registers // 8) * 8
+        return min(
+            REGISTERS // (thread * 32 * self.warps), SHARED[self.arch] // (self.shared + RESERVED)
+        )
 
 
 def compile_kernel(
@@ -210,7 +225,7 @@ def main(file: str, part: str, of: str) -> None:
     """Every of-th job of the file, from this part on."""
     sys.modules["ahead_of_time"] = sys.modules[__name__]
     spec = importlib.util.spec_from_file_location("file_of_jobs", file)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for name, job in list(module.jobs())[int(part) :: int(of)]:
         print(json.dumps([dataclasses.asdict(f) | {"job": name} for f in job()]), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,7 +197,9 @@ def test_activations_are_right_near_zero_far_out_and_not_finite(activation, dtyp
     zeros = torch.zeros(1, 1, 3, 3, dtype=dtype)
     form = ConvForm((zeros, zeros), (None, None), (None, u), activation)
     out, _ = run(form, torch.zeros_like(u), config)
-    rtol = 1e-12 if dtype == torch.float64 else 2e-6
+    # Four units in the last place; a device's exponential and division have a few of their own.
+    single = 4 * torch.finfo(torch.float32).eps if INTERPRETED else 2e-6
+    rtol = 1e-12 if dtype == torch.float64 else single
     # Where φ itself is a difference of 1s, as torch's is.
     atol = {"gelu": 4 * torch.finfo(dtype).eps}.get(activation, torch.finfo(dtype).tiny)
     expected = ACTIVATIONS[activation](u.double())
@@ -374,6 +377,15 @@ def test_a_state_of_another_layout_shape_or_place_is_an_error():
         chain(x.float(), out, *active)
 
 
+def test_registers_are_shared_out_among_the_planned_programs():
+    known = {(8, 2): 128, (4, 3): 168, (4, 2): None, (8, 3): 80, (4, 4): 128}
+    for (warps, blocks), registers in known.items():
+        config = Config(True, (8, 16), warps=warps, blocks=blocks)
+        assert config.registers == registers
+        most = registers or configs.MOST_REGISTERS + 1  # which are given in eights
+        assert most * 32 * warps * blocks <= configs.REGISTERS
+
+
 def test_the_table_is_read_as_it_was_written_and_goes_before_the_rule(tmp_path, monkeypatch):
     shape = Shape((16, 32, 16), (3, 3))
     rule, other = configs.rule(shape, "bfloat16"), SMALL["by layer"]
@@ -400,12 +412,26 @@ def test_halos_are_counted():
     assert configs.recomputed(shape, (8, 16)) == 14 * 22 / 128
 
 
+def test_tiles_and_scratch_are_those_of_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "floors.md").read_text()
+    shapes = [Shape(*NETS[name]) for name in ("16-32-16", "1-32-32-1")]
+    tiles, scratch = [], []
+    for precision in ("bfloat16", "tf32"):
+        for shape in shapes:
+            tile = configs.rule(shape, precision).tile
+            values = configs.scratch_values(shape, tile) * configs.PRECISIONS[precision]
+            tiles.append(f"{tile[0]} × {tile[1]}")
+            scratch.append(f"{values / 1024:.0f}")
+    assert f"| tile | {' | '.join(tiles)} |" in page
+    assert f"| scratch a program, KiB | {' | '.join(scratch)} |" in page
+
+
 @pytest.mark.parametrize("precision", list(configs.PRECISIONS))
 def test_candidates_are_many_and_all_of_them_can_run(precision):
     for case in tune.CASES:
-        found = list(tune.candidates(case.shape, precision))
-        assert len(found) == len(set(found)) > 20
-        assert configs.rule(case.shape, precision) in found
+        found = tune.candidates(case.shape, precision)
+        assert 2 * tune.NEAREST + 1 >= len(found) == len(set(found)) > 20
+        assert configs.rule(case.shape, precision) == found[0]
         assert {c.fused for c in found} == {True, False}
         for c in found:
             if c.fused:
@@ -422,15 +448,55 @@ def test_a_dry_run_of_the_tuner_names_what_it_would_measure(capsys):
     assert all("candidates" in line for line in told)
 
 
-def test_the_tuner_measures_checks_and_writes(tmp_path, monkeypatch):
-    """With a clock of its own and two candidates on a small image: the faster right one is kept."""
-    case = tune.Case(Shape((2, 16, 2), (3, 3)), 1, 3, 5)
+@pytest.fixture
+def tuned(monkeypatch):
+    """The tuner on a small image and two candidates, by a clock of its own."""
     two = [SMALL["fused"], SMALL["by layer"]]
-    times = iter([2.0, 1.0])
+    briefly, longer = iter([2.0, 1.0]), iter([1.5, 3.0])  # the second seems faster at first
     monkeypatch.setattr(tune, "candidates", lambda *_: two)
-    monkeypatch.setattr(tune, "_milliseconds", lambda step: (step(), next(times))[1])
-    found = tune.best(case, "float64", torch.device("cuda" if not INTERPRETED else "cpu"))
-    assert found == (two[1], 1.0)
+
+    def milliseconds(step, *, briefly, short=briefly, long=longer):
+        step()
+        return next(short if briefly else long)
+
+    monkeypatch.setattr(tune, "_milliseconds", milliseconds)
+    case = tune.Case(Shape((2, 16, 2), (3, 3)), 1, 3, 5)
+
+    def best(seconds=math.inf):
+        return tune.best(case, "float64", torch.device("cpu" if INTERPRETED else "cuda"), seconds)
+
+    return two, best
+
+
+def test_the_tuner_takes_the_fastest_of_those_that_it_measures_again(tuned):
+    two, best = tuned
+    assert best() == (two[1], 1.5, 2)  # measured again first
+
+
+def test_when_the_tuners_time_is_up_the_rule_has_been_tried(tuned):
+    two, best = tuned
+    assert best(0) == (two[0], 1.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [("PassManager::run failed", True), ("CUDA error: an illegal memory access", False)],
+)
+def test_the_tuner_goes_on_after_a_config_that_does_not_compile(tuned, monkeypatch, said, refused):
+    two, best = tuned
+    plain = tune._step
+
+    def step(form, x, config, tf32):
+        if config == two[0]:
+            raise RuntimeError(said)
+        return plain(form, x, config, tf32)
+
+    monkeypatch.setattr(tune, "_step", step)
+    if refused:
+        assert best()[::2] == (two[1], 2)
+    else:
+        with pytest.raises(RuntimeError, match=said):
+            best()
 
 
 class Races:
@@ -497,8 +563,34 @@ def test_a_chain_can_be_made_and_run_in_a_graph(config):
     status = torch.zeros(2, dtype=torch.int32)
     expected, _ = run(form, x, config)
     out = torch.full_like(x, math.nan)
+
+    def step():
+        conv.Chain(form, x, tf32=False, config=config)(x, out, *conv.active_samples(status))
+
+    step()  # without norms it is compiled by itself, and a capture allows no loading of kernels
+    out.fill_(math.nan)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        conv.Chain(form, x, tf32=False, config=config)(x, out, *conv.active_samples(status))
+        step()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("net", ["16-32-16", "1-32-32-1"])
+def test_programs_of_a_full_device_do_not_race_for_their_scratch(net):
+    """Every sample is right, and keeps its bits over many runs on memory that holds NaN."""
+    if INTERPRETED:
+        pytest.skip("no CUDA device")
+    form, x = make(
+        NETS[net], (128, 128), torch.bfloat16, 64, hidden_activation="relu", residual=0.5
+    )
+    out = check(form, x)
+    chain = conv.Chain(form, x, tf32=False)
+    active = conv.active_samples(torch.zeros(len(x), dtype=torch.int32))
+    assert chain.config.fused
+    for _ in range(50):
+        chain._workspace[0].fill_(math.nan)
+        again = torch.full_like(x, math.nan)
+        chain(x, again, *active)
+        assert torch.equal(again, out)

@@ -21,9 +21,12 @@ TABLE = Path(__file__).with_name("configs.json")
 PRECISIONS = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4, "float64": 8}
 
 MOST_FUSED = 64  # channels of a fused layer
+MOST_PACKED = 4  # input channels whose taps lie one after another: padding each would be most of it
 # Of a multiprocessor's programs together, bytes of hidden layers: so that they stay in its L1 cache
 # (192 KiB on the A100, 256 KiB on the H100, shared memory included).
 MOST_SCRATCH = 176 * 2**10
+REGISTERS = 65536  # of a multiprocessor, and
+MOST_REGISTERS = 255  # of a thread
 # Pixels computed over pixels kept, of the worst hidden layer: beyond, single layers are cheaper.
 MOST_RECOMPUTED = 2.0
 
@@ -62,7 +65,7 @@ class Config:
         warps: of a program.
         stages: of the compiler's pipeline, which copies operands to shared memory past L1; 1: none,
             and they go through L1 and registers, a step ahead.
-        blocks: programs a multiprocessor.
+        blocks: programs a multiprocessor, at a time.
     """
 
     fused: bool
@@ -73,6 +76,17 @@ class Config:
     warps: int = 4
     stages: int = 1
     blocks: int = 2
+
+    @property
+    def registers(self) -> int | None:
+        """Most of a thread, so that a multiprocessor has room for that many programs.
+
+        The compiler knows nothing of the plan and takes a few more where it may. A warp's registers
+        are given in pieces of 256, so a thread's in eights. None: there is room whatever it takes,
+        and a limit would only make it take more, and spill.
+        """
+        fair = REGISTERS // (self.blocks * self.warps * 32) // 8 * 8
+        return fair if fair <= MOST_REGISTERS else None
 
 
 def padded(channels: int) -> int:
@@ -110,6 +124,8 @@ def rule(shape: Shape, precision: str) -> Config:
     """The config where the table has none: by bytes and registers as counted, nothing measured."""
     products = _PRODUCTS[precision]
     if can_fuse(shape):
+        if products["pixels"] > 64 and _spills(shape):
+            products = {**products, "pixels": 64}
         most = MOST_SCRATCH // products["blocks"]
         for tile in ((16, 32), (8, 32), (8, 16)):
             small = scratch_values(shape, tile) * PRECISIONS[precision] <= most
@@ -117,11 +133,22 @@ def rule(shape: Shape, precision: str) -> Config:
                 return Config(True, tile, **products)
     if precision in ("float32", "float64"):
         return Config(False, (4, 16), outputs=32, inputs=16, stages=2, blocks=3)
-    return Config(False, (8, 16), **{**products, "warps": 4, "blocks": 2})
+    tile = (4, 16) if precision == "tf32" else (8, 16)  # of which wide layers would spill
+    return Config(False, tile, **{**products, "warps": 4, "blocks": 2})
 
 
-# Blocks that leave the fused kernel's threads registers enough on every architecture, without
-# spills. Products that no tensor core makes are unrolled, so their blocks are small.
+def _spills(shape: Shape) -> bool:
+    """Whether blocks of 128 pixels would keep more of the threads' values in memory than a few.
+
+    So it was compiled: two layers of 64 outputs, or all taps of a large kernel at once.
+    """
+    wide = [channels for channels in shape.channels[1:] if padded(channels) == MOST_FUSED]
+    taps_at_once = shape.kernels[0] > 3 and shape.channels[0] <= MOST_PACKED
+    return len(wide) > 1 or taps_at_once
+
+
+# Blocks that leave the fused kernel's threads registers enough on every architecture, all but a
+# few. Products that no tensor core makes are unrolled, so their blocks are small.
 _PRODUCTS: dict[str, dict[str, int]] = {
     "bfloat16": {"pixels": 128, "warps": 8, "blocks": 2},
     "float16": {"pixels": 128, "warps": 8, "blocks": 2},

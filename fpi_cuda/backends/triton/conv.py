@@ -36,29 +36,31 @@ from torch import Tensor
 
 from ...forms.activations import ACTIVATIONS
 from ...forms.conv import ConvForm
+from .. import triton as STEPS  # whose Picard step reads the sums that the kernels leave
 from ..progress import ACTIVE, accumulate_dtype
 from . import configs
+from .language import INTERPRETED, bound
 
-__all__ = ["Chain", "active_samples", "pack_bits", "refusal"]
+__all__ = ["STEPS", "Chain", "active_samples", "pack_bits", "refusal"]
 
 MOST_KERNEL = 7
-MOST_PACKED = 4  # input channels: padding each tap to 16 would be mostly padding
 _LIST_BLOCK = 1024  # samples that active_samples looks at in a pass
 _PACK_BLOCK = 128  # pixels that a program of pack_bits packs
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _ACTIVE = tl.constexpr(ACTIVE)
 
 
 @triton.jit
 def _tanh(x):
-    # (1 - e)/(1 + e) cancels near 0; there Lambert's fraction, exact to float64 below 1/2.
+    # (1 - e)/(1 + e) cancels near 0; there Lambert's fraction, exact to float64 below 1/2. One
+    # division of both, which costs more than either fraction's terms.
     z = x * x
-    near = x * (135135 + z * (17325 + z * (378 + z)))
-    near = near / (135135 + z * (62370 + z * (3150 + z * 28)))
     e = tl.exp(-2 * tl.abs(x))
-    far = (1 - e) / (1 + e)
-    return tl.where(tl.abs(x) < 0.5, near, tl.where(x < 0, -far, far))
+    near = tl.abs(x) < 0.5
+    above = tl.where(
+        near, x * (135135 + z * (17325 + z * (378 + z))), tl.where(x < 0, e - 1, 1 - e)
+    )
+    return above / tl.where(near, 135135 + z * (62370 + z * (3150 + z * 28)), 1 + e)
 
 
 @triton.jit
@@ -145,7 +147,7 @@ def _operands(
 
 @triton.jit
 def _multiply(a, b, acc, PRECISION: tl.constexpr):
-    if _INTERPRETED:  # which would multiply bfloat16's bits as integers
+    if INTERPRETED:  # which would multiply bfloat16's bits as integers
         a = a.to(acc.dtype)
         b = b.to(acc.dtype)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
@@ -392,7 +394,8 @@ def _conv_kernel(
     BLOCK_P: tl.constexpr = TILE_H * TILE_W
     PARTS: tl.constexpr = PADDED_O // BLOCK_O
     p = tl.arange(0, BLOCK_P)
-    for item in range(tl.program_id(0), tl.load(count) * tiles, tl.num_programs(0)):
+    items, programs = tl.load(count) * tiles, tl.num_programs(0)
+    for item in range(bound(tl.program_id(0)), bound(items), bound(programs)):
         b = tl.load(index + item // tiles)
         tile = item % tiles
         part = tile % PARTS
@@ -504,7 +507,8 @@ def _chain_kernel(
     if MIDDLE:
         last = first + SIZE_1
     o = tl.arange(0, BLOCK_C)
-    for item in range(program, tl.load(count) * tiles, tl.num_programs(0)):
+    items, programs = tl.load(count) * tiles, tl.num_programs(0)
+    for item in range(bound(program), bound(items), bound(programs)):
         b = tl.load(index + item // tiles)
         tile = item % tiles
         y0 = tile // across * TILE_H
@@ -562,7 +566,7 @@ def _chain_kernel(
 def _active_kernel(status, index, count, stride, b, BLOCK: tl.constexpr):
     """One program: the fixed order needs a running count."""
     found = 0
-    for start in range(0, b, BLOCK):
+    for start in range(0, bound(b), BLOCK):
         sample = start + tl.arange(0, BLOCK)
         at = sample.to(tl.int64) * stride
         active = (tl.load(status + at, mask=sample < b, other=_ACTIVE + 1) == _ACTIVE).to(tl.int32)
@@ -633,7 +637,7 @@ def pack_bits(slopes: Tensor) -> Tensor:
 def refusal(form: ConvForm, x: Tensor) -> str | None:
     """Why `Chain` does not take this form, of right shapes, for states like x, or None."""
     if x.device.type == "cpu":
-        if not _INTERPRETED:
+        if not INTERPRETED:
             return "Triton has no kernels for the CPU; TRITON_INTERPRET=1 runs them there, slowly"
     elif x.device.type != "cuda":
         return f"its Triton kernels are for CUDA devices, and x is on {x.device}"
@@ -743,6 +747,7 @@ class Chain:
             "TILE_W": config.tile[1],
             "num_warps": config.warps,
             "num_stages": config.stages,
+            "maxnreg": config.registers,
         }
         self._across = triton.cdiv(width, config.tile[1])
         places = triton.cdiv(height, config.tile[0]) * self._across
@@ -778,7 +783,7 @@ class Chain:
         in_memory = inputs
         if self.config.fused and at > 0:
             in_memory = configs.padded(inputs)
-        if in_memory <= MOST_PACKED:
+        if in_memory <= configs.MOST_PACKED:
             block_k = min(configs.padded(kernel**2 * inputs), self.config.inputs)
             rows = rows.reshape(1, kernel**2 * inputs, outputs)
         padding = -rows.shape[1] % block_k

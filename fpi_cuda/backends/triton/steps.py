@@ -34,6 +34,7 @@ from ...solution import Status
 from .. import progress
 from ..progress import Progress
 from . import MAX_HISTORY
+from .language import bound
 
 __all__ = ["Plan", "anderson_step", "damped_update", "picard_step", "plan_of"]
 
@@ -144,7 +145,7 @@ def _norms(r_squares, g_squares, x, gx, n, BLOCK: tl.constexpr):
     if (_is_trusted(r_squares) & _is_trusted(g_squares)) == 0:
         r_largest = tl.zeros([WIDTH], acc)
         g_largest = tl.zeros([WIDTH], acc)
-        for start in range(0, n, WIDTH):
+        for start in range(0, bound(n), WIDTH):
             r, g = _residual_and_value(x, gx, start + tl.arange(0, WIDTH), n, acc)
             r_largest = tl.where(tl.abs(r) > r_largest, tl.abs(r), r_largest)
             g_largest = tl.where(tl.abs(g) > g_largest, tl.abs(g), g_largest)
@@ -152,7 +153,7 @@ def _norms(r_squares, g_squares, x, gx, n, BLOCK: tl.constexpr):
         g_scale = _scale(tl.max(g_largest))
         r_scaled = tl.zeros([WIDTH], acc)
         g_scaled = tl.zeros([WIDTH], acc)
-        for start in range(0, n, WIDTH):
+        for start in range(0, bound(n), WIDTH):
             r, g = _residual_and_value(x, gx, start + tl.arange(0, WIDTH), n, acc)
             r_scaled += (r / r_scale) * (r / r_scale)
             g_scaled += (g / g_scale) * (g / g_scale)
@@ -259,7 +260,7 @@ def _total(sums, count, stride, WIDTH: tl.constexpr):
     DEPTH: tl.constexpr = 1024 // WIDTH
     column = tl.arange(0, WIDTH)[None, :]
     total = tl.zeros([DEPTH, WIDTH], sums.dtype.element_ty)
-    for start in range(0, count, DEPTH):
+    for start in range(0, bound(count), DEPTH):
         place = start + tl.arange(0, DEPTH)[:, None]
         total += tl.load(sums + place * stride + column, mask=place < count, other=0)
     return tl.sum(total, axis=0)
@@ -595,7 +596,7 @@ def _solve(gram, head, used, dots, rights, ridge, noise, M: tl.constexpr, SIZE: 
     trace = tl.sum(tl.sum(tl.where(i == j, a, 0), axis=1))
     a += tl.where(i == j, tl.where(inside, ridge * trace, 1), 0)
     solved = (used > 0) & (trace > noise)
-    for k in range(0, used):
+    for k in range(0, bound(used)):
         pivot = tl.sum(tl.sum(tl.where((i == k) & (j == k), a, 0), axis=1))
         solved = solved & (pivot > 0) & _is_finite(pivot)
         row = tl.sum(tl.where((i == k) & (j > k), a, 0), axis=0)
@@ -604,7 +605,7 @@ def _solve(gram, head, used, dots, rights, ridge, noise, M: tl.constexpr, SIZE: 
         a = tl.where((j == k) & (i > k), factors[:, None], a)  # L, below the diagonal
         b -= factors * _entry(b, k, SIZE)
     b /= tl.sum(tl.where(i == j, a, 0), axis=1)
-    for back in range(0, used):
+    for back in range(0, bound(used)):
         k = used - 1 - back
         b -= tl.sum(tl.where((i == k) & (j < k), a, 0), axis=0) * _entry(b, k, SIZE)
     solved = solved & (tl.sum(tl.where(_is_finite(b), 0, 1)) == 0)
