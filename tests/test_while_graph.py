@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fpi_cuda import _build
-from fpi_cuda.drivers.graph import CudaRecorder
+from fpi_cuda.drivers.capture import no_while_node
 
 on_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available() or CudaRecorder.missing() is not None,
+    not torch.cuda.is_available() or no_while_node(torch.device("cuda", 0)) is not None,
     reason="needs a CUDA device, its driver of 12.4 or newer, and a build with CUDA",
 )
 
