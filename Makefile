@@ -5,6 +5,10 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 VENV_CUDA ?= .venv-cuda
 TORCH_CUDA ?= torch==2.11.0
+# Of the CUDA machine that `make gpu-carry` builds for.
+PYTHON312 ?= python3.12
+VENV_CARRY ?= .venv-carry
+CARRY_ARCHS ?= 9.0
 
 QUIET := --quiet --disable-pip-version-check
 PY := $(VENV)/bin/python
@@ -13,9 +17,11 @@ STAMP := $(VENV)/.installed-$(subst ==,-,$(TORCH))
 # What this torch's CUDA build asks for, in the version that it asks for.
 CONSTRAINTS := $(wildcard requirements/$(subst ==,-,$(TORCH)).txt)
 STAMP_CUDA := $(VENV_CUDA)/.installed-$(subst ==,-,$(TORCH_CUDA))
+PY_CARRY := $(VENV_CARRY)/bin/python
+STAMP_CARRY := $(VENV_CARRY)/.installed-$(subst ==,-,$(TORCH_CUDA))
 NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv build test matrix bench soak lint cuda-compile cuda-link-check clean
+.PHONY: venv build test matrix bench soak lint cuda-compile cuda-link-check gpu-carry clean
 
 venv: $(STAMP)
 
@@ -73,5 +79,27 @@ $(STAMP_CUDA): requirements/build.txt
 	$(PY_CUDA) -m pip install $(QUIET) $(TORCH_CUDA) -r requirements/build.txt
 	touch $@
 
+# What benchmarks/on_gpu.sh uses on a CUDA machine without network: the libraries built ahead, each
+# loaded here once, and packages that the tests and benchmarks import.
+gpu-carry: $(STAMP_CARRY)
+	rm -rf gpu-carry build/gpu-carry
+	FPI_CUDA_BUILD=cuda TORCH_CUDA_ARCH_LIST="$(CARRY_ARCHS)" CUDAFLAGS=--compress-mode=size \
+		$(PY_CARRY) -m pip install $(QUIET) --no-build-isolation --no-deps --target build/gpu-carry .
+	strip --strip-unneeded build/gpu-carry/fpi_cuda/*.so
+	PYTHONSAFEPATH=1 PYTHONPATH=build/gpu-carry $(PY_CARRY) .ci/cuda_link_check.py
+	mkdir gpu-carry && cp build/gpu-carry/fpi_cuda/*.so gpu-carry
+	while read -r package; do \
+		$(PY_CARRY) -m pip install $(QUIET) --no-deps --no-compile \
+			--target "gpu-carry/packages/$${package%%=*}" "$$package" || exit; \
+	done < requirements/carry.txt
+	$(PY_CARRY) -m benchmarks.on_gpu seal
+
+$(STAMP_CARRY): requirements/build.txt
+	@command -v $(PYTHON312) > /dev/null || { echo "make gpu-carry: $(PYTHON312) was not found;" \
+		"name a Python 3.12 that has its headers: make gpu-carry PYTHON312=/path/to/python3.12"; exit 1; }
+	test -x $(PY_CARRY) || $(PYTHON312) -m venv $(VENV_CARRY)
+	$(PY_CARRY) -m pip install $(QUIET) $(TORCH_CUDA) -r requirements/build.txt
+	touch $@
+
 clean:
-	rm -rf build dist *.egg-info fpi_cuda/*.so
+	rm -rf build dist gpu-carry *.egg-info fpi_cuda/*.so

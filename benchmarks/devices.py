@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from fpi_cuda import build_info
-
 DEFAULT = "auto"  # of --device
 CAPABILITY = (8, 0)  # the least that CMakeLists.txt compiles kernels for
 
@@ -39,9 +37,12 @@ def resolve(wanted: str) -> tuple[str, str]:
     if wanted == "cpu":
         return wanted, "device: cpu, as asked for"
     if wanted == "auto":
+        import fpi_cuda  # not above: `refusal` is asked before there is a library, too
+
         reason = refusal()
-        if reason is None and not build_info()["cuda_loaded"]:
-            reason = f"the CUDA part of fpi_cuda is not there: {build_info()['cuda_missing']}"
+        built = fpi_cuda.build_info()
+        if reason is None and not built["cuda_loaded"]:
+            reason = f"the CUDA part of fpi_cuda is not there: {built['cuda_missing']}"
         if reason is not None:
             return "cpu", f"device: cpu, because {reason}"
         return "cuda", f"device: cuda, {torch.cuda.get_device_name(0)}; --device cpu for the CPU"

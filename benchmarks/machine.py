@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-import fpi_cuda
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def facts(device: str, program: str = "benchmarks") -> dict[str, Any]:
     """What a reader must know to believe or repeat a run."""
+    import fpi_cuda  # a device has its name before there is a library
+
     packages = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("torchdeq", "jax", "jaxopt", "optimistix"):
         version = installed(name)
@@ -52,15 +52,21 @@ def installed(name: str) -> str | None:
 
 
 def git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except OSError:  # there is no git
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def commit() -> str:
-    """The commit, with '+' where tracked files of the library or the harness differ from it."""
-    name = git("rev-parse", "--short=12", "HEAD")
+    """The commit, with '+' where tracked files of the library or the harness differ from it.
+
+    Where there is no repository, what COMMIT says.
+    """
+    name = git("rev-parse", "--short=12", "HEAD") or os.environ.get("COMMIT")
     changed = git("status", "--porcelain", "--", "fpi_cuda", "csrc", "benchmarks/*.py")
     return (name or "unknown") + ("+" if changed else "")
 

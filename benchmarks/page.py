@@ -16,7 +16,7 @@ from .tables import markdown_table, render
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = ("full", "solve", "peers", "dense", "whole", "nets", "scaling", "kernels", "conv")
-NAMES += ("convolutions",)
+NAMES += ("convolutions", "loop")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 

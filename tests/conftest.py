@@ -53,6 +53,22 @@ def pytest_configure(config):
             )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """One of several processes whose CUDA context is lost ends: xdist starts another one.
+
+    Else every test that it would still run fails, whatever it tests.
+    """
+    report = yield
+    if report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            print(f"{item.nodeid}\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+            os._exit(1)
+    return report
+
+
 @pytest.fixture(params=["reference", "native"])
 def backend(request):
     if "cpu" not in backends.available().get(request.param, ()) and request.param != "reference":

@@ -36,7 +36,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         info = {"cuda_loaded": loaded, "cuda_missing": None if loaded else "it was not built"}
-        monkeypatch.setattr(devices, "build_info", lambda: info)
+        monkeypatch.setattr(fpi_cuda, "build_info", lambda: info)
 
     return make
 
