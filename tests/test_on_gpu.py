@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import devices, on_gpu
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import devices, on_gpu  # noqa: E402
+
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
 OPTIONS = (
     *("OUT", "PYTHON", "BUDGET", "LONGEST", "SLOW", "SMOKE", "TIMED", "REHEARSE"),
@@ -30,7 +32,7 @@ case "$*" in
   *"smoke bad "*) echo 'ok    bad/first'; echo 'FAIL  bad/second  why'; echo 'the end'; exit 7 ;;
   *"smoke crash "*) kill -SEGV $$ ;;
   *"smoke hang "*) trap '' TERM; echo waiting; while :; do sleep 1; done ;;
-  *"smoke slow"*) sleep 3 ;;
+  *"smoke slow"*) sleep 1 ;;
   *"smoke long "*) head -c 9000000 /dev/zero | tr '\\0' x; echo; echo 'the end' ;;
   *"on_gpu packages") ;;
   *"on_gpu folder") exit 1 ;;
@@ -134,14 +136,15 @@ def test_parts_that_fail_crash_or_hang_hide_nothing(first, out):
 
 
 def test_where_time_is_short_parts_get_less_or_are_skipped_by_name(first, out):
-    names = [f"slow{i}" for i in range(12)]
+    names = [f"slow{i}" for i in range(60)]
     run = first(names=names, BUDGET="16", LONGEST="6")
-    assert run.code == 0, run.said
-    assert {*run.skipped} > {"tests", "time-whole", "ncu"}
+    # A part that was given less may have been ended by that.
+    assert run.code == len(run.failed) and set(run.failed.values()) <= {124}, run.said
+    assert all(run.notes[name].startswith("(given ") for name in run.failed)
     assert set(run.parts) > {f"smoke-{name}" for name in names}
-    assert run.parts["smoke-slow0"] == 0 and run.parts["smoke-slow11"] == "skipped"
-    assert run.notes["tests"].startswith("it may take 6 s, and of BUDGET = 16 s too little is left")
     assert any(re.match(r"\(given [345] s of 6\)", note) for note in run.notes.values()), run.said
+    assert {*run.skipped} > {"smoke-slow59", "tests", "time-whole", "ncu"}
+    assert run.notes["tests"].startswith("it may take 6 s, and of BUDGET = 16 s too little is left")
     assert run.said == (out / "summary").read_text()
 
 
