@@ -122,6 +122,17 @@ def test_every_part_runs_and_is_written_down(first, out):
         assert order.index(earlier) < order.index(later)
 
 
+def test_the_second_call_keeps_to_eight_files_and_is_rehearsed_at_tiny_sizes(first, out):
+    run = first("bench", device="fine")
+    assert run.code == 0 and {"time-solve", "time-nets", "time-peers"} < set(run.parts), run.said
+    assert len(list(out.iterdir())) <= 8
+    shutil.rmtree(out.parent / "bin")
+    run = first("bench", REHEARSE="1", PYTHON="echo", TIMED="solve peers")
+    assert "solve training --kinds easy hard --device cuda" in run.notes["time-solve"]
+    assert "peers --device cuda" in run.notes["time-peers"]
+    assert "--tiny" in run.notes["time-peers"]
+
+
 def test_parts_that_fail_crash_or_hang_hide_nothing(first, out):
     names = ("bad", "crash", "hang", "long", "good")
     run = first(names=names, tools=(), LONGEST="4")
