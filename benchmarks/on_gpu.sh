@@ -202,7 +202,8 @@ smoke_names() {
 # The CUDA tests, many at a time; a test's own 60 s and an end before the part's where the plugins are
 # installed.
 tests() {
-  pytests tests 150 6 -k cuda tests/test_primitives.py tests/test_dense.py tests/test_drivers.py
+  pytests tests 150 6 -k cuda tests/test_primitives.py tests/test_dense.py tests/test_drivers.py \
+    tests/test_graph_kinds.py tests/test_while_graph.py
   pytests tests-triton 75 12 tests/triton_kernels
 }
 
