@@ -421,7 +421,7 @@ def test_tiles_and_scratch_are_those_of_the_page():
             tile = configs.rule(shape, precision).tile
             values = configs.scratch_values(shape, tile) * configs.PRECISIONS[precision]
             tiles.append(f"{tile[0]} × {tile[1]}")
-            scratch.append(f"{values / 1024:.0f}")
+            scratch.append(f"{values / 1024:.1f}")
     assert f"| tile | {' | '.join(tiles)} |" in page
     assert f"| scratch a program, KiB | {' | '.join(scratch)} |" in page
 

@@ -367,6 +367,7 @@ def test_auto_on_cuda_is_the_fastest_that_runs(monkeypatch, native_devices, trit
         device = torch.device("cuda")
 
     monkeypatch.setattr(backends.native, "devices", lambda: native_devices)
+    monkeypatch.setattr(backends.native, "_too_old", lambda _: None)
     monkeypatch.setattr(backends.triton, "missing", lambda _: None if triton_runs else "a reason")
     assert expected == backends.choose("auto", OnCuda()).NAME
 
