@@ -344,7 +344,8 @@ def test_a_finished_run_of_equal_time_is_not_done_again(data, tmp_path, capsys):
     given += ["--methods", "feedforward-25"]
     for _ in range(2):
         assert program.main(["denoise", "train", *given]) == 0
-    first, second = capsys.readouterr().out.splitlines()[-2:]
+    lines = capsys.readouterr().out.splitlines()
+    first, second = (line for line in lines if line.startswith("feedforward-25, seed 0:"))
     assert first == second
     path.write_text(json.dumps(result | {"threads": 64}))
     assert program.main(["denoise", "train", *given]) == 1
