@@ -18,11 +18,11 @@ __all__ = ["Binding", "bindable", "has_stateful_buffers"]
 
 
 def bindable(g: Any) -> bool:
-    """Whether g's own tensors can be taken out: a module whose forward is plain Python."""
+    """Whether g's own tensors can be taken out: a module of plain Python, and so all in it."""
     return (
         isinstance(g, nn.Module)
-        and not isinstance(g, torch.jit.ScriptModule)
         and not hasattr(g, "_orig_mod")  # torch.compile's wrapper calls the module it closed over
+        and not any(isinstance(m, torch.jit.ScriptModule) for m in g.modules())
     )
 
 

@@ -5,10 +5,15 @@ import dataclasses
 import enum
 import functools
 import gc
+import os
+import random
+import sys
+import threading
 import types
 import weakref
-from collections import OrderedDict, deque, namedtuple
+from collections import OrderedDict, defaultdict, deque, namedtuple
 
+import numpy as np
 import pytest
 import torch
 from tape import captures, problem, tape_fixture  # noqa: F401
@@ -80,7 +85,7 @@ def follows(g, change):
     z = problem()
     expected = fixed_point(g, z * 0, z, driver="eager", per_sample=False)
     assert torch.equal(after.x, expected.x)
-    return "graph" in after.path
+    return ", graph" in after.path
 
 
 CONTAINERS = {
@@ -195,6 +200,326 @@ class Joined(nn.Module):
         return 0.3 * self.net(x) + z
 
 
+# Where g finds what it reads by other ways than an attribute of its own: g, and a change.
+WAYS = []
+
+
+def way(make):
+    WAYS.append(make)
+    return make
+
+
+class Child(nn.Module):
+    factor = 0.5
+
+    def forward(self, x):
+        return x
+
+
+def times(m, x):
+    return m.factor * x
+
+
+def module(forward, **members):
+    """An instance of a class of its own."""
+    return type("Made", (nn.Module,), {"forward": forward, **members})()
+
+
+@way
+def a_classs_value_by_a_function():
+    g = module(lambda self, x, z: times(self, x) + z, factor=0.5)
+    return g, lambda: setattr(type(g), "factor", 0.25)
+
+
+@way
+def a_classs_value_of_a_child():
+    class Own(Child):
+        pass
+
+    g = Shifted(0.1)
+    g.child = Own()
+    g.find = lambda at: g.child.factor
+    return g, lambda: setattr(Own, "factor", 0.25)
+
+
+@way
+def a_classs_value_by_a_bound_method():
+    g = module(lambda self, x, z: self.factor * x + z, factor=0.5)
+    return g.forward, lambda: setattr(type(g), "factor", 0.25)
+
+
+@way
+def a_classs_value_by_a_string():
+    g = module(lambda self, x, z: getattr(self, "factor") * x + z, factor=0.5)  # noqa: B009
+    return g, lambda: setattr(type(g), "factor", 0.25)
+
+
+@way
+def a_method_that_another_value_names():
+    g = module(
+        lambda self, x, z: getattr(self, self.mode)(x) + z,
+        mode="half",
+        half=lambda self, x: 0.5 * x + SETTINGS.shift,
+    )
+    return g, lambda: setattr(SETTINGS, "shift", 0.3)
+
+
+@way
+def a_method_of_a_base_class():
+    class Base(nn.Module):
+        def half(self, x):
+            return 0.5 * x + SETTINGS.shift
+
+    class Derived(Base):
+        def half(self, x):
+            return super().half(x)
+
+        def forward(self, x, z):
+            return self.half(x) + z
+
+    return Derived(), lambda: setattr(SETTINGS, "shift", 0.3)
+
+
+@way
+def an_attribute_that_is_made_up():
+    class Own(nn.Module):
+        def __getattr__(self, name):
+            return SETTINGS.shift if name == "made_up" else super().__getattr__(name)
+
+        def __getitem__(self, i):
+            return SETTINGS.shift
+
+        def forward(self, x, z):
+            return 0.5 * x + self.made_up + self[0] + z
+
+    return Own(), lambda: setattr(SETTINGS, "shift", 0.3)
+
+
+@way
+def a_property_of_a_metaclass():
+    class Meta(type):
+        @property
+        def shift(cls):
+            return SETTINGS.shift
+
+    class Own(metaclass=Meta):
+        pass
+
+    return lambda x, z: 0.5 * x + Own.shift + z, lambda: setattr(SETTINGS, "shift", 0.3)
+
+
+@way
+def a_descriptor():
+    class Descriptor:
+        def __get__(self, *_):
+            return SETTINGS.shift
+
+    g = module(lambda self, x, z: 0.5 * x + self.shift + z, shift=Descriptor())
+    return g, lambda: setattr(SETTINGS, "shift", 0.3)
+
+
+@way
+def a_cached_property():
+    cached = functools.cached_property(lambda self: SETTINGS.shift)
+    cached.__set_name__(None, "shift")
+    g = module(lambda self, x, z: 0.5 * x + self.shift + z, shift=cached)
+    return g, lambda: setattr(SETTINGS, "shift", 0.3)
+
+
+@way
+def a_cached_function_that_is_cleared():
+    cached = functools.lru_cache(lambda: SETTINGS.shift)
+
+    def g(x, z):
+        return 0.5 * x + cached() + z
+
+    def change():
+        SETTINGS.shift = 0.3
+        solve(g)
+        cached.cache_clear()
+
+    return g, change
+
+
+@way
+def an_attribute_of_a_function():
+    def g(x, z):
+        return g.factor * x + z
+
+    g.factor = 0.5
+    return g, lambda: setattr(g, "factor", 0.25)
+
+
+@way
+def a_property_of_a_frozen_dataclass():
+    class Own(Frozen):
+        @property
+        def more(self):
+            return SETTINGS.shift
+
+    own = Own()
+    return lambda x, z: 0.5 * x + own.more + z, lambda: setattr(SETTINGS, "shift", 0.3)
+
+
+@way
+def a_property_of_a_named_tuple():
+    class Own(Pair):
+        @property
+        def more(self):
+            return SETTINGS.shift
+
+    own = Own(0.1, 0)
+    return lambda x, z: 0.5 * x + own.a + own.more + z, lambda: setattr(SETTINGS, "shift", 0.3)
+
+
+@way
+def a_pattern_of_attributes():
+    class Own(Config):
+        extra = 0.1
+
+    own = Own()
+
+    def g(x, z):
+        match own:
+            case Own(extra=shift):
+                return 0.5 * x + shift + z
+
+    return g, lambda: setattr(Own, "extra", 0.3)
+
+
+def own_attribute(value):
+    value.shift = 0.1
+    return lambda x, z: 0.5 * x + value.shift + z, lambda: setattr(value, "shift", 0.3)
+
+
+@way
+def an_attribute_of_a_dict():
+    return own_attribute(type("Own", (dict,), {})(a=1))
+
+
+@way
+def an_attribute_of_a_number():
+    return own_attribute(type("Own", (int,), {})(1))
+
+
+@way
+def an_attribute_of_an_object():
+    return own_attribute(Config())
+
+
+@way
+def an_attribute_of_a_namespace():
+    return own_attribute(types.SimpleNamespace())
+
+
+@way
+def a_method_of_an_object():
+    config = Config()
+    return Shifted(0.1, types.MethodType(lambda self, at: self.shift, config)), lambda: setattr(
+        config, "shift", 0.3
+    )
+
+
+@way
+def the_default_of_a_dict():
+    table = defaultdict(lambda: SETTINGS.shift)
+    return lambda x, z: 0.5 * x + table.default_factory() + z, lambda: setattr(
+        SETTINGS, "shift", 0.3
+    )
+
+
+@way
+def the_list_in_an_enum():
+    class Own(enum.Enum):
+        A = [0.1]  # noqa: RUF012
+
+    return lambda x, z: 0.5 * x + Own.A.value[0] + z, lambda: Own.A.value.append(
+        Own.A.value.pop() * 3
+    )
+
+
+@way
+def a_private_attribute_of_a_layer():
+    g = Joined(nn.Linear(3, 3).double())
+    g.net._scale = 0.5
+    g.net.forward = lambda x: g.net._scale * x
+    return g, lambda: setattr(g.net, "_scale", 0.25)
+
+
+@way
+def a_list_on_the_host():
+    pair = torch.tensor([0.5, 0.1])
+
+    def g(x, z):
+        factor, shift = pair.tolist()
+        return factor * x + shift + z
+
+    return g, lambda: pair.mul_(0.5)
+
+
+@way
+def the_environment(name="SHIFT_OF_A_TEST"):
+    os.environ[name] = "0.1"
+    return lambda x, z: 0.5 * x + float(os.environ[name]) + z, lambda: os.environ.update(
+        {name: "0.3"}
+    )
+
+
+def two_tensors(register):
+    """One of them None: which one decides."""
+    g = module(lambda self, x, z: 0.5 * x + z + (0 if self.a is None else 1))
+    register(g, "a", torch.zeros(3).double())
+    register(g, "b", None)
+    return g, lambda: [g.__setattr__(*to) for to in (("b", g.a), ("a", None))]
+
+
+@way
+def which_buffer_there_is():
+    return two_tensors(nn.Module.register_buffer)
+
+
+@way
+def which_parameter_there_is():
+    return two_tensors(
+        lambda g, n, t: g.register_parameter(n, None if t is None else nn.Parameter(t))
+    )
+
+
+@way
+def which_parameter_is_shared():
+    g = module(lambda self, x, z: 0.5 * x + self.a + 2 * self.b + 4 * self.c + z)
+    g.a, g.b = (nn.Parameter(torch.full((3,), v).double()) for v in (0.1, 0.2))
+    g.c = g.a
+    return g, lambda: setattr(g, "c", g.b)
+
+
+@way
+def which_child_is_shared():
+    g = module(lambda self, x, z: 0.2 * (self.a(x) + self.c(x)) + 0.1 * self.b(x) + z)
+    g.a, g.b = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+    g.c = g.a
+    return g, lambda: setattr(g, "c", g.b)
+
+
+@way
+def a_relative_import():
+    package, inner = (types.ModuleType(name) for name in ("package_of_a_test", "inner"))
+    package.__package__, package.__path__, inner.shift = "package_of_a_test", [], 0.1
+    sys.modules.update({"package_of_a_test": package, "package_of_a_test.inner": inner})
+    text = "def g(x, z):\n    from .inner import shift\n    return 0.5 * x + shift + z"
+    exec(text, vars(package))
+    return package.g, lambda: setattr(inner, "shift", 0.3)
+
+
+@pytest.mark.parametrize("make", WAYS, ids=lambda make: make.__name__)
+def test_values_are_seen_whatever_way_leads_to_them(monkeypatch, make):
+    monkeypatch.setattr(SETTINGS, "shift", 0.1)
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    monkeypatch.setenv("SHIFT_OF_A_TEST", "")
+    assert follows(*make())
+    assert captures() > 1
+
+
 def refused(g, place):
     with pytest.warns(UserWarning, match="no CUDA graph for this solve") as caught:
         for _ in range(2):
@@ -206,56 +531,97 @@ def refused(g, place):
     assert captures() == 0
 
 
-def config_in_a_closure():
-    config = Config()
-    return lambda x, z: 0.5 * x + config.shift + z
-
-
-def config_in_a_list():
-    return Shifted([Config()], lambda v: v[0].shift)
-
-
-def config_behind_a_hook():
-    config = Config()
-    net = nn.Linear(3, 3).double()
-    net.register_forward_pre_hook(lambda m, a: (a[0] * config.shift,))
-    return Joined(net)
-
-
 def generator_of_numbers():
     numbers = iter([0.1] * 1000)
     return lambda x, z: 0.5 * x + next(numbers) + z
 
 
-def method_of_an_object():
-    return Shifted(0.1, Holder(0.1).read)
+def slots_in_a_closure():
+    class Slots:
+        __slots__ = ("shift",)
+
+    slots = Slots()
+    slots.shift = 0.1
+    return lambda x, z: 0.5 * x + slots.shift + z
 
 
-class Holder:
-    def __init__(self, value):
-        self.value = value
+def lock_of_an_object():
+    config = Config(threading.Lock())
+    net = nn.Linear(3, 3).double()
+    net.register_forward_pre_hook(lambda m, a: (a[0] * (config.shift is not None),))
+    return Joined(net)
 
-    def read(self, _):
-        return self.value
+
+def nested_too_deeply():
+    deep = [0.1]
+    for _ in range(5000):
+        deep = [deep]
+    return lambda x, z: 0.5 * x + len(deep) + z
 
 
-class Called:
-    def __call__(self, x, z):
-        return 0.5 * x + z
+def many_values():
+    table = list(range(kind.MOST_VALUES))
+    return lambda x, z: 0.5 * x + table[1] + z
+
+
+class Silent:
+    """Says nothing of itself."""
+
+    def __repr__(self):
+        raise ValueError("no")
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other):
+        raise ValueError("no")
+
+
+class Unhashable(type):
+    __hash__ = None
+
+    def __eq__(cls, other):
+        return cls is other
+
+
+class OfUnhashable(metaclass=Unhashable):
+    shift = 0.1
+
+
+def blindly(x, z):
+    return 0.5 * x + globals()["SHIFT"] + z
+
+
+def compiled():
+    @torch.compile
+    def half(x):
+        return 0.5 * x
+
+    return lambda x, z: half(x) + z
+
+
+def scripted():
+    return Joined(torch.jit.script(nn.Linear(3, 3).double()))
 
 
 @pytest.mark.parametrize(
     ("make", "place"),
     [
-        (lambda: Shifted(Config(), lambda c: c.shift), "g.at is an object of class Config"),
-        (lambda: Joined(Shifted(Config(), lambda c: c.shift).with_z()), "g.net.at is an object"),
-        (lambda: Shifted(types.SimpleNamespace(a=0.1), lambda c: c.a), "class SimpleNamespace"),
-        (config_in_a_closure, "config is an object of class Config"),
-        (config_in_a_list, "g.at[0] is an object of class Config"),
-        (config_behind_a_hook, "config is an object of class Config"),
+        (lambda: Shifted(iter([0.1]), lambda c: 0.1), "g.at is an object of class list_iterator"),
+        (lambda: Joined(Shifted(iter([0.1]), lambda c: 0.1).with_z()), "g.net.at is an object"),
+        (lambda: Shifted([[iter("a")]], lambda v: 0.1), "g.at[0][0] is an object"),
+        (lambda: Shifted({"a": Config(iter("a"))}, lambda v: 0.1), "g.at['a'].shift is an object"),
+        (lambda: Shifted({Silent(): iter("a")}, lambda v: 0.1), "g.at[...] is an object"),
+        (lambda: Shifted({Silent(), 1}, lambda v: 0.1), "g.at raised ValueError"),
+        (lambda: Shifted({"a": 0.1}.values(), lambda v: 0.1), "an object of class dict_values"),
+        (lambda: Shifted(OfUnhashable, lambda v: v.shift), "class with a hash of its own"),
+        (slots_in_a_closure, "slots is an object of class Slots"),
+        (lock_of_an_object, "config.shift is an object of class lock"),
         (generator_of_numbers, "numbers is an object of class list_iterator"),
-        (method_of_an_object, "g.find's object is an object of class Holder"),
-        (Called, "g is an object of class Called"),
+        (nested_too_deeply, "is nested too deeply"),
+        (many_values, f"more than {kind.MOST_VALUES} Python values"),
+        (lambda: blindly, "blindly calls globals()"),
+        (compiled, "half was made by torch.compile"),
+        (scripted, "g.net was made by torch.jit"),
     ],
 )
 def test_objects_that_cant_be_looked_into_are_refused(make, place):
@@ -386,8 +752,61 @@ def test_a_key_keeps_nothing_of_g():
 def test_a_layer_with_a_config_is_right_after_a_change():
     g = Shifted(Config(), lambda c: c.shift)
     layer = FixedPointLayer(g, driver="graph", per_sample=False)
-    with pytest.warns(UserWarning, match="g.at is an object of class Config"):
-        first = layer(problem())
+    first = layer(problem())
     g.at.shift = 0.4
     assert torch.allclose(layer(problem()) - first, torch.full_like(first, 0.6), atol=1e-4)
-    assert captures() == 0
+    assert captures() == 2
+
+
+def test_what_g_keeps_from_its_first_call_is_part_of_its_kind():
+    kept = {}
+
+    def g(x, z):
+        if "shift" not in kept:
+            kept["shift"] = SHIFT
+        return 0.5 * x + kept["shift"] + z
+
+    assert follows(g, lambda: None)
+    assert captures() == 1
+    assert follows(g, kept.clear)
+
+
+def test_a_tensor_that_g_keeps_from_its_first_call_is_refused():
+    """The graph would go on with the memory that it had."""
+    kept = {}
+
+    def g(x, z):
+        if "shift" not in kept:
+            kept["shift"] = torch.full((3,), 0.1, dtype=x.dtype)
+        return 0.5 * x + kept["shift"] + z
+
+    with pytest.warns(UserWarning, match=r"g captures a tensor of shape \(3,\)"):
+        assert not follows(g, kept.clear)
+
+
+def test_values_that_g_changes_are_refused():
+    calls = [0]
+
+    def g(x, z):
+        calls[0] += 1
+        return 0.5 * x + z
+
+    with pytest.warns(UserWarning, match="g changes Python values") as caught:
+        for _ in range(6):
+            assert "g changes Python values" in solve(g).path
+    assert len(caught) == 1
+    assert captures() == 3  # each costs some calls of g
+
+
+def drawn_by_python(x, z):
+    return 0.5 * x + (0.1 if random.random() < 2 else 0.2) + z
+
+
+def drawn_by_numpy(x, z):
+    return 0.5 * x + (0.1 if np.random.rand() < 2 else 0.2) + z
+
+
+@pytest.mark.parametrize("g", [drawn_by_python, drawn_by_numpy], ids=["python", "numpy"])
+def test_random_numbers_of_the_host_are_refused(g):
+    with pytest.warns(UserWarning, match="random numbers were drawn on the host"):
+        assert "eager" in solve(g).path

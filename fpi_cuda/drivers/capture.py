@@ -87,9 +87,11 @@ class CudaRecorder:
         """On a side stream, as torch demands before a capture."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            run()
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                run()
+        finally:  # what is freed after a failure may still be written to
+            current.wait_stream(self.stream)
 
     def record(self, run: Callable[[], None]) -> None:
         """Capture on the side stream; leaves torch able to capture and to draw after a failure."""

@@ -9,6 +9,8 @@ host waits once, at the end, for the counts that `on_failure` and the record nee
 from __future__ import annotations
 
 import copy
+import random
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -36,6 +38,14 @@ MAX_REFUSED = 64
 RANDOM = (
     "g draws random numbers, and a graph would draw the same ones in every iteration; freeze "
     'dropout (one mask a solve, as an input), call g.eval(), or use driver="eager"'
+)
+DRAWN_ON_HOST = (
+    "random numbers were drawn on the host while g ran (by torch, Python or numpy), and a graph "
+    "would go on with the first ones; draw them outside g and pass them in, or call g.eval()"
+)
+CHANGING = (
+    "g changes Python values that it can read whenever it runs (a counter, say), and a graph would "
+    'not; keep them outside g or in tensors that a solve does not change, or use driver="eager"'
 )
 
 
@@ -81,22 +91,31 @@ class _Captured:
         self._batch = start.shape[:1]
         layout = Layout(start)
         backend = request.backend
-        watch = _Watch((*static, *request.own))
 
         def look() -> None:
             nonlocal layout, backend
-            with watch:
-                evaluate = begin(static)
-                backend = evaluate.steps or backend
-                evaluate.watch(Progress(start, request.limits))  # as in `prepare`: the same kernels
-                layout = Layout(evaluate(start))  # the layout that g returns costs no copies
+            evaluate = begin(static)
+            backend = evaluate.steps or backend
+            evaluate.watch(Progress(start, request.limits))  # as in `prepare`: the same kernels
+            layout = Layout(evaluate(start))  # the layout that g returns costs no copies
 
-        before = recorder.random_state()
-        recorder.warm_up(look)
+        def watched() -> None:
+            watch = _Watch((*static, *request.own))
+            with watch:
+                look()
+            watch.check()
+
+        before, on_host = recorder.random_state(), _random_on_host()
+        recorder.warm_up(look)  # what g makes at its first call and keeps is there from now on
         if not torch.equal(before, recorder.random_state()):
             recorder.restore_random_state(before)
             raise RuntimeError(RANDOM)
-        watch.check()
+        if on_host != _random_on_host():
+            raise RuntimeError(DRAWN_ON_HOST)
+        self.key = _key(request)
+        recorder.warm_up(watched)
+        if self.key != _key(request):
+            raise RuntimeError(CHANGING)
 
         self._layout = layout
         x = layout.rows(start).clone()
@@ -156,6 +175,12 @@ class _Captured:
         return x, found, outputs
 
 
+def _random_on_host() -> tuple[Any, ...]:
+    numpy: Any = sys.modules.get("numpy")
+    state = numpy.random.get_state(legacy=False) if numpy else None
+    return torch.get_rng_state().tolist(), random.getstate(), repr(state)
+
+
 class _Watch(TorchDispatchMode):
     """Finds tensors that g captured: a graph would go on with them after they were replaced."""
 
@@ -200,6 +225,7 @@ class _Cache:
     graphs: OrderedDict[Any, _Captured] = field(default_factory=OrderedDict)
     refused: OrderedDict[Any, str] = field(default_factory=OrderedDict)
     warned: set[str] = field(default_factory=set)
+    changed: int = 0  # captures for nothing, since the key was another one after them
 
     everyone: ClassVar[weakref.WeakKeyDictionary[Any, _Cache]] = weakref.WeakKeyDictionary()
 
@@ -235,6 +261,8 @@ def solve(request: Request) -> Solved | str:
                 f"a tensor of shape {tuple(t.shape)} that g takes is on {t.device}, where a graph "
                 f"would not see its value change; move it to {start.device}",
             )
+    if cache.changed >= 3:
+        return CHANGING
     try:
         key = _key(request)
     except kind.Unseen as unseen:
@@ -252,10 +280,12 @@ def solve(request: Request) -> Solved | str:
             return _refuse(cache, "the graph's memory could not be allocated")
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            cache.changed += reason == CHANGING
             _keep(cache.refused, key, reason, MAX_REFUSED)
             return _refuse(cache, reason)
         finally:
             _capturing.release()
+        key = captured.key  # what g keeps from its first call is part of it from now on
     _keep(cache.graphs, key, captured, MAX_GRAPHS)
     try:
         x, progress, outputs = captured(request.given)

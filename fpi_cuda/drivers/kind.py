@@ -2,8 +2,10 @@
 
 A graph has built in all that g read in Python when it was captured. So the kind of a solve holds
 every value that g can read, as far as that can be followed: numbers, strings, containers, modules,
-functions with their closures, defaults and the globals that they name. An object of another class
-may change in ways that nothing here sees: a g that reads one is refused.
+objects of plain Python classes, functions with their closures, defaults and the globals that they
+name. Of classes and Python modules it holds what any of this code names. An object that keeps
+something where Python can't see it, an iterator or a lock, may change unnoticed: a g that reads one
+is refused.
 """
 
 from __future__ import annotations
@@ -14,23 +16,15 @@ import enum
 import functools
 import logging
 import numbers
+import os
+import re
 import sys
-from collections import deque
-from collections.abc import Sequence
-from types import (
-    BuiltinFunctionType,
-    CodeType,
-    EllipsisType,
-    FunctionType,
-    GetSetDescriptorType,
-    MappingProxyType,
-    MemberDescriptorType,
-    MethodDescriptorType,
-    MethodType,
-    ModuleType,
-    NoneType,
-    WrapperDescriptorType,
-)
+import types
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Sequence, Set
+from pathlib import PurePath
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +48,16 @@ def python_values(g: Any) -> Any:
     Raises:
         Unseen: one of them is an object that can't be looked into.
     """
-    return _Look().value(g, "g")
+    look = _Look()
+    try:
+        return look.everything(g)
+    except Unseen:
+        raise
+    except RecursionError:
+        raise Unseen(f"{look.place()} is nested too deeply to be looked into; {INSTEAD}") from None
+    except Exception as error:  # of the user's own __iter__, say
+        reason = f"{type(error).__name__} while the graph driver looked for values that may change"
+        raise Unseen(f"{look.place()} raised {reason}; {INSTEAD}") from error
 
 
 def precision() -> tuple[Any, ...]:
@@ -74,31 +77,59 @@ def precision() -> tuple[Any, ...]:
     )
 
 
+INSTEAD = (
+    "give g its values as numbers, strings or tensors (arguments, or attributes of a module), or "
+    'use driver="eager"'
+)
+
+
+class _Plain:
+    pass
+
+
+class _Two(NamedTuple):
+    a: int
+
+
+MOST_VALUES = 50_000  # that are looked at, once a solve
+
 # Code and names: to change them is to change the program. (A logger computes nothing.)
 _CONSTANT = (
-    *(bool, int, str, bytes, range, enum.Enum, NoneType, EllipsisType, CodeType, logging.Logger),
+    *(range, type(...), type(NotImplemented), CodeType, re.Pattern, PurePath, logging.Logger),
+    *(types.GenericAlias, types.UnionType, types.MethodDescriptorType, types.WrapperDescriptorType),
+    *(types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-    *(MethodDescriptorType, WrapperDescriptorType, GetSetDescriptorType, MemberDescriptorType),
+    *(torch.jit.ScriptFunction, type(_Two.a)),
 )
-_MOST = frozenset({bool, int, str, NoneType})  # a look-up each, which is faster
+_EXACT = frozenset({bool, int, bytes, type(None)})
+_BASES = (int, float, complex, str, bytes)  # of classes that add attributes to a number or a string
 # Classes of objects that are code too, by the modules that define them.
 _OPERATORS = frozenset({"torch._ops", "torch._library.custom_ops", "triton.runtime.jit", "typing"})
-_FUNCTIONS = (FunctionType, MethodType, functools.partial)
-_LIBRARIES = frozenset({"torch", "numpy", "fpi_cuda", *sys.stdlib_module_names} - {"__main__"})
+_LIBRARIES = frozenset({"torch", "numpy", "einops", "fpi_cuda", *sys.stdlib_module_names})
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__)
-_CALLED = ("forward", "__call__", "backward", "setup_context")  # without being named
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_CALLED = ("forward", "backward", "setup_context", "__getattr__")  # without being named
+_MAKING = frozenset({"__init__", "__new__", "__post_init__"})  # called where a class is
+_NOT_CALLED = _MAKING | {
+    *("__repr__", "__str__", "__del__", "__init_subclass__", "__set_name__", "__class_getitem__"),
+    *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__"),
+    *("__annotate__", "__annotate_func__"),
+}
+_ENVIRONMENT = frozenset({"environ", "getenv"})
+_BLIND = frozenset({"eval", "exec", "globals"})  # with them a name need not stand in the code
 
 
 @functools.lru_cache(maxsize=4096)
 def _of_library(module_name: Any) -> bool:
-    return isinstance(module_name, str) and module_name.partition(".")[0] in _LIBRARIES
+    top = module_name.partition(".")[0] if isinstance(module_name, str) else "__main__"
+    return top in _LIBRARIES and top != "__main__"
 
 
 class _Reads(NamedTuple):
     """Names that a function's code looks up."""
 
     globals: frozenset[str]
-    attributes: frozenset[str]
+    attributes: frozenset[str]  # also those in strings, for getattr
     imports: frozenset[str]
 
 
@@ -113,10 +144,13 @@ def _reads(code: CodeType) -> _Reads:
             found["ATTRIBUTE"].add(instruction.argval)
         elif name == "IMPORT_NAME":
             found["IMPORT"].add(instruction.argval)
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            for names, more in zip(found.values(), _reads(inner), strict=True):
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            for names, more in zip(found.values(), _reads(constant), strict=True):
                 names.update(more)
+        else:
+            texts = constant if isinstance(constant, tuple) else (constant,)
+            found["ATTRIBUTE"].update(t for t in texts if isinstance(t, str) and t.isidentifier())
     return _Reads(*map(frozenset, found.values()))
 
 
@@ -125,116 +159,209 @@ class _Look:
 
     def __init__(self) -> None:
         self._met: dict[int, tuple[int, Any]] = {}  # and kept, so that no id serves two objects
-        self._members: set[tuple[int, str]] = set()  # of classes and Python modules, looked at
+        self._path: list[Any] = []  # to the value that is being looked at
+        self._names = set(_CALLED)  # attributes that any code which was met may look up
+        self._owners: dict[int, tuple[Any, set[str]]] = {}  # classes and Python modules, what of it
+        self._members: list[Any] = []  # what was found there
+        self._left = MOST_VALUES
 
-    def value(self, value: Any, where: str, names: frozenset[str] = frozenset()) -> Any:
-        """What is found at a place; names: attributes that the code which reads it looks up."""
-        if type(value) in _MOST or isinstance(value, _CONSTANT):
-            return type(value), value
-        if isinstance(value, numbers.Number):
-            return type(value), repr(value)  # tells -0.0 from 0.0, and NaN equals NaN
+    def everything(self, g: Any) -> Any:
+        """What g can read."""
+        found, before = self._at("g", g), (0, 0)
+        while before != (now := (len(self._owners), len(self._names))):
+            before = now
+            for owner, _ in list(self._owners.values()):
+                self._look_up(owner, self._names)
+        return found, tuple(self._members)
+
+    def place(self) -> str:
+        """Where the value is that is being looked at, for the user."""
+        place = ""
+        for at in self._path:
+            step = at
+            if not isinstance(at, str):
+                (key,) = at
+                step = f"[{key!r:.40}]" if isinstance(key, (int, str)) else "[...]"
+            place = place + step if step[:1] in (".", "[", "'", "") else step
+        return place if len(place) < 100 else place[:50] + " ... " + place[-40:]
+
+    def _at(self, at: Any, value: Any) -> Any:
+        """What is found there: at an attribute, a key (in a tuple), or a place of its own."""
+        self._path.append(at)
+        found = self._value(value)
+        self._path.pop()
+        return found
+
+    def _value(self, value: Any) -> Any:
+        cls = type(value)
+        self._left -= 1
+        if self._left < 0:
+            raise Unseen(
+                f"g can read more than {MOST_VALUES} Python values, and to compare them would take "
+                f"each solve too long ({self.place()} is one of them); keep tables in tensors"
+            )
+        if cls is str:
+            self._names.add(value)
+            return cls, value
+        if cls in _EXACT:
+            return cls, value
+        if cls is float:
+            return cls, repr(value)  # tells -0.0 from 0.0, and NaN equals NaN
+        if isinstance(value, _CONSTANT):
+            return cls, value
         if isinstance(value, type):
-            return self._class(value, names | {"__init__"})
+            self._class(value)
+            for owner in value.__mro__:
+                self._look_up(owner, _MAKING)
+            return "class", value
         if isinstance(value, ModuleType):
-            return self._python_module(value, names)
-        if id(value) in self._met:
-            return "met before", self._met[id(value)][0]
-        self._met[id(value)] = len(self._met), value
+            if not _of_library(value.__name__):
+                self._owners.setdefault(id(value), (value, set()))
+            return "Python module", value.__name__
+        if isinstance(value, functools.cached_property):
+            value = value.func  # and not its lock
+        index, met = self._meet(value)
+        if met:
+            return "met before", index
         if isinstance(value, Tensor):
-            # One on a device that is not an argument is looked for in the capture, and refused.
-            on_host = value.dim() == 0 and value.device.type == "cpu"
-            return ("scalar", value.dtype, repr(value.item())) if on_host else "tensor"
+            return self._tensor(value)
         if isinstance(value, nn.Module):
-            return self._modules(value, where)
+            return self._module(value)
         if isinstance(value, FunctionType):
             return self._function(value)
-        parts = self._parts(value)
-        if parts is not None:
-            return type(value), *(self.value(p, f"{where}{at}", names) for at, p in parts)
-        if type(value).__module__ in _OPERATORS:
+        if cls.__module__ in _OPERATORS:
             return "operator", value
-        raise Unseen(
-            f"{where} is an object of class {type(value).__name__}, and a graph would not see it "
-            "change; give g its values as numbers, strings or tensors (arguments, or attributes "
-            "of a module)"
-        )
+        parts = self._parts(value)
+        own = getattr(value, "__dict__", None)
+        if parts is None and own is not None and _keeps_all_in_dict(cls):
+            parts = []
+        if parts is None:
+            raise Unseen(
+                f"{self.place()} is an object of class {cls.__name__}, and a graph would not see "
+                f"it change; {INSTEAD}"
+            )
+        self._class(cls)
+        if own:
+            parts = [*parts, *(("." + name, v) for name, v in own.items() if name[:2] != "__")]
+        return cls, *[self._at(at, part) for at, part in parts]
+
+    def _meet(self, value: Any) -> tuple[int, bool]:
+        new = len(self._met)
+        index = self._met.setdefault(id(value), (new, value))[0]
+        return index, index < new
 
     @staticmethod
-    def _parts(value: Any) -> Sequence[tuple[str, Any]] | None:
-        """What a value consists of, and where; None: it can't be told."""
+    def _tensor(t: Tensor) -> Any:
+        """One on a device that is not an argument is looked for in the capture, and refused."""
+        if t.device.type != "cpu" or (t.dim() and isinstance(t, nn.Parameter)):
+            return "tensor"
+        if t.numel() <= 64:  # Python may read it, by tolist()
+            return "values", t.dtype, t.shape, repr(t.detach().tolist())
+        return "tensor on the host", t.data_ptr(), t._version
+
+    @staticmethod
+    def _parts(value: Any) -> Sequence[tuple[Any, Any]] | None:
+        """What a value consists of beside its attributes, and where; None: it can't be told."""
         if isinstance(value, (tuple, list, deque)):
-            return [(f"[{i}]", v) for i, v in enumerate(value)]
-        if isinstance(value, (dict, MappingProxyType)):
-            return [(f"[{k!r}]", v) for k, v in value.items()] + [("'s keys", tuple(value))]
+            return [((i,), v) for i, v in enumerate(value)]
+        if isinstance(value, (dict, types.MappingProxyType)):
+            made = [("'s factory", value.default_factory)] if isinstance(value, defaultdict) else []
+            return [*made, *(((k,), v) for k, v in value.items()), ("'s keys", tuple(value))]
         if isinstance(value, (set, frozenset)):
             return [("'s values", tuple(sorted(value, key=repr)))]
+        if isinstance(value, enum.Enum):
+            return [("", value._name_), (".value", value._value_)]
+        for base in _BASES:
+            if isinstance(value, base):
+                return [("", base.__repr__(value))]
+        if isinstance(value, numbers.Number):
+            return [("", repr(value))]
         if isinstance(value, slice):
             return [("", value.start), ("", value.stop), ("", value.step)]
         if isinstance(value, MethodType):
             return [("", value.__func__), ("'s object", value.__self__)]
         if isinstance(value, functools.partial):
-            return [("", value.func), ("'s", value.args), ("'s", value.keywords)]
+            return [("", value.func), ("'s arguments", value.args), ("'s", value.keywords)]
         if isinstance(value, functools._lru_cache_wrapper):
-            return [("", value.__wrapped__)]
+            # It may keep what it was when another value stood where it looks, until it is cleared.
+            return [("", value.__wrapped__), ("'s size", value.cache_info().currsize > 0)]
+        if isinstance(value, (staticmethod, classmethod)):
+            return [("", value.__func__)]
+        if isinstance(value, property):
+            return [("", value.fget)]
+        if isinstance(value, weakref.ref):
+            return [("", value())]
         if isinstance(value, BuiltinFunctionType):
             owner = value.__self__  # None or a module: a function; else a method of that object
             own = () if owner is None or isinstance(owner, (ModuleType, type)) else owner
-            return [("", value.__qualname__), ("'s object", own)]
-        settings: Any = getattr(type(value), "__dataclass_params__", None)
-        if settings is not None and settings.frozen:
-            return [(f".{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value)]
-        return None
+            return [("", f"{value.__module__}.{value.__qualname__}"), ("'s object", own)]
+        if dataclasses.is_dataclass(value):
+            return [("." + f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        return [] if isinstance(value, types.SimpleNamespace) else None
 
-    def _modules(self, root: nn.Module, where: str) -> Any:
-        found: list[Any] = []
-        for path, m in root.named_modules():
-            at = f"{where}.{path}" if path else where
-            if isinstance(m, torch.jit.ScriptModule):
-                raise Unseen(f"{at} is a torch.jit module, whose attributes can't be looked into")
-            found += [self._class(type(m), frozenset()), m.training, tuple(m._modules)]
-            for hooks in (m._forward_pre_hooks, m._forward_hooks):
-                found.append(tuple(hooks))
-                found += [
-                    self.value(hook, f"a hook of {at}")
-                    for hook in hooks.values()
-                    if not _of_library(type(hook).__module__) or isinstance(hook, _FUNCTIONS)
-                ]
-            library = _of_library(type(m).__module__)
-            found += [
-                (name, self.value(value, f"{at}.{name}"))
-                for name, value in vars(m).items()
-                # What torch's modules keep for themselves does not change what they compute.
-                if name not in _OF_ANY_MODULE and not (library and name.startswith("_"))
-            ]
+    def _compiled(self, by: str) -> Unseen:
+        return Unseen(
+            f"{self.place()} was made by {by}, and what it reads can't be looked into; use what it "
+            'was made from, or driver="eager"'
+        )
+
+    def _module(self, m: nn.Module) -> Any:
+        if isinstance(m, torch.jit.ScriptModule):
+            raise self._compiled("torch.jit")
+        self._class(type(m))
+        own = vars(m)
+        found: list[Any] = [type(m), m.training]
+        for tensors in (m._parameters, m._buffers):  # their values come by themselves
+            found += [(name, None if t is None else self._meet(t)) for name, t in tensors.items()]
+        found += [(name, self._at("." + name, child)) for name, child in m._modules.items()]
+        place = f"a hook of {self.place()}" if any(own.get(kept) for kept in _HOOKS) else ""
+        for kept in _HOOKS:
+            hooks: dict[Any, Any] = own.get(kept) or {}
+            found.append(tuple((key, self._at(place, hook)) for key, hook in hooks.items()))
+        library = _of_library(type(m).__module__)
+        found += [
+            (name, self._at("." + name, value))
+            for name, value in own.items()
+            # What torch's modules keep for themselves does not change what they compute.
+            if name not in _OF_ANY_MODULE
+            and not (library and name[:1] == "_" and not isinstance(value, (int, float, str)))
+        ]
         return tuple(found)
 
-    def _class(self, cls: type, names: frozenset[str]) -> Any:
-        """What code reads from a class: what it names, and what these functions name in turn."""
-        found: list[Any] = [cls]
-        owners = [c for c in cls.__mro__ if not _of_library(c.__module__)]
-        todo = [*_CALLED, *names] if owners else []
-        while todo:
-            name = todo.pop()
-            if (id(cls), name) in self._members:
-                continue
-            self._members.add((id(cls), name))
-            member = next((vars(c)[name] for c in owners if name in vars(c)), None)
-            if isinstance(member, (staticmethod, classmethod)):
-                member = member.__func__
-            elif isinstance(member, property):
-                member = member.fget
-            elif isinstance(member, functools.cached_property):
-                member = member.func
-            found.append((name, self.value(member, f"{cls.__name__}.{name}", names)))
-            if isinstance(member, FunctionType) and name != "__init__":
-                todo += sorted(_reads(member.__code__).attributes)
-        return tuple(found)
+    def _class(self, cls: type) -> None:
+        """Everything that its objects find in it, once a name of it is looked up."""
+        if self._meet(cls)[1]:
+            return
+        if type(cls).__hash__ is not type.__hash__:
+            raise Unseen(f"{self.place()} is of a class with a hash of its own; {INSTEAD}")
+        for c in (*cls.__mro__, *type.mro(type(cls))):
+            if id(c) not in self._owners and not _of_library(c.__module__):
+                self._owners[id(c)] = c, set()
+                self._look_up(c, {n for n in vars(c) if n[:2] == "__" and n not in _NOT_CALLED})
+
+    def _look_up(self, owner: Any, names: Set[str]) -> None:
+        """Members of a class or Python module that code names, unless a library's."""
+        if id(owner) not in self._owners:
+            return
+        members, done = vars(owner), self._owners[id(owner)][1]
+        for name in sorted(members.keys() & names - done):
+            done.add(name)
+            if name[:2] != "__" or callable(members[name]):
+                found = self._at(f"{owner.__name__}.{name}", members[name])
+                self._members.append((owner.__name__, name, found))
 
     def _function(self, f: FunctionType) -> Any:
+        if hasattr(f, "_torchdynamo_orig_callable"):
+            raise self._compiled("torch.compile")
         of_library = _of_library(f.__globals__.get("__name__"))
         if of_library and not f.__closure__:
             return "library", f
         reads = _reads(f.__code__)
+        scope = {} if of_library else f.__globals__
+        if not of_library:
+            self._names |= reads.attributes
+            for name in sorted(_BLIND & reads.globals - scope.keys()):
+                raise Unseen(f"{f.__name__} calls {name}(), which may read anything; {INSTEAD}")
         found: list[Any] = [f.__code__]
         for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
             try:
@@ -242,20 +369,27 @@ class _Look:
             except ValueError:  # not assigned yet
                 found.append("empty")
             else:
-                found.append(self.value(contents, name, reads.attributes))
-        found.append(self.value((f.__defaults__, f.__kwdefaults__), f"a default of {f.__name__}"))
-        scope = {} if of_library else f.__globals__
+                found.append(self._at(name, contents))
+        defaults = f.__defaults__, f.__kwdefaults__, vars(f)
+        found += [self._at(f"a default of {f.__name__}", given) for given in defaults if given]
         for name in sorted(reads.globals & scope.keys()):
-            found.append(self.value(scope[name], f"the global {name}", reads.attributes))
-        for name in sorted(reads.imports & sys.modules.keys()):
-            found.append(self._python_module(sys.modules[name], reads.attributes))
+            found.append(self._at(f"the global {name}", scope[name]))
+        if not _ENVIRONMENT.isdisjoint(reads.globals | reads.attributes):
+            found.append(self._at("the environment", dict(os.environ)))
+        for name in self._imported(reads.imports, scope):
+            found.append(self._at(f"the import {name}", sys.modules[name]))
         return tuple(found)
 
-    def _python_module(self, module: ModuleType, names: frozenset[str]) -> Any:
-        found: list[Any] = [module.__name__]
-        for name in () if _of_library(module.__name__) else sorted(names & vars(module).keys()):
-            if (id(module), name) not in self._members:
-                self._members.add((id(module), name))
-                where = f"{module.__name__}.{name}"
-                found.append((name, self.value(vars(module)[name], where, names)))
-        return tuple(found)
+    @staticmethod
+    def _imported(names: Set[str], scope: dict[str, Any]) -> list[str]:
+        """Python modules that these names may mean, if they are relative ones too."""
+        package = (scope.get("__package__") or "").split(".") if names else []
+        bases = [".".join(package[:n]) for n in range(len(package) + 1)]
+        whole = {".".join(filter(None, (base, name))) for base in bases for name in names}
+        return sorted(whole & sys.modules.keys())
+
+
+def _keeps_all_in_dict(cls: type) -> bool:
+    """Whether a class statement made it, without slots, and no class written in C is a base."""
+    made = bool(cls.__flags__ & 1 << 9)  # on the heap
+    return made and cls.__basicsize__ == _Plain.__basicsize__
