@@ -5,8 +5,10 @@ import dataclasses
 import enum
 import functools
 import gc
+import logging
 import os
 import random
+import re
 import sys
 import threading
 import types
@@ -16,8 +18,9 @@ from collections import OrderedDict, defaultdict, deque, namedtuple
 import numpy as np
 import pytest
 import torch
-from tape import captures, problem, tape_fixture  # noqa: F401
+from tape import TapeRecorder, captures, problem, tape_fixture  # noqa: F401
 from torch import nn
+from torch.nn.utils import prune
 
 import fpi_cuda
 from fpi_cuda import FixedPointLayer, Picard, fixed_point
@@ -181,6 +184,44 @@ def test_a_classs_values_and_methods_are_seen(monkeypatch):
     assert follows(g, lambda: monkeypatch.setattr(Shifted, "factor", 0.25))
     assert follows(g, lambda: monkeypatch.setattr(Shifted, "half", lambda self, x: 0.3 * x))
     assert follows(of_a_cached_function, lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [
+        (torch.backends.cuda.matmul, "allow_fp16_accumulation", True),
+        (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+        (torch.backends, "fp32_precision", "tf32"),
+        (torch.backends.cudnn, "deterministic", True),
+    ],
+)
+def test_switches_of_torch_are_seen(place, name, value):
+    before, old = kind.precision(), getattr(place, name)
+    try:
+        setattr(place, name, value)
+        assert kind.precision() != before
+    finally:
+        setattr(place, name, old)
+
+
+def test_the_choice_of_attention_is_seen():
+    before = kind.precision()
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        assert kind.precision() != before
+
+
+def test_hooks_of_all_modules_are_seen():
+    g, handles = Joined(nn.Linear(3, 3).double()), []
+
+    def add():
+        hook = torch.nn.modules.module.register_module_forward_hook
+        handles.append(hook(lambda m, a, out: 0.5 * out if type(m) is nn.Linear else None))
+
+    try:
+        assert follows(g, add)
+    finally:
+        handles[0].remove()
+    assert captures() == 2
 
 
 def test_hooks_are_looked_into():
@@ -447,6 +488,18 @@ def a_private_attribute_of_a_layer():
 
 
 @way
+def a_private_list_of_a_parametrised_module():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return self._scale[0] * super().forward(x)
+
+    own = Own(3, 3).double()
+    own._scale = [0.5]
+    nn.utils.parametrizations.weight_norm(own)
+    return Joined(own), lambda: own._scale.__setitem__(0, 0.25)
+
+
+@way
 def a_list_on_the_host():
     pair = torch.tensor([0.5, 0.1])
 
@@ -670,17 +723,54 @@ class Scaled(nn.Module):
         return self.factor * x + z
 
 
-ORDINARY = {
-    "layers": lambda: nn.Sequential(
-        nn.Linear(3, 8), nn.LayerNorm(8), nn.GELU(), nn.Dropout(0.0), nn.Linear(8, 3)
-    ),
-    "attention": lambda: nn.TransformerEncoderLayer(3, 1, 8, 0.0, batch_first=True),
-    "recurrent": lambda: Last(nn.GRU(3, 3, batch_first=True)),
-    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
-    "old weight norm": lambda: nn.utils.spectral_norm(nn.Linear(3, 3)),
-    "list": lambda: Each(nn.ModuleList(nn.Linear(3, 3) for _ in range(2))),
-    "of this package": lambda: Pinned(fpi_cuda.DenseStep(3, 3)),
-}
+class Recurrent(nn.GRU):
+    pass
+
+
+class Configured(nn.Module):
+    def __init__(self, *configs):
+        super().__init__()
+        self.configs, self.log = configs, logging.getLogger("of a user")
+        self.net, self.pattern = nn.Linear(3, 3), re.compile("ge.*")
+
+    def forward(self, x):
+        self.log.debug("called")
+        return self.net(x) if self.pattern.match(self.configs[1].act) else x
+
+
+class LowRank(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(3, 1), nn.Linear(1, 3)
+        self.scaling = {"default": 2.0}
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base, name)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x)) * self.scaling["default"]
+
+
+class Applied(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        return self.f(x)
+
+
+class Decorated(nn.Module):
+    @torch.no_grad()
+    def scale(self):
+        return 0.5
+
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x):
+        return self.scale() * x
 
 
 class Last(nn.Module):
@@ -702,6 +792,28 @@ class Each(Last):
 class Pinned(Last):
     def forward(self, x):
         return self.net(x, torch.zeros_like(x))
+
+
+ORDINARY = {
+    "layers": lambda: nn.Sequential(
+        nn.Linear(3, 8), nn.LayerNorm(8), nn.GELU(), nn.Dropout(0.0), nn.Linear(8, 3)
+    ),
+    "attention": lambda: nn.TransformerEncoderLayer(3, 1, 8, 0.0, batch_first=True),
+    "recurrent": lambda: Last(nn.GRU(3, 3, batch_first=True)),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
+    "old weight norm": lambda: nn.utils.spectral_norm(nn.Linear(3, 3)),
+    "list": lambda: Each(nn.ModuleList(nn.Linear(3, 3) for _ in range(2))),
+    "a subclass of a recurrent one": lambda: Last(Recurrent(3, 3, batch_first=True)),
+    "with a config": lambda: Configured(Config(0.1), types.SimpleNamespace(act="gelu")),
+    "low-rank": lambda: LowRank(nn.Linear(3, 3)),
+    "pruned": lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 0.3),
+    "functions": lambda: nn.Sequential(
+        Applied(torch.tanh),
+        Applied(functools.partial(nn.functional.leaky_relu, negative_slope=0.1)),
+    ),
+    "decorated": Decorated,
+    "of this package": lambda: Pinned(fpi_cuda.DenseStep(3, 3)),
+}
 
 
 @pytest.mark.parametrize("name", ORDINARY)
@@ -747,6 +859,23 @@ def test_a_key_keeps_nothing_of_g():
     del g
     gc.collect()
     assert [ref() for ref in gone] == [None, None], key
+
+
+@pytest.mark.parametrize("base", [nn.Module, object])
+def test_a_class_may_close_over_what_is_made_of_it(base):
+    def make():
+        class Own(base):
+            def __call__(self, x, z):
+                return 0.5 * x + 0 * len(str(own)) + z
+
+        own = Own()
+        assert ", graph" in solve(own).path
+        return weakref.ref(own)
+
+    gone = make()
+    gc.collect()
+    assert gone() is None
+    assert not [made() for made in TapeRecorder.made if made() is not None]
 
 
 def test_a_layer_with_a_config_is_right_after_a_change():

@@ -62,11 +62,22 @@ def python_values(g: Any) -> Any:
 
 def precision() -> tuple[Any, ...]:
     """Torch's switches that choose kernels."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    matmul = cuda.matmul
     return (
+        getattr(torch.backends, "fp32_precision", None),  # where those below are "none"
         matmul.fp32_precision,
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_accumulation,
+        cuda.preferred_blas_library(),
+        cuda.preferred_linalg_library(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.fp16_bf16_reduction_math_sdp_allowed(),
+        torch.backends.mha.get_fastpath_enabled(),
         cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         cudnn.rnn.fp32_precision,  # type: ignore[attr-defined]
         cudnn.enabled,
@@ -167,7 +178,9 @@ class _Look:
 
     def everything(self, g: Any) -> Any:
         """What g can read."""
-        found, before = self._at("g", g), (0, 0)
+        of_all = torch.nn.modules.module
+        hooks = [*of_all._global_forward_pre_hooks.items(), *of_all._global_forward_hooks.items()]
+        found, before = (self._at("g", g), self._at("a hook of all modules", hooks)), (0, 0)
         while before != (now := (len(self._owners), len(self._names))):
             before = now
             for owner, _ in list(self._owners.values()):
@@ -207,13 +220,16 @@ class _Look:
             return cls, value
         if cls is float:
             return cls, repr(value)  # tells -0.0 from 0.0, and NaN equals NaN
+        if isinstance(value, nn.Module):
+            index, met = self._meet(value)
+            return ("met before", index) if met else self._module(value)
         if isinstance(value, _CONSTANT):
             return cls, value
         if isinstance(value, type):
             self._class(value)
             for owner in value.__mro__:
                 self._look_up(owner, _MAKING)
-            return "class", value
+            return "class", weakref.ref(value)
         if isinstance(value, ModuleType):
             if not _of_library(value.__name__):
                 self._owners.setdefault(id(value), (value, set()))
@@ -225,8 +241,6 @@ class _Look:
             return "met before", index
         if isinstance(value, Tensor):
             return self._tensor(value)
-        if isinstance(value, nn.Module):
-            return self._module(value)
         if isinstance(value, FunctionType):
             return self._function(value)
         if cls.__module__ in _OPERATORS:
@@ -243,7 +257,7 @@ class _Look:
         self._class(cls)
         if own:
             parts = [*parts, *(("." + name, v) for name, v in own.items() if name[:2] != "__")]
-        return cls, *[self._at(at, part) for at, part in parts]
+        return weakref.ref(cls), *[self._at(at, part) for at, part in parts]
 
     def _meet(self, value: Any) -> tuple[int, bool]:
         new = len(self._met)
@@ -310,21 +324,18 @@ class _Look:
             raise self._compiled("torch.jit")
         self._class(type(m))
         own = vars(m)
-        found: list[Any] = [type(m), m.training]
+        found: list[Any] = [weakref.ref(type(m)), m.training]  # a method may close over m
         for tensors in (m._parameters, m._buffers):  # their values come by themselves
             found += [(name, None if t is None else self._meet(t)) for name, t in tensors.items()]
         found += [(name, self._at("." + name, child)) for name, child in m._modules.items()]
-        place = f"a hook of {self.place()}" if any(own.get(kept) for kept in _HOOKS) else ""
         for kept in _HOOKS:
-            hooks: dict[Any, Any] = own.get(kept) or {}
-            found.append(tuple((key, self._at(place, hook)) for key, hook in hooks.items()))
-        library = _of_library(type(m).__module__)
+            if hooks := own.get(kept):
+                place = f"a hook of {self.place()}"
+                found.append((kept, *((k, self._at(place, hook)) for k, hook in hooks.items())))
         found += [
             (name, self._at("." + name, value))
             for name, value in own.items()
-            # What torch's modules keep for themselves does not change what they compute.
             if name not in _OF_ANY_MODULE
-            and not (library and name[:1] == "_" and not isinstance(value, (int, float, str)))
         ]
         return tuple(found)
 
