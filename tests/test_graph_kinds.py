@@ -754,13 +754,16 @@ class LowRank(nn.Module):
         return self.base(x) + self.up(self.down(x)) * self.scaling["default"]
 
 
+MISSING = object()
+
+
 class Applied(nn.Module):
     def __init__(self, f):
         super().__init__()
         self.f = f
 
-    def forward(self, x):
-        return self.f(x)
+    def forward(self, x, more=MISSING):
+        return self.f(x) if more is MISSING else more
 
 
 class Decorated(nn.Module):

@@ -50,6 +50,25 @@ def unrolled(net, z, steps=150):
 # --- use in a graph --------------------------------------------------------------------------
 
 
+def test_a_scripted_submodule_gets_its_gradients():
+    class Scripted(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, z):
+            return 0.3 * self.net(x) + z
+
+    net = nn.Linear(3, 3).double()
+    z = double(4, 3).requires_grad_()
+    found, expected = (
+        grad(FixedPointLayer(g, **EXACT)(z).sin().sum(), (z, *net.parameters()))
+        for g in (Scripted(torch.jit.script(net)), Scripted(net))
+    )
+    for one, true in zip(found, expected, strict=True):
+        close(one, true)
+
+
 def test_two_forwards_then_two_backwards(backend, solver):
     net = Net()
     layer = layer_of(net, backend=backend, solver=solver)

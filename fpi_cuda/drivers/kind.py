@@ -149,7 +149,7 @@ def _reads(code: CodeType) -> _Reads:
     found: dict[str, set[str]] = {"GLOBAL": set(), "ATTRIBUTE": set(), "IMPORT": set()}
     for instruction in dis.get_instructions(code):
         name = instruction.opname
-        if name in ("LOAD_GLOBAL", "LOAD_NAME"):
+        if name in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
             found["GLOBAL"].add(instruction.argval)
         elif name in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
             found["ATTRIBUTE"].add(instruction.argval)
@@ -311,7 +311,8 @@ class _Look:
             return [("", f"{value.__module__}.{value.__qualname__}"), ("'s object", own)]
         if dataclasses.is_dataclass(value):
             return [("." + f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
-        return [] if isinstance(value, types.SimpleNamespace) else None
+        bare = type(value) is object  # says something by its identity alone
+        return [] if bare or isinstance(value, types.SimpleNamespace) else None
 
     def _compiled(self, by: str) -> Unseen:
         return Unseen(
