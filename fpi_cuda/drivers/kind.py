@@ -116,7 +116,7 @@ _EXACT = frozenset({bool, int, bytes, type(None)})
 _BASES = (int, float, complex, str, bytes)  # of classes that add attributes to a number or a string
 # Classes of objects that are code too, by the modules that define them.
 _OPERATORS = frozenset({"torch._ops", "torch._library.custom_ops", "triton.runtime.jit", "typing"})
-_LIBRARIES = frozenset({"torch", "numpy", "einops", "fpi_cuda", *sys.stdlib_module_names})
+_LIBRARIES = frozenset({"torch", "numpy", "einops", "fpi_cuda"})  # beside Python's own
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _CALLED = ("forward", "backward", "setup_context", "__getattr__")  # without being named
@@ -127,13 +127,18 @@ _NOT_CALLED = _MAKING | {
     *("__annotate__", "__annotate_func__"),
 }
 _ENVIRONMENT = frozenset({"environ", "getenv"})
-_BLIND = frozenset({"eval", "exec", "globals"})  # with them a name need not stand in the code
+# With these a name need not stand in the code, nor what is read in memory.
+_BLIND = frozenset({"eval", "exec", "globals", "open", "__import__", "import_module"})
 
 
 @functools.lru_cache(maxsize=4096)
 def _of_library(module_name: Any) -> bool:
     top = module_name.partition(".")[0] if isinstance(module_name, str) else "__main__"
-    return top in _LIBRARIES and top != "__main__"
+    if top in _LIBRARIES:
+        return True
+    file = getattr(sys.modules.get(top), "__file__", None) or ""  # a user's may be called the same
+    own = not file or file.startswith(os.path.dirname(os.__file__))
+    return own and top in sys.stdlib_module_names and top != "__main__"
 
 
 class _Reads(NamedTuple):
@@ -372,7 +377,10 @@ class _Look:
         scope = {} if of_library else f.__globals__
         if not of_library:
             self._names |= reads.attributes
-            for name in sorted(_BLIND & reads.globals - scope.keys()):
+            called = reads.globals - scope.keys() | {"import_module"} & (
+                reads.globals | reads.attributes
+            )
+            for name in sorted(_BLIND & called):
                 raise Unseen(f"{f.__name__} calls {name}(), which may read anything; {INSTEAD}")
         found: list[Any] = [f.__code__]
         for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
@@ -404,4 +412,8 @@ class _Look:
 def _keeps_all_in_dict(cls: type) -> bool:
     """Whether a class statement made it, without slots, and no class written in C is a base."""
     made = bool(cls.__flags__ & 1 << 9)  # on the heap
-    return made and cls.__basicsize__ == _Plain.__basicsize__
+    return made and _layout(cls) == _layout(_Plain)
+
+
+def _layout(cls: type) -> tuple[int, ...]:
+    return cls.__basicsize__, cls.__itemsize__, cls.__dictoffset__, cls.__weakrefoffset__
