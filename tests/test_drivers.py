@@ -977,6 +977,8 @@ def test_native_without_cuda_names_the_rebuild():
         (["90"], (8, 0), False),
         (["90a"], (9, 0), True),
         (["90a+PTX"], (10, 0), False),
+        (["100f"], (10, 3), True),
+        (["100f+PTX"], (12, 0), False),
         (["100"], (10, 3), True),
     ],
 )

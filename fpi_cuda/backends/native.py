@@ -68,9 +68,10 @@ def _runs(arch: str, major: int, minor: int) -> bool:
     number, _, ptx = arch.partition("+")
     own = number.rstrip("af")
     least = int(own[:-1]), int(own[-1])
-    if own != number:  # features of this one alone
+    if number.endswith("a"):  # features of this one alone
         return (major, minor) == least
-    return (major == least[0] and minor >= least[1]) or (bool(ptx) and (major, minor) >= least)
+    later = bool(ptx) and number == own  # code with a family's features stays in the family
+    return (major == least[0] and minor >= least[1]) or (later and (major, minor) >= least)
 
 
 @cache
