@@ -203,7 +203,7 @@ smoke_names() {
 # installed.
 tests() {
   pytests tests 150 6 -k cuda tests/test_primitives.py tests/test_dense.py tests/test_drivers.py \
-    tests/test_graph_kinds.py tests/test_while_graph.py
+    tests/test_graph_refusals.py tests/test_while_graph.py
   pytests tests-triton 75 12 tests/triton_kernels
 }
 
