@@ -78,8 +78,8 @@ reap() {
   unset "RUNNING[$process]"
   seconds=$((SECONDS - start))
   shorten "$WORK/logs/$name.log"
-  said=$(grep -m 1 '^FAIL ' "$WORK/logs/$name.log") ||
-    said=$(tail -c 4000 "$WORK/logs/$name.log" | tr '\r' '\n' | grep '[^[:space:]]' | tail -n 1)
+  said=$(grep -am 1 '^FAIL ' "$WORK/logs/$name.log") ||
+    said=$(tail -c 4000 "$WORK/logs/$name.log" | tr '\r' '\n' | grep -a '[^[:space:]]' | tail -n 1)
   case $code in 124 | 137) ((seconds < limit)) || said="ended after its $limit s; $said" ;; esac
   ((limit == wanted)) || said="(given $limit s of $wanted) $said"
   ended "$name" "$code" "$seconds" "${said:0:200}"
@@ -196,7 +196,7 @@ smoke() {
 smoke_names() {
   [ -z "$SMOKE" ] || return
   part smoke-list 60 "$PYTHON" -m benchmarks.smoke --list
-  SMOKE=$(grep -oE '^[a-z][a-z0-9_-]*( |$)' "$WORK/logs/smoke-list.log")
+  SMOKE=$(grep -aoE '^[a-z][a-z0-9_-]*( |$)' "$WORK/logs/smoke-list.log")
 }
 
 # The CUDA tests, many at a time; a test's own 60 s and an end before the part's where the plugins are
