@@ -312,6 +312,7 @@ def test_both_rivals_iterate_the_same_map_as_the_library(uncaptured):
 @torch.no_grad()
 def test_what_auto_does_is_seen_in_a_solve():
     """On the CPU: native steps, torch's convolutions and so no norms."""
+    pytest.importorskip("triton")  # whose step is watched too
     assert convolutions.step_of_auto(case()) == (native, False)
     assert native.picard_step.__module__ == native.__name__, "the spy is gone"
 
