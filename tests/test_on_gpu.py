@@ -23,7 +23,7 @@ from benchmarks import devices, on_gpu  # noqa: E402
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
 OPTIONS = (
     *("OUT", "PYTHON", "BUDGET", "LONGEST", "SLOW", "SMOKE", "TIMED", "REHEARSE"),
-    *("DATA", "PYTHONPATH"),
+    *("DATA", "PYTHONPATH", "PYTEST_ADDOPTS"),
 )
 
 PYTHON = """#!/bin/bash
