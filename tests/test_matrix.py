@@ -27,7 +27,8 @@ def matrix(folder, torches):
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "TORCHES": torches},
+        env=os.environ
+        | {"PATH": f"{folder}:{os.environ['PATH']}", "TORCHES": torches, "PYTEST_ADDOPTS": ""},
     )
     said = [line for line in done.stdout.splitlines() if not line.startswith("==")]
     return done.returncode, said
