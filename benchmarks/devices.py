@@ -38,11 +38,14 @@ def resolve(wanted: str) -> tuple[str, str]:
         return wanted, "device: cpu, as asked for"
     if wanted == "auto":
         import fpi_cuda  # not above: `refusal` is asked before there is a library, too
+        from fpi_cuda.backends import native
 
         reason = refusal()
         built = fpi_cuda.build_info()
         if reason is None and not built["cuda_loaded"]:
             reason = f"the CUDA part of fpi_cuda is not there: {built['cuda_missing']}"
+        if reason is None:
+            reason = native.missing(torch.device("cuda", 0))
         if reason is not None:
             return "cpu", f"device: cpu, because {reason}"
         return "cuda", f"device: cuda, {torch.cuda.get_device_name(0)}; --device cpu for the CPU"

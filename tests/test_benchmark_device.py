@@ -29,7 +29,7 @@ from benchmarks.tasks import __main__ as tasks  # noqa: E402
 def machine(monkeypatch):
     """A machine with CUDA devices of that capability; count 0: none."""
 
-    def make(count=1, capability=(9, 0), loaded=True, version="13.0"):
+    def make(count=1, capability=(9, 0), loaded=True, version="13.0", built="90"):
         monkeypatch.setattr(torch.version, "cuda", version)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -37,8 +37,12 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         info = {"cuda_loaded": loaded, "cuda_missing": None if loaded else "it was not built"}
         monkeypatch.setattr(fpi_cuda, "build_info", lambda: info)
+        monkeypatch.setattr(native._build, "build_info", lambda: {"cuda_archs": [built]})
+        monkeypatch.setattr(native, "devices", lambda: ("cpu", "cuda"))
+        native._too_old.cache_clear()
 
-    return make
+    yield make
+    native._too_old.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,7 @@ def machine(monkeypatch):
         ({"count": 0, "version": None}, "cpu", "has no CUDA; install a torch that has"),
         ({"capability": (7, 5)}, "cpu", "too old: compute capability 7.5, and this build needs 8"),
         ({"loaded": False}, "cpu", "CUDA part of fpi_cuda is not there: it was not built"),
+        ({"capability": (8, 0)}, "cpu", "kernels are for compute capability 90, and the device"),
     ],
 )
 def test_the_default_is_a_cuda_device_where_one_is_usable(there, device, says, machine):

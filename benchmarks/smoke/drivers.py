@@ -180,10 +180,7 @@ def exact(g: nn.Module, z: Tensor, backward: bool = True) -> dict[str, Tensor]:
 def graph_forward(place: Place) -> Iterator[Check]:
     """driver="graph", beside eager and float64."""
     needs_cuda(place)
-    for dtype in RTOL:
-        for name, solver in SOLVERS.items():
-            check = functools.partial(graphed, place, solver, dtype, False)
-            yield f"{name}-{name_of(dtype)}", check
+    yield from of_every_kind(place, False)
     rows = functools.partial(graphed, place, Anderson(), torch.float32, make=Diagonal)
     yield "long_rows", functools.partial(rows, False, n=9001)  # the step takes two launches
     yield "in_place", functools.partial(changed_in_place, place)
@@ -192,11 +189,15 @@ def graph_forward(place: Place) -> Iterator[Check]:
 def graph_backward(place: Place) -> Iterator[Check]:
     """The same with gradients."""
     needs_cuda(place)
+    yield from of_every_kind(place, True)
+    yield "two_forwards", functools.partial(two_forwards, place)
+
+
+def of_every_kind(place: Place, backward: bool) -> Iterator[Check]:
     for dtype in RTOL:
         for name, solver in SOLVERS.items():
-            check = functools.partial(graphed, place, solver, dtype, True)
+            check = functools.partial(graphed, place, solver, dtype, backward)
             yield f"{name}-{name_of(dtype)}", check
-    yield "two_forwards", functools.partial(two_forwards, place)
 
 
 def graphed(

@@ -6,6 +6,8 @@
 // step's sums follows from N and dtype.
 #pragma once
 
+#include <initializer_list>
+
 #include "../math/progress.h"
 #include "plan.h"
 
