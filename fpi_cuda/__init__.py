@@ -1,6 +1,6 @@
 """Differentiable fixed-point-iteration layers: x̂ = g(x̂, z; θ), with derivatives of every order."""
 
-from . import backends, compat, contraction, operators
+from . import _moved, backends, compat, contraction, operators  # noqa: F401
 from ._build import build_info
 from ._version import __version__
 from .adjoint import ImplicitAdjoint

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import backends
-from .backends.progress import STATUS, Limits, Progress, accumulate_dtype
 from .drivers import eager, graph, whole
 from .evaluation import (
     Adjoint,
@@ -37,6 +36,7 @@ from .evaluation import (
 )
 from .forms import ConvForm, DenseForm, Form
 from .operators import legacy_batched, over_legacy_batch, partial_bound, transforming
+from .record import STATUS, Limits, Progress, accumulate_dtype
 from .solution import (
     MASKED,
     FixedPointError,

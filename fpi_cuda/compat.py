@@ -46,11 +46,11 @@ from torch.utils import _pytree as pytree
 
 from . import backends, operators
 from .adjoint import FixedPoint, ImplicitAdjoint, Problem, Report
-from .backends.progress import ACTIVE_ROWS, Limits, Progress
 from .evaluation import UserStep
 from .fixed_point import attach_captured, captures_transformed
 from .modules import has_stateful_buffers
 from .operators import transforming
+from .record import ACTIVE_ROWS, Limits, Progress
 from .solution import FixedPointWarning, Tolerance, warn
 from .solvers import Anderson, Picard, Solver
 

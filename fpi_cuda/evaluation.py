@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from .backends import triton
-from .backends.progress import STATUS, Progress
 from .forms import ConvForm, Form, form_of
+from .layout import take
 from .modules import Binding, bindable
 from .operators import transforming
+from .record import STATUS, Progress
 from .solution import warn
-from .solvers.layout import take
 
 __all__: list[str] = []
 

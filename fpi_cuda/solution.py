@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .backends.progress import ITERATIONS, RESIDUAL, RING_START, STATUS, Progress
+from .record import ITERATIONS, RESIDUAL, RING_START, STATUS, Progress
 
 __all__ = ["FixedPointError", "FixedPointWarning", "Record", "Solution", "Status", "Tolerance"]
 

@@ -165,7 +165,7 @@ def test_when_samples_are_left_out_does_not_depend_on_timing(tardy, solver):
 
 def test_first_rows_puts_the_active_first():
     x = torch.zeros(5, 2)
-    from fpi_cuda.backends.progress import STATUS, Limits, Progress
+    from fpi_cuda.record import STATUS, Limits, Progress
 
     progress = Progress(x, Limits(0, 0, 0, 1, 1))
     progress.counters[:, STATUS] = torch.tensor([1, 0, 2, 0, 1])

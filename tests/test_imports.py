@@ -11,6 +11,9 @@ PACKAGE = Path(fpi_cuda.__file__).parent
 RANK = {
     "_version": 0,
     "_check": 0,
+    "_moved": 0,
+    "layout": 0,
+    "record": 0,
     "_build": 1,
     "forms": 1,
     "solution": 3,  # reads the record that backends fill

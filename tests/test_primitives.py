@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fpi_cuda.backends import native, reference
-from fpi_cuda.backends.progress import (
+from fpi_cuda.record import (
     ACTIVE,
     ITERATIONS,
     REFERENCE,

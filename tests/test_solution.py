@@ -27,7 +27,7 @@ from fpi_cuda import (
     Tolerance,
     fixed_point,
 )
-from fpi_cuda.backends.progress import Limits, Progress
+from fpi_cuda.record import Limits, Progress
 from fpi_cuda.backends.scratch import Scratch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,7 +15,7 @@ from torch import Tensor
 import fpi_cuda
 from fpi_cuda import DenseStep, FixedPointLayer, Status, backends
 from fpi_cuda.backends import native, reference
-from fpi_cuda.backends.progress import (
+from fpi_cuda.record import (
     ITERATIONS,
     REFERENCE,
     RESIDUAL,

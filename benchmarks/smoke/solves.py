@@ -26,7 +26,7 @@ from fpi_cuda import (
     Tolerance,
     backends,
 )
-from fpi_cuda.backends.progress import ACTIVE, STATUS
+from fpi_cuda.record import ACTIVE, STATUS
 from fpi_cuda.forms import ConvForm
 
 from .check import (

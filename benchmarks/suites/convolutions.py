@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fpi_cuda
 from fpi_cuda.backends import native, triton
-from fpi_cuda.backends.progress import STATUS, Limits, Progress
+from fpi_cuda.record import STATUS, Limits, Progress
 from fpi_cuda.forms import ConvForm
 
 from .. import ceilings

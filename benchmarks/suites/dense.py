@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import fpi_cuda
-from fpi_cuda.backends.progress import Limits
+from fpi_cuda.record import Limits
 from fpi_cuda.drivers import whole
 from fpi_cuda.forms import DenseForm
 

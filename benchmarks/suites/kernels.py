@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fpi_cuda.backends import native
-from fpi_cuda.backends.progress import Limits, Progress
+from fpi_cuda.record import Limits, Progress
 
 from .. import ceilings
 from ..clock import interleave

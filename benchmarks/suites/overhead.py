@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fpi_cuda.backends import native
-from fpi_cuda.backends.progress import Limits, Progress
+from fpi_cuda.record import Limits, Progress
 
 from .. import problems
 from ..clock import interleave, timed

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _build
 from ..forms import ACTIVATIONS, DenseForm
-from .progress import Progress, accumulate_dtype
+from ..record import Progress, accumulate_dtype
 
 NAME = "native"
 # By device type: csrc/cpu/kernels/anderson_step.h, csrc/cuda/plan.h.

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..solution import Status
-from .progress import (
+from ..record import (
     ACTIVE,
     ACTIVE_ROWS,
     FAILED,
@@ -30,6 +29,7 @@ from .progress import (
     WINDOW,
     Progress,
 )
+from ..solution import Status
 
 NAME = "reference"
 

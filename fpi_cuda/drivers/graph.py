@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..backends.progress import STATUS, Limits, Progress, accumulate_dtype
+from ..layout import Layout
+from ..record import STATUS, Limits, Progress, accumulate_dtype
 from ..solution import Record, Status, warn
 from ..solvers.iterate import Evaluation
-from ..solvers.layout import Layout
 from . import eager, kind
 from .capture import RECORDERS, Recorder
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backends import native
-from ..backends.progress import FAILED, ITERATION, STATUS, Limits, Progress
 from ..forms import DenseForm
+from ..record import FAILED, ITERATION, STATUS, Limits, Progress
 from ..solution import Record, Status
 from ..solvers import Anderson, Solver
 from . import eager

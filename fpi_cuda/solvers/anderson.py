@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.progress import Progress
 from ..backends.scratch import Scratch
+from ..record import Progress
 from ._check import check_beta
 from .picard import Picard, Step
 

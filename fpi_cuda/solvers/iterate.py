@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..backends.progress import STATUS, Limits, Progress
+from ..layout import Layout
+from ..record import STATUS, Limits, Progress
 from ..solution import Record, Status
-from .layout import Layout
 
 # Leaving samples out costs more than one iteration of them, up to about this many values (measured
 # with dense layers of 128 and 159 on 2 cores).

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..backends.progress import RING, Progress
+from ..record import RING, Progress
 from ._check import check_beta
 
 Step = Callable[[Tensor, Tensor], None]

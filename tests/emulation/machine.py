@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fpi_cuda.backends.progress import Progress
+from fpi_cuda.record import Progress
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "emulation"

@@ -16,7 +16,7 @@ from machine import FORWARD, RANDOM, REVERSE, EmulationError, Machine, assert_ea
 from torch import Tensor
 
 from fpi_cuda.backends import reference
-from fpi_cuda.backends.progress import ITERATIONS, RESIDUAL, STATUS, Limits, Progress
+from fpi_cuda.record import ITERATIONS, RESIDUAL, STATUS, Limits, Progress
 from fpi_cuda.solution import Status
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,7 +15,7 @@ from machine import FORWARD, RANDOM, REVERSE, Machine, assert_each_is_needed
 from test_primitives import DTYPES, FOREVER, close, oracle_of, poisoned, same_record
 
 from fpi_cuda.backends import reference
-from fpi_cuda.backends.progress import ACTIVE, RESIDUAL, STATUS, Limits, Progress
+from fpi_cuda.record import ACTIVE, RESIDUAL, STATUS, Limits, Progress
 from fpi_cuda.solution import Status
 
 WARP_ROW, BLOCK_ROW = 1024, 16384  # bytes of the longest rows of plans a and b

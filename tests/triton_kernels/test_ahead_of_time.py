@@ -13,7 +13,7 @@ import pytest
 import torch
 from ahead_of_time import MOST_SHARED, compiled_launches, in_own_processes
 
-from fpi_cuda.backends.progress import Limits, Progress
+from fpi_cuda.record import Limits, Progress
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 HISTORY = 5

@@ -10,7 +10,7 @@ import pytest
 import torch
 from interpreted import INTERPRETED, interpreter
 
-from fpi_cuda.backends.progress import ACTIVE, STATUS, Limits, Progress
+from fpi_cuda.record import ACTIVE, STATUS, Limits, Progress
 from fpi_cuda.backends.triton import configs, conv, tune
 from fpi_cuda.backends.triton.configs import Config, Shape
 from fpi_cuda.forms.activations import ACTIVATIONS

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from ...forms.activations import ACTIVATIONS
 from ...forms.conv import ConvForm
+from ...record import ACTIVE, accumulate_dtype
 from .. import triton as STEPS  # whose Picard step reads the sums that the kernels leave
-from ..progress import ACTIVE, accumulate_dtype
 from . import configs
 from .language import INTERPRETED, bound
 

@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import record as progress
+from ...record import Progress
 from ...solution import Status
-from .. import progress
-from ..progress import Progress
 from . import MAX_HISTORY
 from .language import bound
 
