@@ -11,6 +11,8 @@ from typing import Any
 
 MOVED = {
     "fpi_cuda.backends.progress": "fpi_cuda.record",
+    "fpi_cuda.evaluation": "fpi_cuda.solve.evaluation",
+    "fpi_cuda.solvers.iterate": "fpi_cuda.drivers.eager",
     "fpi_cuda.solvers.layout": "fpi_cuda.layout",
 }
 

@@ -1,7 +1,7 @@
-"""`fixed_point` as torch.compile sees it. Imported while compiling only: it loads the compiler."""
+"""`enter` as torch.compile sees it. Imported while compiling only: it loads the compiler."""
 
 import torch
 
-from .fixed_point import fixed_point as _fixed_point
+from .solve.entry import enter
 
-fixed_point = torch.compiler.disable(_fixed_point)
+uncompiled = torch.compiler.disable(enter)

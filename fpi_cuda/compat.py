@@ -32,6 +32,7 @@ What differs, on purpose:
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -45,14 +46,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import backends, operators
-from .adjoint import FixedPoint, ImplicitAdjoint, Problem, Report
-from .evaluation import UserStep
-from .fixed_point import attach_captured, captures_transformed
+from .adjoint import ImplicitAdjoint
+from .drivers.support import Solved, Support
 from .modules import has_stateful_buffers
 from .operators import transforming
+from .options import Options, Solver, Tolerance
 from .record import ACTIVE_ROWS, Limits, Progress
-from .solution import FixedPointWarning, Tolerance, warn
-from .solvers import Anderson, Picard, Solver
+from .solution import FixedPointWarning, warn
+from .solve.maps import UserMap
+from .solve.problem import Context, Problem, Report
+from .solvers import Anderson, Picard
+from .state import check_tuple
 
 __all__ = ["FixedPointIteration", "default_term_cond", "fixed_point_iteration", "partial"]
 
@@ -154,39 +158,22 @@ def fixed_point_iteration(
         True
     """
     y, x0, param = _tensors("y", y), _tensors("x0", x0), _tensors("param", param)
-    step = _TupleStep(g, y, x0, param)
-    device_type = x0[0].device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    problem = _Conditioned(
-        step=step,
-        solver=_solver(m_anderson, eps),
-        tolerance=Tolerance(),
-        max_iterations=1,
-        adjoint=ImplicitAdjoint(failed="use"),
-        backend="auto",
-        on_failure="warn",
-        per_sample=False,
-        driver="eager",  # the conditions are Python: no device can ask them
-        report=Report(),
-        unpack=step.unpack,
+    map = _TupleMap(g, y, x0, param)
+    adjoint = _Swapping(failed="use", forward=forward_cond, backward=backward_cond)
+    problem = Problem(
+        map=map,
+        options=Options(
+            _solver(m_anderson, eps), adjoint, Tolerance(), 1, "auto", "warn", False, "eager"
+        ),
+        drivers=(_Conditioned(forward_cond),),
+        context=Context.here(x0[0].device.type),
+        unpack=map.unpack,
         name="compat.fixed_point_iteration",
-        grad_enabled=torch.is_grad_enabled(),
-        autocast_dtype=torch.get_autocast_dtype(device_type) if autocast else None,
-        device_type=device_type,
-        cond=forward_cond,
-        other=backward_cond,
+        advice="pass it in y or param",
     )
-    packed = step.pack(x0).detach()
-    tensors = (*y, *param, *(step.binding.params if step.binding else ()))
-    if transforming() and captures_transformed(step, packed, tensors):
-        raise RuntimeError(
-            "compat: g must take every tensor that torch.func transforms from y or param (it "
-            "captures one)"
-        )
-    x, keep = FixedPoint.apply(problem, packed, None, *tensors)  # type: ignore[no-untyped-call]
-    if problem.captured:
-        x = attach_captured(problem, x.detach(), keep, packed, tensors)
-    out: Tensors = step.unpack(x)
+    tensors = (*y, *param, *map.own)
+    x = adjoint.attach(problem, map.pack(x0).detach(), tensors, Report())
+    out: Tensors = map.unpack(x)
     if has_stateful_buffers(g) and not transforming():
         with torch.no_grad():
             g(tuple(t.detach() for t in out), y)
@@ -288,7 +275,7 @@ class _Substitute(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _TupleStep(UserStep):
+class _TupleMap(UserMap):
     """g(x, y) on one row that holds the whole state; y and param count as shared."""
 
     def __init__(self, g: Step, y: Tensors, x0: Tensors, param: Tensors) -> None:
@@ -304,11 +291,7 @@ class _TupleStep(UserStep):
         sizes = [shape.numel() for shape in shapes]
 
         def pack(x: Any) -> Tensor:
-            if not isinstance(x, (tuple, list)) or len(x) != len(shapes):
-                got = f"{len(x)} items" if isinstance(x, (tuple, list)) else type(x).__name__
-                raise TypeError(
-                    f"compat: g must return a tuple of {len(shapes)} tensors like x0 (got {got})"
-                )
+            check_tuple("compat", x, len(shapes))
             for i, (t, shape) in enumerate(zip(x, shapes, strict=True)):
                 if not isinstance(t, Tensor) or t.shape != shape:
                     got = str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__
@@ -325,10 +308,11 @@ class _TupleStep(UserStep):
             return tuple(t.reshape((*lead, *s)) for t, s in zip(parts, shapes, strict=True))
 
         super().__init__(g, 0, len(y) + len(param), pack, unpack)
+        self.form_dim = 0  # the state is one row of all samples, whatever g is
         self.n_y, self.param = len(y), param
 
     def bind(self, params: Sequence[Tensor]) -> Callable[..., Tensor]:
-        """The step at these y, param and parameters."""
+        """The map at these y, param and parameters."""
         y = tuple(params[: self.n_y])
         given = params[self.n_y : self.n_params]
         g = self.binding.bind(params[self.n_params :]) if self.binding else self.g
@@ -342,32 +326,50 @@ class _TupleStep(UserStep):
         return bound
 
 
-@dataclass
-class _Conditioned(Problem):
-    """A problem whose loop is driven by a condition on the whole state."""
+@dataclass(frozen=True)
+class _Swapping(ImplicitAdjoint):
+    """The adjoint's loop asks the other condition."""
 
-    cond: Condition = default_term_cond
-    other: Condition = default_term_cond  # the adjoint's
+    forward: Condition = default_term_cond
+    backward: Condition = default_term_cond
 
-    def transposed(self) -> Problem:
+    def transposed(self, problem: Problem) -> Problem:
         """The adjoint problem, conditions swapped."""
-        adjoint = cast(_Conditioned, super().transposed())
-        adjoint.cond, adjoint.other = self.other, self.cond
-        adjoint.unpack, adjoint.name = self.unpack, f"{self.name} (backward)"
-        return adjoint
+        swapped = dataclasses.replace(self, forward=self.backward, backward=self.forward)
+        return (
+            super()
+            .transposed(problem)
+            ._replace(
+                options=problem.options._replace(adjoint=swapped),
+                drivers=(_Conditioned(self.backward),),
+                unpack=problem.unpack,
+                name=f"{problem.name} (backward)",
+            )
+        )
 
-    def _iterate(self, evaluate: Any, x0: Tensor, v: Tensor | None) -> tuple[Tensor, None]:
-        del v
-        x, k = x0.clone(), 0
-        advance = self._accelerated(x)
+
+class _Conditioned:
+    """A driver whose loop goes on while a condition on the whole state holds."""
+
+    def __init__(self, cond: Condition) -> None:
+        self.cond = cond
+
+    def support(self, direction: Any, because: str) -> Support:
+        """Takes every solve."""
+        return Support(self._solve)
+
+    def _solve(self, direction: Any, because: str) -> Solved:
+        evaluate, problem = direction.evaluation(), direction.problem
+        x, k = direction.start.clone(), 0
+        advance = self._accelerated(problem.options, x)
         while True:
             k += 1
             gx, previous = evaluate(x), x
             # A sum is NaN or Inf where a value is; where it only overflowed, the values are asked.
             if not math.isfinite(float(gx.detach().sum())) and not bool(gx.isfinite().all()):
                 warn(
-                    f"{self.name}: NaN or Inf after {k} evaluations of g; the state is returned as "
-                    "it is. Look at x0 and y, or make g a contraction.",
+                    f"{problem.name}: NaN or Inf after {k} evaluations of g; the state is returned "
+                    "as it is. Look at x0 and y, or make g a contraction.",
                     FixedPointWarning,
                 )
                 x = gx
@@ -378,27 +380,29 @@ class _Conditioned(Problem):
                 x, active = advance(x, gx)
                 if not active:
                     warn(
-                        f"{self.name}: the residual kept growing; given up after {k} evaluations "
-                        "of g. Make g a contraction, or use m_anderson=0 to look at the iterates.",
+                        f"{problem.name}: the residual kept growing; given up after {k} "
+                        "evaluations of g. Make g a contraction, or use m_anderson=0 to look at "
+                        "the iterates.",
                         FixedPointWarning,
                     )
                     break
-            if k > 1 and not self.cond(k, self.unpack(x), self.unpack(previous)):
+            if k > 1 and not self.cond(k, problem.unpack(x), problem.unpack(previous)):
                 break
-        return x, None
+        return Solved(x, None)
 
-    def _accelerated(self, x: Tensor) -> Callable[..., tuple[Tensor, bool]] | None:
-        if isinstance(self.solver, Picard):
+    @staticmethod
+    def _accelerated(options: Options, x: Tensor) -> Callable[..., tuple[Tensor, bool]] | None:
+        if isinstance(options.solver, Picard):
             return None
         # A limit that no sample reaches: the condition alone decides.
         limits = Limits(rtol=0.0, offset=-1.0, rounding=-1.0, patience=2**30, max_iterations=2**30)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         progress = Progress(rows, limits)
-        step = self.solver.start(backends.choose(self.backend, x), progress, rows)
+        update = options.solver.start(backends.choose(options.backend, x), progress, rows)
 
         def advance(x: Tensor, gx: Tensor) -> tuple[Tensor, bool]:
             moved = x.reshape(rows.shape).clone()
-            step(moved, gx.reshape(rows.shape).contiguous())
+            update(moved, gx.reshape(rows.shape).contiguous())
             return moved.view(x.shape), int(progress.tally[ACTIVE_ROWS]) > 0
 
         return advance

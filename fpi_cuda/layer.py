@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .adjoint import ImplicitAdjoint
-from .fixed_point import check_options, fixed_point
-from .solution import Solution, State, Tolerance
-from .solvers import Anderson, Solver
+from .fixed_point import fixed_point
+from .options import Options, Solver, Tolerance
+from .solution import Solution, State
+from .solvers import Anderson
 
 __all__ = ["FixedPointLayer"]
 
 Shape = tuple[int, ...]
+_OPTIONS = Options._fields
 
 
 class FixedPointLayer(nn.Module):
@@ -42,6 +44,10 @@ class FixedPointLayer(nn.Module):
         True
     """
 
+    solver: Solver
+    adjoint: ImplicitAdjoint
+    tolerance: Tolerance
+    max_iterations: int
     last: Solution | None
 
     def __init__(
@@ -59,19 +65,14 @@ class FixedPointLayer(nn.Module):
         driver: str = "auto",
     ) -> None:
         super().__init__()
-        check_options(
+        options = Options(
             solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver
         )
+        options.check()
         self.g = g
         self.state_shape = state_shape
-        self.solver = solver
-        self.adjoint = adjoint
-        self.tolerance = tolerance
-        self.max_iterations = max_iterations
-        self.backend = backend
-        self.on_failure = on_failure
-        self.per_sample = per_sample
-        self.driver = driver
+        for name in _OPTIONS:
+            setattr(self, name, getattr(options, name))
         self.last = None
 
     def forward(self, *inputs: Tensor, x0: State | None = None) -> Any:
@@ -89,19 +90,8 @@ class FixedPointLayer(nn.Module):
         """
         if x0 is None:
             x0 = self._zeros(inputs)
-        solution = fixed_point(
-            self.g,
-            x0,
-            *inputs,
-            solver=self.solver,
-            adjoint=self.adjoint,
-            tolerance=self.tolerance,
-            max_iterations=self.max_iterations,
-            backend=self.backend,
-            on_failure=self.on_failure,
-            per_sample=self.per_sample,
-            driver=self.driver,
-        )
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        solution = fixed_point(self.g, x0, *inputs, **options)
         self.last = solution.detach()
         return solution.x
 

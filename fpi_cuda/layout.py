@@ -27,14 +27,13 @@ class Layout:
     def __init__(self, like: Tensor, batch_dims: int = 1) -> None:
         self.sample = tuple(like.shape[batch_dims:])
         self.n = like.shape[batch_dims:].numel()
-        order = list(range(len(self.sample)))
+        self.plain = True
+        self.order = order = list(range(len(self.sample)))
         if not like.is_contiguous():
             by_stride = sorted(order, key=lambda d: -like.stride(batch_dims + d))
             batch = range(batch_dims)
             if like.permute(*batch, *(batch_dims + d for d in by_stride)).is_contiguous():
-                order = by_stride
-        self.order = order
-        self.plain = order == sorted(order)
+                self.order, self.plain = by_stride, by_stride == order
 
     def rows(self, t: Tensor) -> Tensor:
         """t, [*batch, *sample], as a contiguous [R, N]: a view where t has this layout."""

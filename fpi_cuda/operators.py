@@ -119,6 +119,16 @@ def transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def vjp(y: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
+    """(∂y/∂x)ᵀ v, zero where y does not depend on x; the graph of y stays."""
+    if not y.requires_grad:
+        return torch.zeros_like(x)
+    (out,) = torch.autograd.grad(
+        y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    return torch.zeros_like(x) if out is None else out
+
+
 def legacy_batched(v: Any) -> bool:
     """Whether v is batched by autograd.grad(is_grads_batched=True), which is no transform."""
     return isinstance(v, Tensor) and torch._C._functorch.is_legacy_batchedtensor(v)

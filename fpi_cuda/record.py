@@ -1,11 +1,54 @@
-"""The record that every backend's step operators read and write, one row a sample."""
+"""The record of a solve, one row a sample: what the step operators write, and what it says."""
 
 from __future__ import annotations
 
+import enum
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Status(enum.IntEnum):
+    """How the iteration of one sample ended; `message` says what to try."""
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    STALLED = 2
+    DIVERGED = 3
+    NONFINITE = 4
+
+    @property
+    def message(self) -> str:
+        """One sentence: what happened, and what to try."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.CONVERGED: "the residual met the tolerance.",
+    Status.MAX_ITERATIONS: (
+        "the residual was above the tolerance after max_iterations; raise max_iterations, use "
+        "Anderson, damp a rotation or a 2-cycle with beta < 1, or make g a contraction."
+    ),
+    Status.STALLED: (
+        "the residual stopped falling at the rounding level of the dtype; loosen rtol or solve in "
+        "a wider dtype."
+    ),
+    Status.DIVERGED: (
+        "the residual grew steadily; g is no contraction there: scale its weights down, damp with "
+        "beta < 1, or start nearer."
+    ),
+    Status.NONFINITE: (
+        "g returned NaN or Inf, or the input held one; look at this sample's x0 and inputs, or "
+        "lower the scale of g."
+    ),
+}
+
+# Gradients of these samples are masked by default: their state means nothing.
+MASKED = (Status.DIVERGED, Status.NONFINITE)
 
 # In counters[:, STATUS]: 0 while a sample iterates, then its Status + 1; csrc/math/progress.h.
 ACTIVE = 0
@@ -32,8 +75,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """When a sample stops; see `Tolerance` and `Status`."""
 
     rtol: float
@@ -47,13 +89,20 @@ class Progress:
     """Per-sample state of one solve, shared by all backends. A zeroed record is a fresh one.
 
     Args:
-        x: iterates, [B, N], contiguous; only its shape, dtype and device are used.
+        x: where to start, [B, N], contiguous.
         limits: the stop rule.
         floor: [B] in the accumulate dtype: the threshold is offset + rtol·max(‖g(x)‖, floor); the
             adjoint passes ‖v‖. None: zero.
+        skip: bool [B]: samples that are left at x as converged, without an iteration.
     """
 
-    def __init__(self, x: Tensor, limits: Limits, floor: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        limits: Limits,
+        floor: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> None:
         b, device = x.shape[0], x.device
         self.limits = limits
         self.dtype = accumulate_dtype(x.dtype)
@@ -65,6 +114,20 @@ class Progress:
         # [B, tiles, 2]: sums of squares of g(x) − x and g(x) that the evaluation left, or None.
         self.norms: Tensor | None = None
         self.tally = torch.zeros(3, dtype=torch.int32, device=device)
+        if skip is not None:
+            self.skip(skip, x)
+
+    def skip(self, samples: Tensor, x: Tensor) -> None:
+        """Leave samples, bool [B], at x as converged; no wait for the device."""
+        self.counters[:, STATUS].masked_fill_(samples, Status.CONVERGED + 1)
+        self.out.copy_(x)
+
+    def result(self) -> Tensor:
+        """The state, once: the record outlives the solve, and the state belongs to the caller."""
+        out = self.out
+        del self.out
+        self.norms = None
+        return out
 
     @property
     def samples(self) -> Tensor:
@@ -93,3 +156,88 @@ class Progress:
     def narrow(self, positions: Tensor) -> None:
         """From now on the rows are those at these positions."""
         self.index = positions if self.index is None else self.index.index_select(0, positions)
+
+
+class Account:
+    """What a record says of every sample, under its own name and its solution's: [B] tensors."""
+
+    record: Record
+
+    @property
+    def status(self) -> Tensor:
+        """Int8 [B], members of Status."""
+        return (self.record.progress.counters[:, STATUS] - 1).to(torch.int8).view(self.record.batch)
+
+    @property
+    def iterations(self) -> Tensor:
+        """Int32 [B], evaluations of g that this sample took part in while active."""
+        return self.record.progress.counters[:, ITERATIONS].reshape(self.record.batch)
+
+    @property
+    def residual_norm(self) -> Tensor:
+        """[B], ‖g(x) − x‖₂ of the iterate that passed the test."""
+        return self.record.progress.scalars[:, RESIDUAL].reshape(self.record.batch)
+
+    @property
+    def contraction(self) -> Tensor:
+        """[B], measured rate; NaN where only one iteration was made."""
+        record = self.record
+        ring, counters = record.progress.scalars[:, RING_START:], record.progress.counters
+        return record.rate(ring, counters[:, ITERATIONS]).view(record.batch)
+
+    @property
+    def converged(self) -> Tensor:
+        """Bool [B]: which samples met the tolerance."""
+        return self.status == Status.CONVERGED
+
+    @property
+    def error_estimate(self) -> Tensor:
+        """ρ̂/(1−ρ̂)·residual [B]: an estimate of ‖x − x̂‖₂, not a bound. Inf where ρ̂ ≥ 1."""
+        rate = self.contraction
+        return torch.where(rate < 1, rate / (1 - rate), math.inf) * self.residual_norm
+
+    @property
+    def error_bound(self) -> Tensor | None:
+        """k/(1−k)·residual [B] where the step certifies a Lipschitz constant k < 1, else None."""
+        k = self.record.lipschitz
+        return None if k is None or not 0 <= k < 1 else k / (1 - k) * self.residual_norm
+
+
+@dataclass(eq=False)
+class Record(Account):
+    """Per-sample account of one solve. Every tensor has the batch's shape, [B]."""
+
+    progress: Progress
+    batch: torch.Size
+    rate: Callable[[Tensor, Tensor], Tensor]  # the solver's contraction
+    path: str  # which backend and driver ran
+    failed: int  # samples that did not converge
+    evaluations: int = 0  # calls of g with any number of rows, those of the per_sample probe too
+    lipschitz: float | None = None  # certified by the step, for error_bound
+    adjoint: Record | None = None  # the backward solve's own record, filled by each backward
+
+    @property
+    def record(self) -> Record:  # type: ignore[override]
+        """Itself."""
+        return self
+
+    def count(self, status: Status) -> int:
+        """How many samples ended with this status."""
+        return int((self.status == status).sum())
+
+    def failures(self) -> str:
+        """A sentence per status other than CONVERGED, with counts and the first samples; or ''."""
+        parts = []
+        flat = self.status.reshape(-1)
+        for status in Status:
+            if status is Status.CONVERGED:
+                continue
+            samples = (flat == status).nonzero().reshape(-1)
+            if len(samples):
+                shown = ", ".join(str(int(i)) for i in samples[:8])
+                more = ", ..." if len(samples) > 8 else ""
+                parts.append(
+                    f"{len(samples)} of {flat.numel()} samples {status.name} "
+                    f"(samples {shown}{more}): {status.message}"
+                )
+        return " ".join(parts)

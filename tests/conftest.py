@@ -16,6 +16,7 @@ from products import perturbed
 
 from fpi_cuda import backends
 from fpi_cuda.backends import scratch
+from fpi_cuda.drivers import graph
 
 # "soak" is what `make soak` asks for. No database and no random seed: a run is repeatable.
 hypothesis.settings.register_profile(
@@ -96,6 +97,12 @@ def programs_take_the_cpu(monkeypatch):
     """On a machine with a GPU too: what a test runs of the benchmarks is about the CPU."""
     if "benchmarks.devices" in sys.modules:
         monkeypatch.setattr("benchmarks.devices.DEFAULT", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def strict_captures(monkeypatch):
+    """A fault of the package's own while it captures a graph is no reason to run eagerly."""
+    monkeypatch.setattr(graph, "STRICT", True)
 
 
 @pytest.fixture

@@ -434,7 +434,7 @@ def test_a_backward_inside_autocast_is_as_the_forward_was(order):
 def test_a_graph_of_one_backend_serves_no_other(monkeypatch):
     requests = []
     monkeypatch.setitem(graph.RECORDERS, "cpu", graph.RECORDERS["cuda"])
-    monkeypatch.setattr(graph, "solve", lambda request: requests.append(request) or "not here")
+    monkeypatch.setattr(graph, "find", lambda request: requests.append(request) or "not here")
     step, z = make(), images(2, (4, 4))
     backends = ("auto", "native", "reference")
     for backend in (*backends, "native"):

@@ -35,9 +35,9 @@ from fpi_cuda import (
     fixed_point,
 )
 from fpi_cuda.backends import native
-from fpi_cuda.record import Limits, Progress
 from fpi_cuda.drivers import whole
 from fpi_cuda.forms import ACTIVATIONS, DenseForm
+from fpi_cuda.record import Limits, Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

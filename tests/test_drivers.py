@@ -29,13 +29,13 @@ from fpi_cuda import (
     Picard,
     Status,
     Tolerance,
-    adjoint,
     backends,
     compat,
     fixed_point,
 )
 from fpi_cuda.backends import native
 from fpi_cuda.drivers import capture, eager, graph
+from fpi_cuda.solve import direction
 
 on_cuda = pytest.mark.skipif(
     not torch.cuda.is_available() or "cuda" not in backends.available()["native"],
@@ -567,7 +567,7 @@ class Kernels:
 @pytest.mark.parametrize("kernels", [None, Kernels], ids=["torch", "masked"])
 def test_a_step_of_convolutions(tape, monkeypatch, kernels, solver):
     if kernels:
-        monkeypatch.setattr(adjoint, "convolutions", lambda *_: kernels)
+        monkeypatch.setattr(direction, "convolutions", lambda *_: kernels)
     rows = "masked" if kernels else "whole batch"
     g = ConvStep(4, 2, hidden=(5,), output_activation="tanh", residual=0.1).double()
     for seed in range(3):

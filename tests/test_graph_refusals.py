@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import fpi_cuda
-from fpi_cuda import FixedPointLayer, Picard, fixed_point
+from fpi_cuda import FixedPointLayer, fixed_point
 from fpi_cuda.drivers import graph, kind
 
 pytestmark = pytest.mark.usefixtures("tape")
@@ -157,13 +157,12 @@ def test_arguments_elsewhere_are_refused(monkeypatch):
     for name in ("given", "own"):
         tensors = {"given": [problem()], "own": []}
         tensors[name].append(elsewhere)
-        request = graph.Request(
-            g=of_a_global, options=(), **tensors, solver=Picard(), limits=None, begin=None,
-            backend=fpi_cuda.backends.native,
-        )  # fmt: skip
+        request = types.SimpleNamespace(
+            map=types.SimpleNamespace(g=of_a_global), **tensors, backend=fpi_cuda.backends.native
+        )
         monkeypatch.setattr(graph._Cache, "everyone", weakref.WeakKeyDictionary())
         with pytest.warns(UserWarning, match=r"of shape \(\) that g takes .* move it to cpu"):
-            assert "is on meta" in graph.solve(request)
+            assert "is on meta" in graph.find(request)
 
 
 @pytest.mark.skipif(

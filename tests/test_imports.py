@@ -1,71 +1,85 @@
-"""The arrows of docs/design.md: nothing imports what is above it."""
+"""The arrows of docs/design.md: nothing imports what is above it, and no files form a circle."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import fpi_cuda
 
 PACKAGE = Path(fpi_cuda.__file__).parent
 
-# A room may import from rooms of a lower rank, and from itself.
-RANK = {
-    "_version": 0,
-    "_check": 0,
-    "_moved": 0,
-    "layout": 0,
-    "record": 0,
-    "_build": 1,
-    "forms": 1,
-    "solution": 3,  # reads the record that backends fill
-    "backends": 2,
-    "modules": 2,
-    "operators": 3,
-    "solvers": 4,
-    "evaluation": 5,
-    "drivers": 5,
-    "dense": 7,
-    "conv": 7,
-    "adjoint": 6,
-    "fixed_point": 7,
-    "_uncompiled": 8,
-    "steps": 8,
-    "layer": 8,
-    "contraction": 9,
-    "compat": 9,
-    "__init__": 10,
-}
-# The reference backend names the statuses that the record's codes stand for.
-ALLOWED = {("backends", "solution"), ("fixed_point", "_uncompiled")}
+# The floors, from the ground up. A room imports from floors below its own, and from itself.
+FLOORS = (
+    ("_check", "_moved", "_version", "layout", "modules", "record"),
+    ("_build", "forms", "operators", "options"),
+    ("backends", "solution", "state"),
+    ("drivers", "solvers"),
+    ("solve",),
+    ("_uncompiled", "adjoint"),
+    ("compat", "conv", "dense", "fixed_point", "steps"),
+    ("contraction", "layer"),
+    ("__init__",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imports(path: Path) -> set[Path]:
+    """Files of the package that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = (node.module or "").split(".") if node.module else []
+        if node.level:
+            base = path.parents[node.level - 1]
+        elif module[0] == "fpi_cuda":
+            base, module = PACKAGE, module[1:]
+        else:
+            continue
+        place = base.joinpath(*module)
+        for name in node.names:
+            for file in (place / f"{name.name}.py", place / name.name / "__init__.py"):
+                if file.exists():
+                    found.add(file)
+                    break
+            else:
+                file = place.with_suffix(".py")
+                found.add(file if file.exists() else place / "__init__.py")
+    return {file for file in found if file.exists()}
 
 
 def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported(path: Path) -> set[str]:
-    """Rooms of the package that a file imports."""
-    found = set()
-    depth = len(path.relative_to(PACKAGE).parts)
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            module = (node.module or "").split(".")
-            if node.level == depth or module[0] == "fpi_cuda":
-                module = module if node.level else module[1:]
-                names = [a.name for a in node.names]
-                found.update([module[0]] if module and module[0] else names)
-    return {name for name in found if name in RANK}
+ARROWS = {path: imports(path) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def test_nothing_imports_a_room_above_it():
-    wrong = []
-    for path in PACKAGE.rglob("*.py"):
-        here = room(path)
-        for there in imported(path):
-            if there != here and RANK[there] >= RANK[here] and (here, there) not in ALLOWED:
-                wrong.append(f"{path.relative_to(PACKAGE)} imports {there}")
+def test_every_room_has_a_floor():
+    assert {room(path) for path in ARROWS} == set(FLOOR)
+
+
+def test_nothing_imports_a_room_above_it_or_beside_it():
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {there.relative_to(PACKAGE)}"
+        for path, those in ARROWS.items()
+        for there in those
+        if room(there) != room(path) and FLOOR[room(there)] >= FLOOR[room(path)]
+    ]
     assert not wrong
 
 
+def test_no_files_import_each_other_in_a_circle():
+    try:
+        TopologicalSorter(ARROWS).prepare()
+    except CycleError as circle:
+        raise AssertionError(" -> ".join(str(p) for p in circle.args[1])) from None
+
+
 def test_the_walk_sees_imports():
-    assert imported(PACKAGE / "layer.py") >= {"fixed_point", "solution"}
-    assert imported(PACKAGE / "solvers" / "iterate.py") >= {"backends", "solution"}
+    def named(path):
+        return {room(p) for p in ARROWS[PACKAGE / path]}
+
+    assert named("layer.py") >= {"fixed_point", "solution"}
+    assert PACKAGE / "record.py" in ARROWS[PACKAGE / "drivers" / "eager.py"]
+    assert PACKAGE / "backends" / "native.py" in ARROWS[PACKAGE / "drivers" / "whole.py"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fpi_cuda.backends import native, reference
+from fpi_cuda.backends.scratch import Scratch
 from fpi_cuda.record import (
     ACTIVE,
     ITERATIONS,
@@ -21,7 +22,6 @@ from fpi_cuda.record import (
     Progress,
     accumulate_dtype,
 )
-from fpi_cuda.backends.scratch import Scratch
 from fpi_cuda.solution import Status
 
 # Rows around a vector's and a grain's width; 1, primes, one more than a power of two.

@@ -27,8 +27,8 @@ from fpi_cuda import (
     Tolerance,
     fixed_point,
 )
-from fpi_cuda.record import Limits, Progress
 from fpi_cuda.backends.scratch import Scratch
+from fpi_cuda.record import Limits, Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

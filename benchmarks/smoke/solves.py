@@ -26,8 +26,8 @@ from fpi_cuda import (
     Tolerance,
     backends,
 )
-from fpi_cuda.record import ACTIVE, STATUS
 from fpi_cuda.forms import ConvForm
+from fpi_cuda.record import ACTIVE, STATUS
 
 from .check import (
     Check,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import fpi_cuda
 from fpi_cuda.backends import native, triton
-from fpi_cuda.record import STATUS, Limits, Progress
 from fpi_cuda.forms import ConvForm
+from fpi_cuda.record import STATUS, Limits, Progress
 
 from .. import ceilings
 from ..clock import captured, interleave

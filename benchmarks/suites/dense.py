@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import fpi_cuda
-from fpi_cuda.record import Limits
 from fpi_cuda.drivers import whole
 from fpi_cuda.forms import DenseForm
+from fpi_cuda.record import Limits
 
 from .. import problems
 from ..clock import interleave

@@ -10,11 +10,10 @@ from types import ModuleType
 
 from torch import Tensor
 
+from ..options import BACKENDS as NAMES
 from . import native, reference, triton
 
 __all__ = ["NAMES", "available", "choose"]
-
-NAMES = ("auto", "reference", "native", "triton")
 
 
 def available() -> dict[str, tuple[str, ...]]:

@@ -6,6 +6,7 @@ Same signatures and meaning as in `reference`.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,11 +164,11 @@ def dense_refusal(form: DenseForm, x0: Tensor, history: int) -> str | None:
     return None
 
 
-def tf32_wanted(x: Tensor) -> bool:
-    """Whether torch is set to round the operands of products like x's to tf32."""
+def tf32_wanted(x: Tensor, switch: Any = torch.backends.cuda.matmul) -> bool:
+    """Whether torch is set to round to tf32 the operands of what the switch is for, like x's."""
     if x.device.type != "cuda" or x.dtype != torch.float32:
         return False
-    own: str = torch.backends.cuda.matmul.fp32_precision
+    own: str = switch.fp32_precision
     return (getattr(torch.backends, "fp32_precision", own) if own == "none" else own) == "tf32"
 
 

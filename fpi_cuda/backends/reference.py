@@ -28,8 +28,8 @@ from ..record import (
     STATUS,
     WINDOW,
     Progress,
+    Status,
 )
-from ..solution import Status
 
 NAME = "reference"
 

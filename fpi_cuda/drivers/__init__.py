@@ -1,17 +1,27 @@
 """Who decides that a solve goes on.
 
-The host (eager), the device by itself (graph), or one kernel that knows g (whole).
+The host (eager), the device by itself (graph), or one kernel that knows g (whole). Each says of a
+solve whether it takes it; `ORDER` is in which order they are asked, by the name the user gave.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from ..options import DRIVERS as NAMES
 from . import eager, graph, whole
+from .support import Driver, Solved, Support
 
-__all__ = ["NAMES", "check", "eager", "graph", "whole"]
+__all__ = ["NAMES", "ORDER", "Driver", "Solved", "Support", "check", "eager", "graph", "whole"]
 
-NAMES = ("auto", "eager", "graph", "whole")
+ORDER: dict[str, Sequence[Driver]] = {
+    "auto": (whole, eager),
+    "eager": (eager,),
+    "graph": (graph, eager),
+    "whole": (whole, eager),
+}
 
 
 def check(name: str, device: torch.device) -> None:

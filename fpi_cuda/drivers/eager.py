@@ -9,15 +9,187 @@ finished samples are frozen.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..solvers.iterate import read_now
+from .. import backends
+from ..layout import Layout
+from ..record import Limits, Progress, Record
+from .support import Solved, Support
 
-__all__ = ["LAG", "LateRead", "Slot", "reader", "refuse_capture"]
+__all__ = [
+    "LAG",
+    "Evaluation",
+    "LateRead",
+    "ReadNow",
+    "Slot",
+    "iterate",
+    "reader",
+    "refuse_capture",
+    "support",
+]
+
+
+def support(direction: Any, because: str) -> Support:
+    """The loop takes every solve."""
+    return _ALL
+
+
+def _solve(direction: Any, because: str) -> Solved:
+    options, start = direction.problem.options, direction.start
+    evaluate = direction.evaluation()
+    because = direction.refused or because
+    direction.measure()
+    x, record = iterate(
+        evaluate,
+        start,
+        direction.problem.batch_dims,
+        options.solver,
+        evaluate.steps or backends.choose(options.backend, start),
+        direction.limits,
+        floor=direction.floor,
+        skip=direction.skip,
+        read=reader(start, options.max_iterations),
+        driver=f"eager ({because})" if because else "eager",
+    )
+    record.evaluations = direction.seen.calls
+    return Solved(x, record)
+
+
+_ALL = Support(_solve)
+
+
+# Leaving samples out costs more than one iteration of them, up to about this many values (measured
+# with dense layers of 128 and 159 on 2 cores).
+WORTHWHILE = 2**17
+
+
+class Evaluation(Protocol):
+    """What the loop iterates: x ↦ g(x) on the rows it holds."""
+
+    compact_below: float  # leave finished samples out when active/rows falls below this; 0: never
+    masks: bool  # it leaves them out by itself
+    steps: Any  # the backend whose step operators read what it leaves; None: any backend's serve
+
+    def watch(self, progress: Progress, /) -> None:
+        """Called once, before the first call, with the record of the solve."""
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """g(x), shaped like x."""
+
+    def select(self, positions: Tensor, x: Tensor, /) -> Evaluation | None:
+        """The same for these rows only; None where g does not treat samples independently.
+
+        x is the next iterate of all rows, for checking that.
+        """
+
+
+def iterate(
+    evaluate: Evaluation,
+    x0: Tensor,
+    batch_dims: int,
+    solver: Any,
+    backend: Any,
+    limits: Limits,
+    *,
+    floor: Tensor | None = None,
+    skip: Tensor | None = None,
+    read: Reader | None = None,
+    driver: str = "eager",
+) -> tuple[Tensor, Record]:
+    """Iterate every sample to its own end.
+
+    Args:
+        evaluate: calls g.
+        x0: [*batch, *sample]; not written to.
+        batch_dims: number of leading batch dimensions.
+        solver: the hyper-parameters.
+        backend: the module with the step operators.
+        limits: the stop rule.
+        floor: [B], see `Progress`.
+        skip: bool [B]: samples that are left at x0 as converged, without an iteration.
+        read: None: at once.
+        driver: its name, for the record.
+
+    Returns:
+        The state shaped like x0, and the record with tensors shaped like the batch.
+    """
+    batch = x0.shape[:batch_dims]
+    layout = Layout(x0, batch_dims)
+    x = layout.rows(x0).clone()  # the solver's own buffer, updated in place
+    progress = Progress(x, limits, floor, skip)
+    held, failed = x.shape[0], 0
+    active = held if skip is None else held - int(skip.sum())
+    rest = before = active  # what decides on compaction: a count that no timing changes
+    evaluate.watch(progress)
+    rows = "masked" if evaluate.masks else "whole batch"
+    read = read or ReadNow()
+    below = evaluate.compact_below
+    update = None
+    rows_shape = tuple(batch)
+    state = layout.state(x, rows_shape)
+    while active:
+        # Where most of the active samples ended at once, the others are about to: what is left out
+        # would be left out of one iteration.
+        if rest <= below * held and (2 * rest >= before or (held - rest) * layout.n >= WORTHWHILE):
+            keep = progress.first_rows(rest) if read.late else progress.active_rows()
+            smaller = evaluate.select(keep, state)
+            below = 0.0 if smaller is None else smaller.compact_below
+            if smaller is not None:
+                evaluate, rows = smaller, "compacted"
+                progress.narrow(keep)
+                x = x.index_select(0, keep)
+                held = x.shape[0]
+                rows_shape = (held,)
+                state = layout.state(x, rows_shape)
+        gx = evaluate(state)
+        if update is None:
+            if not (layout.plain and gx.is_contiguous()):
+                # The layout that g itself returns costs no copy in any later iteration.
+                wanted = Layout(gx, len(rows_shape))
+                x = wanted.rows(state)
+                progress.out = wanted.rows(layout.state(progress.out, batch))
+                layout, state = wanted, wanted.state(x, rows_shape)
+            update = solver.start(backend, progress, progress.out)
+        update(x, layout.rows(gx))
+        before = rest
+        active, failed, rest = read(progress.tally)
+    record = Record(
+        progress=progress,
+        batch=batch,
+        rate=solver.contraction,
+        path=f"{backend.NAME}, {driver}, {rows}",
+        failed=failed,
+    )
+    return layout.state(progress.result(), batch), record
+
+
+class Reader(Protocol):
+    """How the loop learns of the tally."""
+
+    late: bool  # whether what it says may be old
+
+    def __call__(self, tally: Tensor, /) -> tuple[int, int, int]:
+        """Rows active and samples failed as far as is known, and rows that count for compaction.
+
+        The last are those of a step a fixed number before this one, whatever has arrived: bits must
+        not depend on timing.
+        """
+
+
+class ReadNow:
+    """Reads the tally at once: what holds after this step."""
+
+    late = False
+
+    def __call__(self, tally: Tensor) -> tuple[int, int, int]:
+        """Rows active, samples failed, rows active."""
+        active, failed, _ = tally.tolist()
+        return active, failed, active
+
 
 # Iterations that the host may be ahead of what it knows. One keeps the device busy wherever an
 # iteration lasts longer there than its launches here; one more absorbs the host's hiccups.
@@ -78,6 +250,8 @@ class LateRead:
         max_iterations: after so many reads nothing can follow, so the last waits for its own copy.
     """
 
+    late = True
+
     def __init__(self, slots: Sequence[Slot], rows: int, max_iterations: int) -> None:
         self._free = list(slots)
         self._ahead = len(slots) - 1
@@ -105,10 +279,10 @@ class LateRead:
         return self._known[0], self._known[1], self._counts.popleft()
 
 
-def reader(x: Tensor, max_iterations: int) -> Callable[[Tensor], tuple[int, int, int]]:
+def reader(x: Tensor, max_iterations: int) -> Reader:
     """How the loop reads the tally of a solve for a state like x, [B, ...]."""
     if x.device.type != "cuda":
-        return read_now
+        return ReadNow()
     refuse_capture()
     with torch.inference_mode(False):
         slots = [PinnedSlot() for _ in range(LAG + 1)]

@@ -6,16 +6,19 @@ to its own end, with the stop rule, the record and the solvers of the other driv
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..backends import native
 from ..forms import DenseForm
-from ..record import FAILED, ITERATION, STATUS, Limits, Progress
-from ..solution import Record, Status
-from ..solvers import Anderson, Solver
+from ..options import Solver
+from ..record import FAILED, ITERATION, Limits, Progress, Record
+from ..solution import warn
 from . import eager
+from .support import Solved, Support
 
-__all__ = ["refusal", "solve", "tf32_allowed"]
+__all__ = ["refusal", "solve", "support", "tf32_allowed"]
 
 TF32_RTOL = 2e-3  # the least rtol that is left to tf32; others are solved in float32
 
@@ -23,6 +26,36 @@ TF32_RTOL = 2e-3  # the least rtol that is left to tf32; others are solved in fl
 def tf32_allowed(limits: Limits) -> bool:
     """Whether tf32 is exact enough: it rounds at 4.9e-4, and residuals much below would be that."""
     return limits.rtol >= TF32_RTOL
+
+
+def support(direction: Any, because: str) -> Support:
+    """Takes a form of dense layers; says why not where the user asked for this driver."""
+    problem, x0 = direction.problem, direction.start
+    options = problem.options
+    insisted = options.driver == "whole"
+    # Known without a form, which takes g's weights to make.
+    if not insisted and (direction.map.form_dim != 2 or x0.dim() != 2):
+        return _NOT_DENSE
+    form = direction.form
+    if isinstance(form, DenseForm):
+        lacking = refusal(form, x0, options.backend, options.solver)
+    else:
+        lacking = "g is not of dense layers alone"
+    if lacking is None:
+        return Support(_solve)
+    if insisted and not direction.higher:
+        warn(f'{problem.name}: driver="whole" is not possible: {lacking}', UserWarning)
+    return Support(reason=f"not whole: {lacking}" if isinstance(form, DenseForm) else "")
+
+
+_NOT_DENSE = Support()
+
+
+def _solve(direction: Any, because: str) -> Solved:
+    direction.measure()
+    options = direction.problem.options
+    given = direction.form, direction.start, options.solver, direction.limits
+    return Solved(*solve(*given, direction.floor, direction.skip))
 
 
 def refusal(form: DenseForm, x0: Tensor, backend: str, solver: Solver) -> str | None:
@@ -38,13 +71,15 @@ def refusal(form: DenseForm, x0: Tensor, backend: str, solver: Solver) -> str | 
         return "tensors on several devices"
     if any(t.dtype != x0.dtype for t in form.tensors if t.dim() > 0):
         return "tensors of several dtypes"
+    if not hasattr(solver, "mixing"):
+        return f"the kernel has no {type(solver).__name__}"
     return native.dense_refusal(form, x0, solver.history)
 
 
 def solve(
     form: DenseForm,
     x0: Tensor,
-    solver: Solver,
+    solver: Any,
     limits: Limits,
     floor: Tensor | None = None,
     skip: Tensor | None = None,
@@ -64,18 +99,11 @@ def solve(
     if x0.device.type == "cuda":
         eager.refuse_capture()
     x0 = x0.contiguous()
-    progress = Progress(x0, limits, floor)
-    if skip is not None:
-        progress.counters[:, STATUS].masked_fill_(skip, Status.CONVERGED + 1)
-        progress.out.copy_(x0)
-    ridge, restart = 0.0, 0.0
-    if isinstance(solver, Anderson):
-        ridge, restart = solver.ridge_for(x0.dtype), solver.restart
+    progress = Progress(x0, limits, floor, skip)
+    history, beta, ridge, restart = solver.mixing(x0.dtype)
     tf32 = native.tf32_wanted(x0) and tf32_allowed(limits)
-    native.dense_solve(progress, x0, form, solver.beta, solver.history, ridge, restart, tf32, slots)
+    native.dense_solve(progress, x0, form, beta, history, ridge, restart, tf32, slots)
     tally = progress.tally.tolist()
-    out = progress.out
-    del progress.out  # the record outlives the solve; the state belongs to the caller
     record = Record(
         progress=progress,
         batch=x0.shape[:1],
@@ -84,4 +112,4 @@ def solve(
         failed=tally[FAILED],
         evaluations=tally[ITERATION],
     )
-    return out, record
+    return progress.result(), record

@@ -105,8 +105,7 @@ class DenseForm:
     @property
     def tensors(self) -> list[Tensor]:
         """All it holds."""
-        found = (getattr(self, f.name) for f in dataclasses.fields(self))
-        return [t for t in found if isinstance(t, Tensor)]
+        return [t for t in vars(self).values() if isinstance(t, Tensor)]
 
     def opened(self) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
         """g(x, *per_sample) and those tensors: the loop may leave samples of them out."""

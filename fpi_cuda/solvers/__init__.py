@@ -1,8 +1,6 @@
-"""One algorithm a file; the loop that runs them stands once, in `iterate`."""
+"""One algorithm a file, as a frozen record of its hyper-parameters (`options.Solver`)."""
 
 from .anderson import Anderson
-from .picard import Picard
+from .picard import Mixing, Picard
 
-Solver = Picard | Anderson
-
-__all__ = ["Anderson", "Picard", "Solver"]
+__all__ = ["Anderson", "Mixing", "Picard"]

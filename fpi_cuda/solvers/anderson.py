@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._check import check_beta, check_whole
 from ..backends.scratch import Scratch
 from ..record import Progress
-from ._check import check_beta
-from .picard import Picard, Step
+from .picard import Mixing, Picard, Update
 
 _RIDGE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 
@@ -42,11 +42,7 @@ class Anderson:
 
     def __post_init__(self) -> None:
         check_beta("Anderson", self.beta)
-        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 1:
-            raise ValueError(
-                f"Anderson: history must be a whole number >= 1 (got {self.history!r}); "
-                "5 is a good start, 1 is Picard"
-            )
+        check_whole("Anderson", "history", self.history, advice="; 5 is a good start, 1 is Picard")
         if self.ridge is not None and not 0 <= self.ridge < 1:
             raise ValueError(
                 f"Anderson: ridge must lie in [0, 1) (got {self.ridge!r}); it is relative to the "
@@ -64,27 +60,28 @@ class Anderson:
         """The ridge that holds for a state of this dtype."""
         return _RIDGE[dtype] if self.ridge is None else self.ridge
 
-    def start(self, backend: Any, progress: Progress, x: Tensor) -> Step:
-        """The step `(x, gx) -> None` that moves x [R, N] in place; owns the window."""
+    def mixing(self, dtype: torch.dtype) -> Mixing:
+        """What the kernels take for a state of this dtype."""
+        return Mixing(self.history, self.beta, self.ridge_for(dtype), self.restart)
+
+    def start(self, backend: Any, progress: Progress, x: Tensor) -> Update:
+        """The update `(x, gx) -> None` that moves x [R, N] in place; owns the window."""
         if self.history == 1:
             return Picard(self.beta).start(backend, progress, x)
         b, n = x.shape
         m = self.history
-        ridge = self.ridge_for(x.dtype)
+        _, beta, ridge, restart = self.mixing(x.dtype)
         # Rings by sample, not by row: compaction moves no history.
         scratch = Scratch()
         values = scratch.empty((b, m, n), x.dtype, x.device)
         residuals = scratch.empty((b, m, n), x.dtype, x.device)
         gram = scratch.empty((b, m, m), progress.dtype, x.device)
 
-        def step(x: Tensor, gx: Tensor) -> None:
-            backend.anderson_step(
-                progress, x, gx, self.beta, ridge, self.restart, values, residuals, gram
-            )
+        def update(x: Tensor, gx: Tensor) -> None:
+            backend.anderson_step(progress, x, gx, beta, ridge, restart, values, residuals, gram)
 
-        step.scratch = scratch  # type: ignore[attr-defined]  # back to the pool with the step
-
-        return step
+        update.scratch = scratch  # type: ignore[attr-defined]  # back to the pool with the update
+        return update
 
     def contraction(self, ring: Tensor, iterations: Tensor) -> Tensor:
         """[B]: the largest secant ratio ‖g(xᵢ)−g(xⱼ)‖/‖xᵢ−xⱼ‖ over the last iterates.

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._check import check_beta
 from ..record import RING, Progress
-from ._check import check_beta
 
-Step = Callable[[Tensor, Tensor], None]
+Update = Callable[[Tensor, Tensor], None]
+
+
+class Mixing(NamedTuple):
+    """What the kernels are told of a solver."""
+
+    history: int = 1
+    beta: float = 1.0
+    ridge: float = 0.0
+    restart: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,14 +48,18 @@ class Picard:
         """Iterations without progress before a sample at the rounding level counts as stalled."""
         return 10
 
-    def start(self, backend: Any, progress: Progress, x: Tensor) -> Step:
-        """The step `(x, gx) -> None` that moves x [R, N] in place."""
+    def mixing(self, dtype: torch.dtype) -> Mixing:
+        """What the kernels take for a state of this dtype."""
+        return Mixing(beta=self.beta)
+
+    def start(self, backend: Any, progress: Progress, x: Tensor) -> Update:
+        """The update `(x, gx) -> None` that moves x [R, N] in place."""
         del x
 
-        def step(x: Tensor, gx: Tensor) -> None:
+        def update(x: Tensor, gx: Tensor) -> None:
             backend.picard_step(progress, x, gx, self.beta)
 
-        return step
+        return update
 
     def contraction(self, ring: Tensor, iterations: Tensor) -> Tensor:
         """[B]: the geometric mean of the last residual ratios, taken back from the damped map to g.

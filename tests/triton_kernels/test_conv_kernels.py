@@ -10,11 +10,11 @@ import pytest
 import torch
 from interpreted import INTERPRETED, interpreter
 
-from fpi_cuda.record import ACTIVE, STATUS, Limits, Progress
 from fpi_cuda.backends.triton import configs, conv, tune
 from fpi_cuda.backends.triton.configs import Config, Shape
 from fpi_cuda.forms.activations import ACTIVATIONS
 from fpi_cuda.forms.conv import ConvForm
+from fpi_cuda.record import ACTIVE, STATUS, Limits, Progress
 
 # Of the largest value; the interpreter rounds to bfloat16 by cutting bits off.
 TOLERANCE = {

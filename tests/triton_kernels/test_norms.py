@@ -15,11 +15,11 @@ from fpi_cuda import (
     Tolerance,
     fixed_point,
 )
-from fpi_cuda import adjoint as solves
 from fpi_cuda.backends import available, native, triton
 from fpi_cuda.backends.triton import configs, conv, steps
 from fpi_cuda.backends.triton.configs import Config
 from fpi_cuda.drivers import capture
+from fpi_cuda.solve import direction
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason='the CPU, where "auto" has native steps')
 
@@ -30,7 +30,7 @@ def as_on_a_device(monkeypatch):
     if "cpu" not in available()["native"]:
         pytest.skip("this build has no native kernels for the CPU")
     monkeypatch.setattr(
-        solves,
+        direction,
         "convolutions",
         lambda backend, form, x: conv if backend in ("auto", "triton") else None,
     )

@@ -18,8 +18,8 @@ from test_primitives import DTYPES, FOREVER, close, oracle_of, poisoned, same_bi
 
 from fpi_cuda import Anderson, Picard, Status, backends, fixed_point
 from fpi_cuda.backends import reference, triton
-from fpi_cuda.record import HEAD, ITERATIONS, RESIDUAL, STATUS, WINDOW, Limits, Progress
 from fpi_cuda.backends.triton import steps
+from fpi_cuda.record import HEAD, ITERATIONS, RESIDUAL, STATUS, WINDOW, Limits, Progress
 
 
 def cut(n, dtype):

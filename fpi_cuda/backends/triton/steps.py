@@ -31,8 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import record as progress
-from ...record import Progress
-from ...solution import Status
+from ...record import Progress, Status
 from . import MAX_HISTORY
 from .language import bound
 

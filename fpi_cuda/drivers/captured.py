@@ -1,0 +1,224 @@
+"""One kind of solve, captured: what comes before the loop, one iteration, and what follows."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .. import backends
+from ..layout import Layout
+from ..record import STATUS, Progress, accumulate_dtype
+from .capture import Recorder
+from .eager import Evaluation
+
+__all__ = ["CHANGING", "Captured", "Changing", "Random", "Refused", "Request"]
+
+
+class Refused(Exception):
+    """Why a solve can't be captured."""
+
+
+class Changing(Refused):
+    """Its key is another one after each run of g."""
+
+
+class Random(Refused):
+    """g draws random numbers on the device: an error, whoever drives."""
+
+
+RANDOM = (
+    "g draws random numbers, and a graph would draw the same ones in every iteration; freeze "
+    'dropout (one mask a solve, as an input), call g.eval(), or use driver="eager"'
+)
+CHANGING = (
+    "g changes Python values that it can read whenever it runs (a counter, say), and a graph would "
+    'not; keep them outside g or in tensors that a solve does not change, or use driver="eager"'
+)
+DRAWN_ON_HOST = (
+    "random numbers were drawn on the host while g ran (by torch, Python or numpy), and a graph "
+    "would go on with the first ones; draw them outside g and pass them in, or call g.eval()"
+)
+
+
+class Request:
+    """One solve, said so that it can be captured.
+
+    Attributes:
+        given: what is copied in at every launch; the first is where the iteration starts.
+        own: g's own parameters, used where they are.
+        options: all that fixes what is computed, beside g and the tensors.
+    """
+
+    def __init__(self, direction: Any) -> None:
+        problem, self.map = direction.problem, direction.map
+        self.direction = direction
+        options = problem.options
+        self.solver, self.limits = options.solver, direction.limits
+        self.backend = backends.choose(options.backend, direction.start)
+        self._n, self._m = len(direction.given), self.map.n_params
+        params = direction.params
+        self.given = [*direction.given, *params[: self._m], *self.map.buffers]
+        self.own = [t.detach() for t in params[self._m :]]
+        self.options = (
+            *(direction.adjoint, problem.tuple_state, self.map.n_inputs, self._m),
+            *(problem.context.autocast_dtype, options.adjoint.failed, options.backend),
+            *direction.need,
+        )
+
+    def around(self, static: Sequence[Tensor]) -> Any:
+        """The direction with the static copies of `given`."""
+        at = self._n + self._m
+        map = self.map.around(static[at:])
+        params = [*static[self._n : at], *self.own]
+        return self.direction.around(static[: self._n], params, map)
+
+
+class Captured:
+    """One kind of solve on its static tensors. Holds nothing of g but what the device runs."""
+
+    def __init__(self, recorder: Recorder, request: Request, key: Callable[[Request], Any]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self._lock = threading.Lock()
+            self._outputs: list[Tensor | None] = []
+            self._static = [t.detach().clone() for t in request.given]
+            self._build(recorder, request, key)
+
+    def _build(self, recorder: Recorder, request: Request, key: Callable[[Request], Any]) -> None:
+        static, adjoint = self._static, request.direction.adjoint
+        start = static[0]
+        b = start.shape[0]
+        self._batch = start.shape[:1]
+        layout = Layout(start)
+        backend = request.backend
+
+        def look() -> None:
+            nonlocal layout, backend
+            evaluate = request.around(static).evaluation()
+            backend = evaluate.steps or backend
+            evaluate.watch(Progress(start, request.limits))  # as in `prepare`: the same kernels
+            layout = Layout(evaluate(start))  # the layout that g returns costs no copies
+
+        def watched() -> None:
+            watch = Watch((*static, *request.own))
+            with watch:
+                look()
+            watch.check()
+
+        before, on_host = recorder.random_state(), _random_on_host()
+        recorder.warm_up(look)  # what g makes at its first call and keeps is there from now on
+        if not torch.equal(before, recorder.random_state()):
+            recorder.restore_random_state(before)
+            raise Random(RANDOM)
+        if on_host != _random_on_host():
+            raise Refused(DRAWN_ON_HOST)
+        self.key = key(request)
+        recorder.warm_up(watched)
+        if self.key != key(request):
+            raise Changing(CHANGING)
+
+        self._layout = layout
+        x = layout.rows(start).clone()
+        floor = x.new_zeros(b, dtype=accumulate_dtype(x.dtype)) if adjoint else None
+        self._progress = progress = Progress(x, request.limits, floor)
+        update = request.solver.start(backend, progress, progress.out)
+        state = layout.state(x, (b,))
+        made: list[tuple[Any, Evaluation]] = []
+
+        def prepare() -> None:
+            direction = request.around(static)
+            direction.floor = floor
+            evaluate = direction.evaluation()
+            made[:] = [(direction, evaluate)]
+            evaluate.watch(progress)
+            x.copy_(layout.rows(start))
+            for t in (progress.counters, progress.scalars, progress.tally):
+                t.zero_()
+            if floor is not None:
+                torch.linalg.vector_norm(start.reshape(b, -1).to(floor.dtype), dim=1, out=floor)
+                progress.skip(floor == 0, x)
+
+        def iterations() -> None:
+            for _ in range(recorder.unroll):  # where none is needed it changes nothing
+                update(x, layout.rows(made[0][1](state)))
+
+        def finish() -> None:
+            direction = made[0][0]
+            keep = direction.kept(progress.counters[:, STATUS] - 1)
+            self._outputs = list(direction.outputs(layout.state(progress.out, (b,)), keep))
+
+        parts = (prepare, iterations, finish) if adjoint else (prepare, iterations)
+        for _ in range(2):  # whatever g or a library does at its first and second call is done
+            for part in parts:
+                recorder.warm_up(part)
+        made.clear()
+        self._outputs.clear()
+        for part in parts:
+            recorder.record(part)
+        rows = "masked" if made[0][1].masks else "whole batch"
+        self.path = f"{backend.NAME}, graph{recorder.note}, {rows}"
+        self._launch = recorder.loop(progress.tally, request.limits.max_iterations)
+        self._used = x, update  # the device's own: nothing here reads them again
+
+    def __call__(self, given: Sequence[Tensor]) -> tuple[Tensor, Progress, list[Tensor | None]]:
+        """Solve; what is returned belongs to the caller."""
+        progress = self._progress
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            torch._foreach_copy_(self._static, [t.detach() for t in given])
+            self._launch()
+            x = self._layout.state(progress.out.clone(), self._batch)
+            outputs = [None if t is None else t.clone() for t in self._outputs]
+            found = copy.copy(progress)
+            found.result()
+            for name in ("counters", "scalars", "tally"):
+                setattr(found, name, getattr(progress, name).clone())
+            found.tally = found.tally.cpu()  # the one wait: nobody else's launch may come before
+        return x, found, outputs
+
+
+def _random_on_host() -> tuple[Any, ...]:
+    numpy: Any = sys.modules.get("numpy")
+    state = numpy.random.get_state(legacy=False) if numpy else None
+    return torch.get_rng_state().tolist(), random.getstate(), repr(state)
+
+
+class Watch(TorchDispatchMode):
+    """Finds tensors that g captured: a graph would go on with them after they were replaced."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = {self._storage(t) for t in known}
+        self._foreign: Tensor | None = None
+
+    @staticmethod
+    def _storage(t: Tensor) -> int:
+        return t.untyped_storage()._cdata  # type: ignore[no-any-return]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten.lift_fresh.default:  # a constant made just now
+            for t in tree_leaves((args, kwargs)):
+                # A number on its way into a kernel comes as a CPU scalar.
+                number = isinstance(t, Tensor) and t.dim() == 0 and t.device.type == "cpu"
+                if isinstance(t, Tensor) and not number and self._storage(t) not in self._known:
+                    self._foreign = t
+        out = func(*args, **kwargs)
+        self._known.update(self._storage(t) for t in tree_leaves(out) if isinstance(t, Tensor))
+        return out
+
+    def check(self) -> None:
+        """Raise if there was one."""
+        if (t := self._foreign) is not None:
+            raise Refused(
+                f"g captures a tensor of shape {tuple(t.shape)} on {t.device}, which may be "
+                "replaced behind the graph's back; pass it in `inputs` or `params`, or register it "
+                "as a buffer"
+            )

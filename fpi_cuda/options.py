@@ -1,0 +1,149 @@
+"""How a solve is done: everything of it but g and the tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ._check import check_whole
+from .record import Progress
+
+__all__ = ["BACKENDS", "DRIVERS", "Adjoint", "Options", "Solver", "Tolerance"]
+
+BACKENDS = ("auto", "reference", "native", "triton")
+DRIVERS = ("auto", "eager", "graph", "whole")
+
+_RTOL = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_ATOL = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """When a sample has converged: ‖g(x) − x‖₂ ≤ atol·√N + rtol·‖g(x)‖₂.
+
+    Args:
+        rtol: relative tolerance; None takes the state dtype's default (float64 1e-6, float32 1e-4,
+            float16 2e-3, bfloat16 1e-2).
+        atol: absolute tolerance for each value; None likewise (1e-12, 1e-6, 1e-3, 1e-3), so that a
+            fixed point at zero converges. The adjoint takes 0 by default: a gradient has no scale.
+
+    `Tolerance(0, 0)` asks for `max_iterations` iterations (fewer only where a residual is exactly
+    zero); such a solve never fails for want of convergence.
+
+    Raises:
+        ValueError: a tolerance is negative or not finite.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if value is not None and not (0 <= value < math.inf):
+                raise ValueError(
+                    f"Tolerance: {name} must be a finite number >= 0 (got {value!r}); None takes "
+                    "the default of the state's dtype"
+                )
+
+    def resolve(self, dtype: torch.dtype, *, adjoint: bool = False) -> tuple[float, float]:
+        """The (rtol, atol) that hold for a state of this dtype."""
+        rtol = _RTOL[dtype] if self.rtol is None else self.rtol
+        default_atol = 0.0 if adjoint else _ATOL[dtype]
+        return rtol, default_atol if self.atol is None else self.atol
+
+
+class Solver(Protocol):
+    """An algorithm: `Picard`, `Anderson`, or any object with these."""
+
+    @property
+    def history(self) -> int:
+        """Iterates that it looks at; 1: the last alone."""
+
+    @property
+    def patience(self) -> int:
+        """Iterations without progress before a sample at the rounding level counts as stalled."""
+
+    def start(self, backend: Any, progress: Progress, x: Tensor, /) -> Any:
+        """The update `(x, gx) -> None` that moves x, [R, N], in place, for one solve."""
+
+    def contraction(self, ring: Tensor, iterations: Tensor, /) -> Tensor:
+        """[B]: the measured rate of g, from what the update left in the record's ring."""
+
+
+class Adjoint(Protocol):
+    """How a fixed point is differentiated: `ImplicitAdjoint`, or any object with these."""
+
+    @property
+    def failed(self) -> str:
+        """What becomes of the gradient of samples that failed: "mask" or "use"."""
+
+    def attach(self, problem: Any, x0: Tensor, tensors: Any, report: Any, /) -> Tensor:
+        """The problem solved from x0; x̂ attached to the tensors."""
+
+    def transposed(self, problem: Any, /) -> Any:
+        """The problem whose solution is the gradient at g(x̂), for an `attach` by the node."""
+
+
+class Options(NamedTuple):
+    """The options of `fixed_point`, under their names there."""
+
+    solver: Solver
+    adjoint: Adjoint
+    tolerance: Tolerance
+    max_iterations: int
+    backend: str
+    on_failure: str
+    per_sample: bool | str
+    driver: str
+
+    def check(self) -> None:
+        """Raise unless every option is in its range."""
+        check_parts("fixed_point", self.solver, self.tolerance, self.max_iterations)
+        if not _has(self.adjoint, _ADJOINT):
+            raise TypeError(
+                f"fixed_point: adjoint must be an ImplicitAdjoint (got {self.adjoint!r})"
+            )
+        for value, (name, allowed) in zip(self[4:], _ALLOWED, strict=True):
+            if value not in allowed:
+                raise ValueError(f"fixed_point: {name} must be one of {allowed} (got {value!r})")
+
+
+# The last options, in order.
+_ALLOWED: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("backend", BACKENDS),
+    ("on_failure", ("warn", "raise", "return")),
+    ("per_sample", ("auto", True, False)),
+    ("driver", DRIVERS),
+)
+
+
+def check_parts(
+    owner: str, solver: Any, tolerance: Any, max_iterations: Any, own: bool = True
+) -> None:
+    """Raise unless these are what they must be; own False: None stands for another solve's."""
+    if (own or solver is not None) and not _has(solver, _SOLVER):
+        kinds = "Picard(...) or Anderson(...)" if own else "Picard or Anderson"
+        raise TypeError(f"{owner}: solver must be {kinds} (got {solver!r})")
+    if (own or tolerance is not None) and not isinstance(tolerance, Tolerance):
+        advice = "; write Tolerance(rtol=1e-4)" if own else ""
+        raise TypeError(f"{owner}: tolerance must be a Tolerance (got {tolerance!r}){advice}")
+    if own or max_iterations is not None:
+        check_whole(owner, "max_iterations", max_iterations)
+
+
+_SOLVER = attrgetter("start", "patience", "contraction", "history")
+_ADJOINT = attrgetter("attach", "transposed", "failed")
+
+
+def _has(value: Any, attributes: attrgetter[Any]) -> bool:
+    try:
+        attributes(value)
+    except AttributeError:
+        return False
+    return not isinstance(value, type)

@@ -1,0 +1,1 @@
+"""A solve: what it is (problem), in which direction, by whom (route), and its autograd node."""

@@ -1,0 +1,289 @@
+"""In which direction a problem is solved: forward, or backward for the adjoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.native import tf32_wanted
+from ..drivers.eager import Evaluation
+from ..drivers.whole import tf32_allowed
+from ..forms import ConvForm, Form
+from ..operators import transforming
+from ..record import MASKED, Limits, accumulate_dtype
+from .evaluation import Direct, Linearised, Masked, Seen, convolutions
+from .independence import PerSample
+from .maps import Map, TransposedMap, UserMap
+from .problem import Problem
+
+
+class Direction:
+    """A problem with its tensors: all that a driver asks of a solve.
+
+    Attributes:
+        start: where the iteration starts, [*batch, *sample].
+        given: what comes before the shared tensors, `start` first.
+        params: the shared tensors: those the user passed, then a module's own.
+        map: the map whose fixed point or whose adjoint is sought.
+        need: positions of the tensors whose gradients follow the solve.
+        adjoint: whether the solve starts at v: relative to ‖v‖, and done where that is zero.
+        higher: whether it is part of a derivative of higher order.
+        floor: an adjoint's ‖v‖, [B]; skip: bool [B], the samples where that is zero, or None.
+        seen: what its evaluations find out.
+        refused: why the layers of g are not used, once `form` was asked for.
+    """
+
+    given: Sequence[Tensor]
+    need: Sequence[int] = ()
+    adjoint = False
+    higher = False
+    floor: Tensor | None = None
+    skip: Tensor | None = None
+    refused = ""
+    _looked = False
+    _form: Form | None
+
+    def __init__(self, problem: Problem, map: Map, start: Tensor, params: Sequence[Tensor]) -> None:
+        self.problem, self.map, self.start, self.params = problem, map, start, params
+        self.seen = Seen()
+        self.limits = self._limits()
+
+    def around(self, given: Sequence[Tensor], params: Sequence[Tensor], map: UserMap) -> Direction:
+        """The same solve with other tensors, for a graph: no host looks at its samples."""
+        raise NotImplementedError
+
+    def measure(self) -> None:
+        """Find floor and skip; an adjoint waits for the device."""
+
+    def _look(self) -> Form | None:
+        raise NotImplementedError
+
+    def _opaque(self) -> Evaluation:
+        raise NotImplementedError
+
+    def outputs(self, x: Tensor, keep: Tensor | None) -> Sequence[Tensor | None]:
+        """What follows the loop: the gradients."""
+        raise NotImplementedError
+
+    @property
+    def form(self) -> Form | None:
+        """The map as known layers, where it is no more than that; looked for once."""
+        if not self._looked:
+            self._looked = True
+            self._form = self._look()
+        return self._form
+
+    def evaluation(self) -> Evaluation:
+        """What a loop calls: the form where there is one, else the map with its tensors."""
+        form, problem = self.form, self.problem
+        if form is None:
+            return self._opaque()
+        if isinstance(form, ConvForm):
+            kernels = convolutions(problem.options.backend, form, self.start)
+            if kernels is not None:
+                wanted = tf32_wanted(self.start, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+                # Anderson's step measures r all the same.
+                norms = problem.options.solver.history == 1
+                tf32 = wanted and tf32_allowed(self.limits)
+                return Masked(self.seen, kernels, form, self.start, tf32=tf32, norms=norms)
+        g, inputs = form.opened()  # what does not depend on x stays out of the loop
+        return Direct(problem.context, self.seen, g, inputs, PerSample(True, g))
+
+    def _layers(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
+        problem, dim = self.problem, self.map.form_dim
+        if dim == 0:
+            return None
+        assert isinstance(self.map, UserMap)
+        if problem.batch_dims != 1 or transforming():
+            reason = "under a torch.func transform"
+        elif problem.context.autocast_dtype is not None:
+            reason = "autocast"
+        elif problem.tuple_state:
+            reason = "a tuple state"
+        elif dim != x.dim():
+            reason = f"a state of {x.dim()} dimensions"
+        else:
+            found = self.map.form(x, inputs, params)
+            if found is not None:
+                return found
+            reason = "g does more than its layers"
+        self.refused = f"layers not used: {reason}"
+        return None
+
+    def _independence(self) -> PerSample | None:
+        """What is known of whether g treats samples independently; None: don't ask."""
+        problem = self.problem
+        if problem.batch_dims != 1:
+            return None
+        return PerSample(problem.options.per_sample, problem.map.user.g)
+
+    def _limits(self) -> Limits:
+        """The stop rule."""
+        options, dtype = self.problem.options, self.start.dtype
+        size = self.start.shape[self.problem.batch_dims :].numel()
+        root = math.sqrt(size)
+        rtol, atol = options.tolerance.resolve(dtype, adjoint=self.adjoint)
+        rounding = 8 * torch.finfo(dtype).eps * root  # 16 roundings
+        # A fixed count runs to its end, at the rounding level too.
+        patience = options.max_iterations if rtol == atol == 0 else options.solver.patience
+        return Limits(rtol, atol * root, rounding, patience, options.max_iterations)
+
+    def kept(self, status: Tensor) -> Tensor | None:
+        """Bool, shaped like status: the samples whose gradient is not masked; None: all."""
+        if self.problem.options.adjoint.failed == "use":
+            return None
+        keep = torch.ones_like(status, dtype=torch.bool)
+        for masked in MASKED:
+            keep &= status != masked
+        if self.floor is not None:  # a NaN that came with the loss goes on
+            keep |= ~self.floor.isfinite().view_as(keep)
+        return keep
+
+
+class Forward(Direction):
+    """x = g(x, z; θ) (paper eq. 4)."""
+
+    def __init__(
+        self, problem: Problem, x0: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]
+    ) -> None:
+        super().__init__(problem, problem.map, x0, params)
+        self.inputs = inputs
+        self.given = [x0, *inputs]
+
+    def around(self, given: Sequence[Tensor], params: Sequence[Tensor], map: UserMap) -> Forward:
+        """See `Direction`."""
+        x0, *inputs = given
+        return Forward(self.problem._replace(map=map), x0, inputs, params)
+
+    def _look(self) -> Form | None:
+        """The form, unless g has closure tensors: the first call of g finds those out."""
+        if self.map.form_dim == 0:
+            return None
+        with self.problem.context.grad():
+            form = self._layers(self.start, self.inputs, self.params)
+        closure = form is not None and any(t.requires_grad for t in form.tensors)
+        return None if closure and self.problem.context.grad_enabled else form
+
+    def _opaque(self) -> Evaluation:
+        context = self.problem.context
+        with context.autocast():
+            g = self.map.bind(self.params)
+        return Direct(context, self.seen, g, self.inputs, self._independence())
+
+    def outputs(self, x: Tensor, keep: Tensor | None) -> Sequence[Tensor | None]:
+        """None."""
+        return ()
+
+
+class Backward(Direction):
+    """c = (∂g/∂x)ᵀ c + v at x̂ (paper eq. 9), g linearised once; then (∂g/∂tensor)ᵀ c (eq. 11).
+
+    Args:
+        problem: the adjoint's; its map transposes g's.
+        x: x̂.
+        v: the gradient that comes in.
+        tensors: g's, per sample and then shared.
+        need: positions in `tensors`.
+        higher: see `Direction`.
+        compacting: whether finished samples may be left out.
+    """
+
+    adjoint = True
+
+    def __init__(
+        self,
+        problem: Problem,
+        x: Tensor,
+        v: Tensor,
+        tensors: Sequence[Tensor],
+        need: Sequence[int] = (),
+        *,
+        higher: bool = False,
+        compacting: bool = True,
+    ) -> None:
+        assert isinstance(problem.map, TransposedMap)
+        inner = problem.map.inner
+        n = inner.n_inputs
+        super().__init__(problem, inner, v, tensors[n:])
+        self.x, self.v, self.need, self.higher, self.compacting = x, v, need, higher, compacting
+        self.given = [v, x, *tensors[:n]]
+        leaves = [t.detach() for t in tensors]  # without their graph
+        self._wanted = [leaves[i].requires_grad_() for i in need]
+        self._inputs, self._params = leaves[:n], leaves[n:]
+        self._y: Tensor | None = None  # g(x̂), attached to the leaves
+
+    def measure(self) -> None:
+        """‖v‖, and the samples where it is zero."""
+        b = self.problem.batch_dims
+        rows = self.v.reshape(self.v.shape[:b].numel(), self.v.shape[b:].numel())
+        self.floor = torch.linalg.vector_norm(rows.to(accumulate_dtype(rows.dtype)), dim=1)
+        self.skip = None if bool(self.floor.all()) else self.floor == 0
+
+    def around(self, given: Sequence[Tensor], params: Sequence[Tensor], map: UserMap) -> Backward:
+        """See `Direction`."""
+        v, x, *inputs = given
+        problem = self.problem._replace(map=TransposedMap(map))
+        return Backward(problem, x, v, [*inputs, *params], self.need, compacting=False)
+
+    def _look(self) -> Form | None:
+        if self.higher:
+            return None
+        with torch.enable_grad():
+            form = self._layers(self.x, self._inputs, self._params)
+            if form is None:
+                return None
+            self._y, transposed = form.linearised(self.x.detach().requires_grad_())
+            return transposed.plus(self.v)
+
+    def _opaque(self) -> Evaluation:
+        context, lone = self.problem.context, self.compacting and not self.higher
+        with torch.enable_grad(), context.autocast():
+            g = self.map.bind(self._params)
+        evaluate = Linearised(
+            *(context, self.seen, g, self.x, self.v, self._inputs),
+            self._independence() if self.compacting else None,
+            self._unattached if lone else None,
+        )
+        self._y = evaluate.y
+        return evaluate
+
+    def _unattached(self) -> Any:
+        with torch.no_grad(), self.problem.context.autocast():
+            return self.map.bind([t.detach() for t in self.params])
+
+    def outputs(self, x: Tensor, keep: Tensor | None) -> Sequence[Tensor | None]:
+        """C without the samples that failed, and the gradients by it."""
+        c, y = masked(x, keep), self._y
+        if not self._wanted or y is None or not y.requires_grad:
+            return [c, *[None] * len(self._wanted)]
+        return [c, *torch.autograd.grad(y, self._wanted, c, allow_unused=True)]
+
+
+def direction_of(problem: Problem, x0: Tensor, tensors: Sequence[Tensor]) -> Direction:
+    """The direction of a node's own solve; all tensors plain."""
+    if isinstance(problem.map, TransposedMap):  # a derivative of higher order
+        x, v, *rest = tensors
+        return Backward(problem, x, v, rest, higher=True)
+    n = problem.map.n_inputs
+    return Forward(problem, x0, tensors[:n], tensors[n:])
+
+
+def masked(c: Tensor, keep: Tensor | None) -> Tensor:
+    """C with zeros where it is not kept: bool [*batch], or None: all is."""
+    if keep is None:
+        return c
+    return torch.where(keep.reshape(*keep.shape, *(1,) * (c.dim() - keep.dim())), c, 0)
+
+
+def stand_in(keep: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, [B, ...], with a kept sample's row for those that are not.
+
+    A failed sample's row may hold NaN, and zero times NaN is NaN.
+    """
+    rows = torch.arange(len(keep), device=keep.device)
+    rows = torch.where(keep, rows, keep.to(torch.uint8).argmax())
+    return [t.index_select(0, rows) for t in tensors]

@@ -1,0 +1,52 @@
+"""Where a solve comes in: what the user gave, checked and said as a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import drivers
+from ..modules import has_stateful_buffers
+from ..operators import transforming
+from ..options import Options
+from ..solution import Solution
+from ..state import check_inputs, state_of
+from .maps import UserMap
+from .problem import Context, Problem, Report
+
+
+def enter(
+    g: Callable[..., Any],
+    x0: Any,
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    options: Options,
+) -> Solution:
+    """Solve x̂ = g(x̂, *inputs, *params); see `fixed_point`."""
+    options.check()
+    state = state_of(x0)
+    packed = state.packed
+    check_inputs(g, inputs, params, packed)
+    drivers.check(options.driver, packed.device)
+    map = UserMap(g, len(inputs), len(params), state.pack, state.unpack)
+    certified = getattr(g, "certified_lipschitz", None)
+    problem = Problem(
+        map=map,
+        options=options,
+        drivers=drivers.ORDER[options.driver],
+        context=Context.here(packed.device.type),
+        unpack=state.unpack,
+        lipschitz=None if certified is None else float(certified()),
+        tuple_state=state.tuple_state,
+    )
+    report = Report()
+    x = options.adjoint.attach(problem, packed, (*inputs, *params, *map.own), report)
+    if has_stateful_buffers(g) and not transforming():
+        # The solve ran on a snapshot: running statistics move once a call, at the solution.
+        with torch.no_grad():
+            g(state.unpack(x.detach()), *inputs, *params)
+    assert report.record is not None
+    return Solution(state.unpack(x), report.record)

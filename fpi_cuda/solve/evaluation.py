@@ -1,0 +1,213 @@
+"""What the loop calls: g with its tensors put in, its linearisation, and both on fewer samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..backends import triton
+from ..forms import ConvForm
+from ..layout import take
+from ..operators import vjp
+from ..record import STATUS, Progress
+from .independence import PerSample
+from .maps import Bound, check_output
+from .problem import Context
+
+__all__: list[str] = []
+
+
+class Seen:
+    """What the evaluations of one solve find out."""
+
+    calls = 0  # of g
+    closure = False  # g reads a tensor that needs gradients and is no argument: first call
+
+
+class Direct:
+    """x ↦ g(x, *inputs) on the rows it holds."""
+
+    masks = False
+    steps: ModuleType | None = None
+
+    def __init__(
+        self,
+        context: Context,
+        seen: Seen,
+        g: Bound,
+        inputs: Sequence[Tensor],
+        per_sample: PerSample | None,
+    ) -> None:
+        self.context, self.seen, self.g, self.inputs = context, seen, g, inputs
+        self.per_sample = per_sample
+        # On a device a smaller batch costs a dozen launches, and a small one saves no time.
+        below = 0.8 if context.device_type == "cpu" else 0.5
+        self.compact_below = 0.0 if per_sample is None or per_sample.known is False else below
+        self.first = True
+        self.wide = context.autocast_dtype is None
+
+    def watch(self, progress: Progress) -> None:
+        """Which samples have finished, the loop tells by `select`."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.seen.calls += 1
+        if self.first:
+            self.first = False
+            return self._first(x)
+        if self.wide:
+            return check_output(self.g(x, *self.inputs), x)
+        with self.context.autocast():
+            return check_output(self.g(x, *self.inputs), x)
+
+    def _first(self, x: Tensor) -> Tensor:
+        """The first call also finds closure tensors, and whether g writes to its argument."""
+        version = None if x.is_inference() else x._version
+        with self.context.grad(), self.context.autocast():
+            gx = check_output(self.g(x, *self.inputs), x)
+        if version is not None and x._version != version:
+            raise RuntimeError(
+                "fixed_point: g must not change its argument x in place; write x * 2, not x.mul_(2)"
+            )
+        if gx.requires_grad:
+            self.seen.closure = True
+        return gx.detach()
+
+    def select(self, positions: Tensor, x: Tensor) -> Direct | None:
+        assert self.per_sample is not None
+        inputs = [take(t, positions) for t in self.inputs]
+        part = Direct(self.context, self.seen, self.g, inputs, self.per_sample)
+        part.first = False
+        if self.per_sample.known is None:
+            whole = self(x).index_select(0, positions)
+            dtype = self.context.autocast_dtype
+            if not self.per_sample.learn(lambda: part(x.index_select(0, positions)), whole, dtype):
+                return None
+        return part
+
+
+class Linearised:
+    """c ↦ (∂g/∂x)ᵀ c + v, linearised once at x."""
+
+    masks = False
+    steps: ModuleType | None = None
+
+    def __init__(
+        self,
+        context: Context,
+        seen: Seen,
+        g: Bound,
+        x: Tensor,
+        v: Tensor,
+        inputs: Sequence[Tensor],
+        per_sample: PerSample | None,
+        unattached: Callable[[], Bound] | None = None,
+    ) -> None:
+        self.context, self.seen, self.g, self.inputs, self.v = context, seen, g, inputs, v
+        self.per_sample = per_sample
+        # A smaller batch costs one more linearisation: it must save more than that.
+        self.compact_below = 0.0 if per_sample is None or per_sample.known is False else 0.5
+        # Gives g without a path to the params, which smaller linearisations do not need.
+        self.unattached = unattached
+        seen.calls += 1
+        with torch.enable_grad(), context.autocast():
+            self.x = x.detach().requires_grad_()
+            self.y = check_output(g(self.x, *inputs), self.x)
+
+    def watch(self, progress: Progress) -> None:
+        """Which samples have finished, the loop tells by `select`."""
+
+    def __call__(self, c: Tensor) -> Tensor:
+        return vjp(self.y, self.x, c) + self.v
+
+    def select(self, positions: Tensor, c: Tensor) -> Linearised | None:
+        del c
+        assert self.per_sample is not None
+
+        def rows(t: Tensor) -> Tensor:
+            return take(t.detach(), positions)
+
+        def smaller() -> Linearised:
+            if self.unattached is not None:
+                self.g, self.unattached = self.unattached(), None
+            inputs = [rows(t) for t in self.inputs]
+            x, v = rows(self.x), rows(self.v)
+            return Linearised(self.context, self.seen, self.g, x, v, inputs, self.per_sample)
+
+        if self.per_sample.known is not None:
+            return smaller()
+        made: list[Linearised] = []
+
+        def part() -> Tensor:
+            made.append(smaller())
+            return made[0].y.detach()
+
+        dtype = self.context.autocast_dtype
+        return made[0] if self.per_sample.learn(part, rows(self.y), dtype) else None
+
+
+class Masked:
+    """x ↦ g(x) by kernels that leave finished samples out, whatever the host knows.
+
+    Args:
+        seen: where calls are counted.
+        kernels: see `convolutions`.
+        form: the step.
+        like: a state, [B, C, H, W].
+        tf32: whether products may round float32 operands to tf32.
+        norms: whether the kernels leave their sums of squares with the record. Only their own
+            backend's steps read them, so these are the solve's, whatever its backend.
+    """
+
+    masks = True
+    compact_below = 0.0
+
+    def __init__(
+        self,
+        seen: Seen,
+        kernels: ModuleType,
+        form: ConvForm,
+        like: Tensor,
+        *,
+        tf32: bool,
+        norms: bool,
+    ) -> None:
+        self.seen, self.kernels = seen, kernels
+        self.steps: ModuleType | None = kernels.STEPS if norms else None
+        self.out = torch.empty_like(like, memory_format=torch.channels_last)
+        self.chain = kernels.Chain(form.laid_out(), self.out, tf32=tf32)
+        # Without a record to watch, all are active.
+        self.status = torch.zeros(len(like), dtype=torch.int32, device=like.device)
+        self.active: tuple[Tensor, Tensor] | None = None
+        self.norms: Tensor | None = None
+
+    def watch(self, progress: Progress) -> None:
+        self.status = progress.counters[:, STATUS]
+        if self.steps is None:
+            return
+        shape = (len(self.out), self.chain.tiles, 2)
+        self.norms = torch.empty(shape, dtype=progress.dtype, device=self.out.device)
+        progress.norms = self.norms
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.seen.calls += 1
+        self.active = self.kernels.active_samples(self.status, self.active)
+        x = x.contiguous(memory_format=torch.channels_last)
+        self.chain(x, self.out, *self.active, self.norms)
+        return self.out
+
+    def select(self, positions: Tensor, x: Tensor) -> Masked | None:
+        return None
+
+
+def convolutions(backend: str, form: ConvForm, x: Tensor) -> ModuleType | None:
+    """The kernels for this form and a state like x, or None: torch's convolutions serve."""
+    if backend not in ("auto", "triton") or (backend == "auto" and x.device.type != "cuda"):
+        return None
+    if triton.missing(x.device.type) is not None:
+        return None
+    from ..backends.triton import conv
+
+    return conv if conv.refusal(form, x) is None else None

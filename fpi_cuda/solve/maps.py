@@ -1,0 +1,197 @@
+"""g, its transposed linearisation and g mapped by torch.vmap, each with every tensor explicit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..forms import Form, form_of
+from ..modules import Binding, bindable
+from ..operators import transforming, vjp
+from ..state import same
+
+Bound = Callable[..., Tensor]
+
+
+class Map:
+    """A map x ↦ g(x, *inputs, *params) of the state.
+
+    `bind(params)` does what depends on the shared tensors alone, once, and returns f(x, *inputs).
+
+    Attributes:
+        n_inputs: how many tensors come before the shared ones.
+        n_states: how many of those are shaped like the state, and so are mapped wherever it is.
+        form_dim: dimensions of the states for which the map may have a form; 0: it never has one.
+        g: the user's, for a map that is no more than that; else None.
+        user: the map of the user's g that this one is made of.
+    """
+
+    n_inputs: int
+    n_states = 0
+    form_dim = 0
+    g: Any = None
+
+    @property
+    def user(self) -> UserMap:
+        """See above."""
+        raise NotImplementedError
+
+    def bind(self, params: Sequence[Tensor]) -> Bound:
+        """The map with its shared tensors put in."""
+        raise NotImplementedError
+
+    def mapped(self, dims: Sequence[int | None]) -> Map:
+        """torch.vmap of the map over a new first dimension of x and of the tensors that have it."""
+        return VmappedMap(self, dims)
+
+    def __call__(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """The map at x; tensors are the inputs, then the params."""
+        n = self.n_inputs
+        return self.bind(tensors[n:])(x, *tensors[:n])
+
+
+class UserMap(Map):
+    """The user's g, checked at every call.
+
+    Args:
+        g: a callable g(x, *inputs, *params).
+        n_inputs, n_params: how many of each the user passed; a module's own parameters follow.
+        pack, unpack: between the user's state (a tensor or a tuple) and the solver's one tensor.
+    """
+
+    def __init__(
+        self,
+        g: Callable[..., Any],
+        n_inputs: int,
+        n_params: int,
+        pack: Callable[[Any], Tensor],
+        unpack: Callable[[Tensor], Any],
+    ) -> None:
+        self.g, self.n_inputs, self.n_params = g, n_inputs, n_params
+        self.pack, self.unpack = pack, unpack
+        self.binding = Binding(g) if bindable(g) else None  # type: ignore[arg-type]
+        self.form_dim = getattr(g, "form_dim", 0)
+
+    @property
+    def user(self) -> UserMap:
+        """Itself."""
+        return self
+
+    @property
+    def own(self) -> Sequence[Tensor]:
+        """The module's own parameters."""
+        return self.binding.params if self.binding else ()
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The snapshot of the module's buffers."""
+        return self.binding.buffers if self.binding else []
+
+    def around(self, buffers: Sequence[Tensor]) -> UserMap:
+        """The same map with this snapshot of the buffers."""
+        other = copy.copy(self)
+        other.binding = self.binding.around(buffers) if self.binding else None
+        return other
+
+    def form(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
+        """g as layers that the library knows, if that is all it is; x is what g would get."""
+        if self.binding is None or self.n_params:
+            return None
+        return form_of(self.binding.bind(params), "form", x, *inputs)
+
+    def bind(self, params: Sequence[Tensor]) -> Bound:
+        """g with the user's params appended and the module's own put in."""
+        shared = params[: self.n_params]
+        g = self.binding.bind(params[self.n_params :]) if self.binding else self.g
+        pack, unpack = self.pack, self.unpack
+        if pack is same and not shared:
+            return g
+
+        def bound(x: Tensor, *inputs: Tensor) -> Tensor:
+            return pack(g(unpack(x), *inputs, *shared))
+
+        return bound
+
+
+class TransposedMap(Map):
+    """c ↦ (∂g/∂x)ᵀ c + v at x: the backward layer's map (paper eq. 10). Inputs: x, v, then g's."""
+
+    n_states = 2
+
+    def __init__(self, inner: Map) -> None:
+        self.inner = inner
+        self.n_inputs = 2 + inner.n_inputs
+
+    @property
+    def user(self) -> UserMap:
+        """Of the map that it transposes."""
+        return self.inner.user
+
+    def mapped(self, dims: Sequence[int | None]) -> Map:
+        """Of the map that it transposes, transposed."""
+        return TransposedMap(VmappedMap(self.inner, dims[2:]))
+
+    def bind(self, params: Sequence[Tensor]) -> Bound:
+        """The affine map at these params."""
+        g = self.inner.bind(params)
+
+        def bound(c: Tensor, x: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
+            if transforming():
+                return torch.func.vjp(lambda q: g(q, *inputs), x)[1](c)[0] + v  # type: ignore[no-any-return]
+            # x is a leaf of an independent graph here, as everything is inside a node's forward.
+            graph = torch.is_grad_enabled()
+            with torch.enable_grad():
+                leaf = x if x.requires_grad else x.detach().requires_grad_()
+                y = g(leaf, *inputs)
+                jc = vjp(y, leaf, c, create_graph=graph)
+            return jc + v
+
+        return bound
+
+
+class VmappedMap(Map):
+    """torch.vmap of a map; see `Map.mapped`."""
+
+    def __init__(self, inner: Map, dims: Sequence[int | None]) -> None:
+        self.inner, self.dims, self.n_inputs = inner, tuple(dims), inner.n_inputs
+
+    @property
+    def user(self) -> UserMap:
+        """Of the map that is mapped."""
+        return self.inner.user
+
+    def bind(self, params: Sequence[Tensor]) -> Bound:
+        """The mapped map at these params."""
+        mapped = torch.vmap(self.inner, in_dims=(0, *self.dims))
+
+        def bound(x: Tensor, *inputs: Tensor) -> Tensor:
+            return mapped(x, *inputs, *params)
+
+        return bound
+
+
+def check_output(gx: Any, x: Tensor) -> Tensor:
+    """g's value, or an error that says what it must be."""
+    if not isinstance(gx, Tensor):
+        raise TypeError(f"fixed_point: g must return a tensor like x (got {type(gx).__name__})")
+    if gx.shape != x.shape:
+        raise ValueError(
+            f"fixed_point: g must return the shape of x, {tuple(x.shape)} (got {tuple(gx.shape)}); "
+            "where g broadcasts, give x0 the full shape"
+        )
+    if gx.device != x.device:
+        raise ValueError(
+            f"fixed_point: g must return a tensor on x's device, {x.device} (got {gx.device})"
+        )
+    if gx.dtype != x.dtype:
+        if torch.is_autocast_enabled(x.device.type) and gx.is_floating_point():
+            return gx.to(x.dtype)
+        raise TypeError(
+            f"fixed_point: g must return x's dtype, {x.dtype} (got {gx.dtype}); convert x0, the "
+            "inputs or the parameters to one dtype"
+        )
+    return gx

@@ -1,0 +1,84 @@
+"""What a solve is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..drivers.support import Driver
+from ..options import Options
+from ..record import Record
+from .maps import Map
+
+__all__ = ["Context", "Problem"]
+
+_NOTHING = contextlib.nullcontext()
+
+
+class Context(NamedTuple):
+    """Where a solve was called: g runs under the same whenever it runs."""
+
+    grad_enabled: bool
+    autocast_dtype: torch.dtype | None
+    device_type: str
+
+    @staticmethod
+    def here(device_type: str) -> Context:
+        """The one that holds now."""
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else None
+        return Context(torch.is_grad_enabled(), dtype, device_type)
+
+    def grad(self) -> contextlib.AbstractContextManager[Any]:
+        """Its grad mode, within a solve, where none is needed otherwise."""
+        return torch.enable_grad() if self.grad_enabled else _NOTHING
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Its autocast state."""
+        if self.autocast_dtype is None:
+            return _NOTHING
+        return torch.autocast(self.device_type, dtype=self.autocast_dtype, cache_enabled=False)
+
+    def full_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """No autocast, for the loop's own arithmetic, whoever calls."""
+        if not torch.is_autocast_enabled(self.device_type):
+            return _NOTHING
+        return torch.autocast(self.device_type, enabled=False)
+
+
+class Problem(NamedTuple):
+    """One solve: the map, and all that says how to iterate it; no tensors."""
+
+    map: Map
+    options: Options
+    drivers: Sequence[Driver]  # in the order in which they are asked
+    context: Context
+    unpack: Callable[[Tensor], Any]  # the solver's one tensor as the user's state
+    batch_dims: int = 1
+    name: str = "fixed_point"
+    advice: str = "pass it in `inputs` (per sample) or `params` (shared)"  # a closure tensor
+    lipschitz: float | None = None
+    tuple_state: tuple[tuple[int, ...], ...] = ()  # shapes of its parts
+
+    def mapped(self, dims: Sequence[int | None]) -> Problem:
+        """The problem over one more batch dimension, where torch.vmap maps it."""
+        return self._replace(map=self.map.mapped(dims), batch_dims=self.batch_dims + 1)
+
+
+class Report:
+    """What a solve leaves beside its state; an adjoint's record goes into its forward's."""
+
+    record: Record | None = None
+    closure = False  # whether g has closure tensors that need gradients
+
+    def __init__(self, parent: Report | None = None) -> None:
+        self.parent = parent
+
+    def __call__(self, record: Record) -> None:
+        self.record = record
+        if self.parent is not None and self.parent.record is not None:
+            self.parent.record.adjoint = record

@@ -1,0 +1,64 @@
+"""The one route of a solve, whatever its direction: who runs it, and what is said of it after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..drivers.support import Solved
+from ..record import MASKED, Record
+from ..solution import FixedPointError, FixedPointWarning, Solution, warn
+from .direction import Direction
+from .problem import Problem, Report
+
+# x, [*batch, *sample]; bool [*batch], the samples whose gradient is kept (None: all); and the
+# direction's outputs: for an adjoint c, then the gradients.
+Outcome = tuple[Tensor, Tensor | None, Sequence[Tensor | None]]
+
+
+def solve(direction: Direction, report: Report) -> Outcome:
+    """The direction's problem by the first driver that takes it."""
+    problem = direction.problem
+    with torch.no_grad(), problem.context.full_precision():
+        solved = _drive(direction)
+        # Under vmap nothing is attached to closure tensors.
+        report.closure = direction.seen.closure and problem.batch_dims == 1
+        keep = _account(direction, solved, report)
+        outputs = direction.outputs(solved.x, keep) if solved.outputs is None else solved.outputs
+    return solved.x, keep, outputs
+
+
+def _drive(direction: Direction) -> Solved:
+    because = ""
+    for driver in direction.problem.drivers:
+        support = driver.support(direction, because)
+        if support.run is not None:
+            return support.run(direction, because)
+        because = support.reason or because
+    raise AssertionError(f"no driver took the solve: {because}")
+
+
+def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | None:
+    """Report, and say which samples' gradients are kept; None: all."""
+    record, problem = solved.record, direction.problem
+    if record is None:
+        return None
+    record.lipschitz = problem.lipschitz
+    report(record)
+    if not record.failed:
+        return None
+    _complain(problem, solved.x, record)
+    return direction.kept(record.status)
+
+
+def _complain(problem: Problem, x: Tensor, record: Record) -> None:
+    on_failure, limits = problem.options.on_failure, record.progress.limits
+    fixed_count = limits.rtol == 0 and limits.offset == 0
+    if on_failure == "return" or (fixed_count and not any(record.count(s) for s in MASKED)):
+        return
+    message = f"{problem.name}: {record.failures()}"
+    if on_failure == "raise":
+        raise FixedPointError(message, Solution(problem.unpack(x), record))
+    warn(message, FixedPointWarning)

@@ -1,0 +1,125 @@
+"""The user's state as the solver's one tensor, and what a solve demands of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class State(NamedTuple):
+    """A state, and the way there and back."""
+
+    packed: Tensor
+    pack: Callable[[Any], Tensor]
+    unpack: Callable[[Tensor], Any]
+    tuple_state: tuple[tuple[int, ...], ...] = ()  # shapes of a tuple's parts, a sample each
+
+
+def state_of(x0: Any) -> State:
+    """The state like x0: a tensor [B, ...], or a tuple of them."""
+    if not isinstance(x0, (tuple, list)):
+        _check_part("x0", x0)
+        return State(x0, same, same)
+    parts = tuple(x0)
+    if not parts:
+        raise ValueError("fixed_point: x0 must hold at least one tensor (got an empty tuple)")
+    for i, part in enumerate(parts):
+        name = f"x0[{i}]"
+        _check_part(name, part)
+        for what in ("dtype", "device"):
+            if getattr(part, what) != getattr(parts[0], what):
+                raise ValueError(
+                    f"fixed_point: {name} must have the {what} of x0[0], "
+                    f"{getattr(parts[0], what)} (got {getattr(part, what)})"
+                )
+        if part.shape[0] != parts[0].shape[0]:
+            raise ValueError(
+                f"fixed_point: {name} must have the batch size of x0[0], {parts[0].shape[0]} "
+                f"(got {part.shape[0]})"
+            )
+    shapes = tuple(tuple(part.shape[1:]) for part in parts)
+    sizes = [part.shape[1:].numel() for part in parts]
+
+    def pack(x: Any) -> Tensor:
+        check_tuple("fixed_point", x, len(shapes))
+        for i, (part, shape) in enumerate(zip(x, shapes, strict=True)):
+            if not isinstance(part, Tensor):
+                raise TypeError(
+                    f"fixed_point: g must return tensors (got {type(part).__name__} at {i})"
+                )
+            if part.shape[1:] != shape:
+                raise ValueError(
+                    f"fixed_point: g must return shape [B, {', '.join(map(str, shape))}] at {i} "
+                    f"(got {tuple(part.shape)})"
+                )
+        return torch.cat([part.reshape(part.shape[0], part.shape[1:].numel()) for part in x], 1)
+
+    def unpack(x: Tensor) -> tuple[Tensor, ...]:
+        rows = x.shape[0]
+        return tuple(
+            part.reshape(rows, *shape)
+            for part, shape in zip(x.split(sizes, 1), shapes, strict=True)
+        )
+
+    return State(pack(parts), pack, unpack, shapes)
+
+
+def same(x: Tensor) -> Tensor:
+    """A tensor is its own state."""
+    return x
+
+
+def check_tuple(owner: str, x: Any, n: int) -> None:
+    """Raise unless g's value is a tuple of n."""
+    if not isinstance(x, (tuple, list)) or len(x) != n:
+        got = f"{len(x)} items" if isinstance(x, (tuple, list)) else type(x).__name__
+        raise TypeError(f"{owner}: g must return a tuple of {n} tensors like x0 (got {got})")
+
+
+def _check_part(name: str, part: Any) -> None:
+    if not isinstance(part, Tensor):
+        raise TypeError(f"fixed_point: {name} must be a tensor (got {type(part).__name__})")
+    if part.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"fixed_point: {name} must be float64, float32, float16 or bfloat16 (got "
+            f"{part.dtype}); write x0.float()"
+        )
+    if part.dim() == 0:
+        raise ValueError(
+            f"fixed_point: {name} must have a batch dimension first (got a scalar); write "
+            "x0.reshape(1, 1)"
+        )
+
+
+def check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], x: Tensor) -> None:
+    """Raise unless g and its tensors are such as a solve for x takes."""
+    if not callable(g):
+        raise TypeError(f"fixed_point: g must be callable (got {type(g).__name__})")
+    if not isinstance(params, (tuple, list)):
+        raise TypeError(
+            "fixed_point: params must be a tuple or list of tensors (got "
+            f"{type(params).__name__}); write params=(w,)"
+        )
+    device = x.device
+    for name, group in (("inputs", inputs), ("params", params)):
+        for i, t in enumerate(group):
+            if not isinstance(t, Tensor):
+                raise TypeError(
+                    f"fixed_point: {name}[{i}] must be a tensor (got {type(t).__name__}); bind "
+                    "other values to g with functools.partial"
+                )
+            if t.device != device and not (t.dim() == 0 and group is params):
+                raise ValueError(
+                    f"fixed_point: {name}[{i}] must be on x0's device, {device} (got {t.device}); "
+                    f"write {name}[{i}].to(x0.device)"
+                )
+    b = x.shape[0]
+    for i, t in enumerate(inputs):
+        if t.dim() == 0 or t.shape[0] != b:
+            raise ValueError(
+                f"fixed_point: inputs[{i}] must have the batch size {b} as first dimension (got "
+                f"shape {tuple(t.shape)}); a tensor that the batch shares goes into params=(...)"
+            )
