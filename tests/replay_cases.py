@@ -251,10 +251,25 @@ def failing(how, **options):
     return found | {"grads": derivatives(loss(solution.x), (z, s), 1), "adjoint": account(solution)}
 
 
+def noisy(**options):
+    """Residuals that end at levels around the one below which a sample counts as stalled."""
+    size, z = torch.logspace(-16, -13, 200, dtype=F64)[:, None], torch.randn(200, 12, dtype=F64)
+
+    def g(x, z, size):
+        return 0.5 * x.cos() + z + size * (1e17 * x).sin()
+
+    options = {"tolerance": Tolerance(1e-17, 0.0), "max_iterations": 60} | options
+    solution = fixed_point(g, torch.zeros_like(z), z, size, **options)
+    return {"forward": account(solution, solution.x)}
+
+
 FAILS = ("diverged", "some", "all", "stalled", "max")
 MASK = {name: {"adjoint": ImplicitAdjoint(failed=name)} for name in ("mask", "use")}
 grid("fail", failing, FAILS, FAILURE, MASK, TWO)
 grid("fail", failing, FAILS, each(backend=("native", "reference")), PER_SAMPLE)
+
+
+grid("noisy", noisy, each(backend=("native", "reference")), TWO)
 
 
 def broken(g, inputs):
@@ -359,7 +374,7 @@ grid("layer/shape", part(layer, Net), KINDS_OF_SHAPE)
 grid("layer/none", layer, {"": part(Net, 3)})
 grid("layer/tuple", layer, {"": part(fresh, pair)}, (((3,), (2, 2)),))
 grid("layer/own", lambda make, move: layer(make, (5,), move), OWN, MOVES)
-grid("layer/no-input", lambda: FixedPointLayer(Net())())
+grid("layer/no-input", FixedPointLayer(Net()))
 grid("layer/compiled", layer_compiled)
 
 
