@@ -19,6 +19,7 @@ from fpi_cuda import backends, compat, contraction, operators
 SNAPSHOT = Path(__file__).with_name("signatures.txt")
 # Where a public name can be imported from besides the package itself.
 PATHS = {
+    "fpi_cuda": fpi_cuda.__all__,
     "fpi_cuda.adjoint": ["ImplicitAdjoint"],
     "fpi_cuda.compat": compat.__all__,
     "fpi_cuda.contraction": contraction.__all__,
@@ -40,6 +41,7 @@ PATHS = {
     "fpi_cuda.solvers.picard": ["Picard"],
     "fpi_cuda.steps": ["GradientStep", "NeuralStep"],
 }
+PATHS["fpi_cuda.solution"].append("Tolerance")
 
 
 def signature(f):
