@@ -115,6 +115,11 @@ def storage_id(t: Tensor) -> int:
     return t.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
+def copy_all(into: list[Tensor], source: list[Tensor]) -> None:
+    """Copy tensors into others, in few launches on a device. No public one."""
+    torch._foreach_copy_(into, source)
+
+
 # What torch.tensor ends in, as a dispatch mode sees it: a constant made just now. Operators under
 # torch.ops.aten are not promised to stay.
 lift_fresh = torch.ops.aten.lift_fresh.default

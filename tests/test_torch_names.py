@@ -149,6 +149,14 @@ def test_a_storage_is_told_from_others():
     assert _torch.storage_id(empty) != _torch.storage_id(other)
 
 
+def test_tensors_are_copied_into_others():
+    into, source = [torch.zeros(2), torch.zeros(3, 1)], [torch.ones(2), torch.full((1, 3), 2.0).mT]
+    kept = list(into)
+    _torch.copy_all(into, source)
+    assert all(a is b for a, b in zip(into, kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(into, source, strict=True))
+
+
 class _Calls(TorchDispatchMode):
     def __init__(self):
         super().__init__()
