@@ -116,9 +116,11 @@ def test_a_node_binds_no_defaults():
 class _Kept(Function):
     """y = 2x with no default, under torch.func too."""
 
+    of = staticmethod(torch.clone)
+
     @staticmethod
     def forward(x):
-        return 2 * x
+        return 2 * _Kept.of(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -183,7 +185,7 @@ def test_containers_are_walked():
     assert torch.equal(mapped[0][0], b) and mapped[1]["b"] is b
 
 
-def test_kernels_are_found_and_transforms_kept_from_an_operator():
+def test_kernels_are_found_and_transforms_kept_from_an_operator(monkeypatch):
     library = torch.library.Library("of_torch_names", "FRAGMENT")
     library.define("f(Tensor x) -> Tensor")
     assert not _torch.has_kernel("of_torch_names::f", "cpu")
@@ -200,6 +202,10 @@ def test_kernels_are_found_and_transforms_kept_from_an_operator():
     assert torch.equal(f(torch.ones(2)), torch.ones(2))
     with pytest.raises(RuntimeError, match="refused"):
         torch.func.grad(lambda x: f(x).sum())(torch.ones(2))
+    monkeypatch.setattr(
+        _Kept, "of", f.default
+    )  # a call from a node's forward is below the transforms
+    torch.func.grad(lambda x: _Kept.apply(x).sum())(torch.ones(2))
     assert {type(f).__module__, type(f.default).__module__} <= _torch.OPERATOR_MODULES
     own = torch.library.custom_op("of_torch_names::g", lambda x: x.clone(), mutates_args=(),
                                   schema="(Tensor x) -> Tensor")  # fmt: skip
