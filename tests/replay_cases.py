@@ -154,17 +154,28 @@ def derivatives(y, leaves, order):
     return found
 
 
-def solve(kind, dtype=F64, order=1, b=6, x0=None, context=None, change=None, **options):
+def solve(
+    kind,
+    dtype=F64,
+    order=1,
+    b=6,
+    x0=None,
+    context=torch.enable_grad,
+    inside=False,
+    change=None,
+    **options,
+):
     g, start, inputs, params, leaves = problem(kind, dtype, b)
     if change:
         change(g, inputs)
-    with context() if context else torch.enable_grad():
+    with context():
         start = x0(start) if x0 else start
         solution = fixed_point(g, start, *inputs, params=params, **options)
-    found = {"forward": account(solution, solution.x), "node": str(loss(solution.x).grad_fn)}
-    if loss(solution.x).requires_grad:
-        found["orders"] = derivatives(loss(solution.x), leaves, order)
-        found["adjoint"] = account(solution)
+    y = loss(solution.x)
+    found = {"forward": account(solution, solution.x), "node": str(y.grad_fn)}
+    with context() if inside else torch.enable_grad():
+        found["orders"] = derivatives(y, leaves, order) if y.requires_grad else None
+    found["adjoint"] = account(solution)
     return found | {"buffers": dict(g.named_buffers()) if isinstance(g, nn.Module) else {}}
 
 
@@ -212,6 +223,7 @@ def autocast():
 
 UNDER = {c.__name__: {"context": c} for c in (torch.no_grad, torch.inference_mode, autocast)}
 grid("under", solve, ("rows", "net", "dense", "conv", "energy", "norm-train", "captured"), UNDER)
+grid("backward-under", solve, ("rows", "net", "dense", "conv", "energy"), UNDER, inside=True, b=40)
 
 
 def shaped(shape, form=torch.contiguous_format, **options):
@@ -285,6 +297,7 @@ def grown(g, inputs):
 CHANGE = {f.__name__: {"change": f} for f in (broken, grown)}
 STEPS = ("net", "dense", "dense2", "energy", "conv")
 grid("fail-step", solve, STEPS, CHANGE, MASK, max_iterations=40)
+grid("fail-step", solve, (*FUNCTIONS, "norm-train"), MASK, change=broken)
 
 
 # ---- derivatives by other ways ----
@@ -295,8 +308,10 @@ def zero_cotangents(kind, **options):
     solution = fixed_point(g, x0, *inputs, params=params, **options)
     v = torch.ones_like(solution.x)
     v[::2] = 0
+    one = v.clone()
+    one[1] = float("nan")
     grads = [torch.autograd.grad(solution.x, leaves, c, retain_graph=True, allow_unused=True)
-             for c in (v, v * 0, v * 1e30, v * float("nan"))]  # fmt: skip
+             for c in (v, v * 0, v * 1e30, v * float("nan"), one)]  # fmt: skip
     return {"grads": grads, "adjoint": account(solution)}
 
 

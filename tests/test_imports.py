@@ -10,7 +10,7 @@ PACKAGE = Path(fpi_cuda.__file__).parent
 
 # The floors, from the ground up. A room imports from floors below its own, and from itself.
 FLOORS = (
-    ("_check", "_moved", "_version", "layout", "modules", "record"),
+    ("_check", "_moved", "_torch", "_version", "layout", "modules", "record"),
     ("_build", "forms", "operators", "options"),
     ("backends", "solution", "state"),
     ("drivers", "solvers"),

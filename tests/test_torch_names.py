@@ -1,0 +1,322 @@
+"""Names that torch does not promise to keep (fpi_cuda/_torch.py) exist and do what they should.
+
+What these tests are about is torch: `make matrix` runs them under each that is supported.
+"""
+
+import inspect
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import Function, forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fpi_cuda import _torch
+
+pytestmark = pytest.mark.no_poison
+
+
+def seen_in(transform, look):
+    """What `look` says of the tensor inside a transform of a function."""
+    found = []
+
+    def f(x):
+        found.append(look(x))
+        return x.sum()
+
+    transform(f)(torch.ones(3))
+    return found[0]
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap])
+def test_a_transform_is_seen(transform):
+    assert not _torch.transforming()
+    assert seen_in(transform, lambda _: _torch.transforming())
+
+
+def test_forward_mode_is_seen_wherever_the_tangent_is():
+    assert not _torch.forward_mode()
+    with forward_ad.dual_level():
+        assert _torch.forward_mode()
+    assert not _torch.forward_mode()
+    seen = []
+    torch.func.jvp(
+        lambda x: seen.append(_torch.forward_mode()) or x, (torch.ones(2),) * 1, (torch.ones(2),)
+    )
+    assert seen == [True]
+
+
+def test_what_wraps_a_tensor_is_seen_and_taken_off():
+    assert not _torch.wrapped(torch.ones(3))
+    assert seen_in(torch.func.grad, _torch.wrapped)
+    assert seen_in(torch.vmap, _torch.wrapped)
+    assert seen_in(torch.vmap, _torch.mapped)
+    assert not seen_in(torch.func.grad, _torch.mapped)
+    assert seen_in(torch.vmap, _torch.unwrapped).shape == (3,)
+    inside = seen_in(torch.vmap, lambda x: _torch.wrapped(_torch.unwrapped(x)))
+    assert not inside
+
+
+class _Doubled(Function):
+    """y = 2x, whose backward takes a batch of cotangents apart and puts it together again."""
+
+    seen: list
+
+    @staticmethod
+    def forward(x, factor=2):
+        return factor * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Doubled.seen = [inputs]
+
+    @staticmethod
+    def backward(ctx, c):
+        batched = _torch.legacy_batched(c)
+        _Doubled.seen = [batched]
+        if not batched:
+            return 2 * c, None
+        level = _torch.legacy_level()
+        whole = _torch.legacy_unbatched(c, level)
+        _Doubled.seen += [whole, _torch.legacy_level() == level, _torch.legacy_batched(whole)]
+        return _torch.legacy_rebatched(2 * whole, level), None
+
+
+def test_a_batch_of_cotangents_is_taken_apart_and_put_together():
+    x, v = torch.ones(2, requires_grad=True), torch.randn(3, 2)
+    (batch,) = torch.autograd.grad(_Doubled.apply(x), x, v, is_grads_batched=True)
+    batched, whole, same_level, still = _Doubled.seen
+    assert batched and same_level and not still
+    assert torch.equal(whole, v) and torch.equal(batch, 2 * v)
+    torch.autograd.grad(_Doubled.apply(x), x, v[0])
+    assert _Doubled.seen == [False]
+    assert not _torch.legacy_batched(3)
+
+
+def test_a_node_binds_no_defaults():
+    class Node(_Doubled):
+        @staticmethod
+        def forward(x, factor=2):
+            return 2 * x
+
+    x = torch.ones(2, requires_grad=True)
+    Node.apply(x)
+    assert len(_Doubled.seen[0]) == 2  # the default was bound: what it costs to look for it
+    _torch.bind_no_defaults(Node)
+    y = Node.apply(x)
+    assert len(_Doubled.seen[0]) == 1
+    assert torch.equal(y, 2 * x)
+    assert torch.equal(torch.func.grad(lambda x: _Kept.apply(x).sum())(x), 2 * x)
+
+
+class _Kept(Function):
+    """y = 2x with no default, under torch.func too."""
+
+    of = staticmethod(torch.clone)
+
+    @staticmethod
+    def forward(x):
+        return 2 * _Kept.of(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, c):
+        return 2 * c
+
+
+_torch.bind_no_defaults(_Kept)
+
+
+def test_a_write_is_counted():
+    x = torch.zeros(3)
+    before = _torch.version(x)
+    x[:1].add_(1)  # through a view
+    assert _torch.version(x) == before + 1
+    with torch.inference_mode(), pytest.raises(RuntimeError):
+        _torch.version(torch.zeros(3))
+
+
+def test_a_storage_is_told_from_others():
+    x = torch.zeros(3)
+    assert _torch.storage_id(x) == _torch.storage_id(x[1:]) == _torch.storage_id(x.detach())
+    empty, other = torch.empty(0), torch.empty(0)
+    assert empty.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    assert _torch.storage_id(empty) != _torch.storage_id(other)
+
+
+def test_tensors_are_copied_into_others():
+    into, source = [torch.zeros(2), torch.zeros(3, 1)], [torch.ones(2), torch.full((1, 3), 2.0).mT]
+    kept = list(into)
+    _torch.copy_all(into, source)
+    assert all(a is b for a, b in zip(into, kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(into, source, strict=True))
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_a_constant_made():
+    with _Calls() as seen:
+        x = torch.tensor(1.0)
+        _ = x + x
+    assert seen.calls == [_torch.lift_fresh, torch.ops.aten.add.Tensor]
+    assert _torch.TorchDispatchMode is TorchDispatchMode
+
+
+def test_containers_are_walked():
+    a, b = torch.zeros(1), torch.ones(1)
+    leaves = _torch.tree_leaves(((a, [b]), {"k": 3}))
+    assert leaves[0] is a and leaves[1] is b and leaves[2] == 3
+    mapped = _torch.tree_map(lambda t: t + 1 if t is a else t, ((a,), {"b": b}))
+    assert torch.equal(mapped[0][0], b) and mapped[1]["b"] is b
+
+
+def test_kernels_are_found_and_transforms_kept_from_an_operator(monkeypatch):
+    library = torch.library.Library("of_torch_names", "FRAGMENT")
+    library.define("f(Tensor x) -> Tensor")
+    assert not _torch.has_kernel("of_torch_names::f", "cpu")
+    library.impl("f", lambda x: x.clone(), "CPU")
+    assert _torch.has_kernel("of_torch_names::f", "cpu")
+    assert not _torch.has_kernel("of_torch_names::f", "cuda")
+    assert _torch.with_cpu_kernel("of_torch_names") == ["f"]
+
+    def refuse(*_):
+        raise RuntimeError("refused")
+
+    library.impl("f", refuse, _torch.TRANSFORMS_KEY)
+    f = torch.ops.of_torch_names.f
+    assert torch.equal(f(torch.ones(2)), torch.ones(2))
+    with pytest.raises(RuntimeError, match="refused"):
+        torch.func.grad(lambda x: f(x).sum())(torch.ones(2))
+    monkeypatch.setattr(
+        _Kept, "of", f.default
+    )  # a call from a node's forward is below the transforms
+    torch.func.grad(lambda x: _Kept.apply(x).sum())(torch.ones(2))
+    assert {type(f).__module__, type(f.default).__module__} <= _torch.OPERATOR_MODULES
+    own = torch.library.custom_op("of_torch_names::g", lambda x: x.clone(), mutates_args=(),
+                                  schema="(Tensor x) -> Tensor")  # fmt: skip
+    assert type(own).__module__ in _torch.OPERATOR_MODULES
+
+
+def test_a_module_is_what_its_dicts_hold():
+    m = nn.Sequential(nn.BatchNorm1d(2, affine=True), nn.Identity())
+    norm = m[0]
+    names = (_torch.PARAMETERS, _torch.BUFFERS, _torch.CHILDREN, _torch.PRE_HOOKS)
+    ways = (_torch.parameters, _torch.buffers, _torch.children, _torch.pre_hooks)
+    for name, way in zip(names, ways, strict=True):
+        assert way(norm) is vars(norm)[name]
+    weight, mean = torch.full((2,), 3.0), torch.ones(2)
+    _torch.parameters(norm)["weight"] = weight
+    _torch.buffers(norm)["running_mean"] = mean
+    assert norm.weight is weight and norm.running_mean is mean
+    _torch.children(m)["1"] = nn.ReLU()
+    assert isinstance(m[1], nn.ReLU)
+    seen = []
+    handle = norm.register_forward_pre_hook(lambda *_: seen.append(1))
+    (key,) = _torch.pre_hooks(norm)
+    m(torch.ones(3, 2))
+    assert seen == [1]
+    del _torch.pre_hooks(norm)[key]
+    m(torch.ones(3, 2))
+    assert seen == [1] and handle.id == key
+
+
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_a_hook_is_seen(kind):
+    m = nn.Linear(2, 2)
+    assert not _torch.hooked(m)
+    handle = getattr(m, f"register_{kind}_hook")(lambda *_: None)
+    assert _torch.hooked(m)
+    assert _torch.hooked(m, _torch.FORWARD_HOOKS) == ("forward" in kind)
+    handle.remove()
+    assert not _torch.hooked(m)
+
+
+def test_hooks_of_all_modules_are_listed():
+    before, after = lambda *_: None, lambda *_: None
+    of_all = torch.nn.modules.module
+    assert _torch.global_hooks() == []
+    handles = [of_all.register_module_forward_hook(after)]
+    handles.append(of_all.register_module_forward_pre_hook(before))
+    try:
+        assert [hook for _, hook in _torch.global_hooks()] == [before, after]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_recurrent_layer_uses_the_weights_it_is_given():
+    m, x = nn.GRU(2, 3), torch.ones(1, 1, 2)
+    before = m(x)[0]
+    for name in list(_torch.parameters(m)):
+        _torch.parameters(m)[name] = torch.zeros_like(getattr(m, name))
+    _torch.renew_flat_weights(m)
+    assert before.abs().sum() > 0 and m(x)[0].abs().sum() == 0
+    _torch.renew_flat_weights(nn.Linear(2, 2))  # has none
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", ["spectral_norm", "weight_norm"])
+def test_an_older_norm_is_known_and_computes_the_weight(norm):
+    m = getattr(nn.utils, norm)(nn.Linear(2, 2))
+    (hook,) = _torch.pre_hooks(m).values()
+    assert _torch.computes_weight(hook) and not _torch.computes_weight(print)
+    del m.weight
+    hook(m, ())
+    assert m.weight.shape == (2, 2)
+
+
+COMPILED = """
+import sys, torch
+from fpi_cuda import _torch
+m = torch.nn.Linear(2, 2)
+assert not _torch.compiled_module(m) and not _torch.compiled_function(print)
+assert "torch._dynamo" not in sys.modules  # the question loads no compiler
+assert _torch.compiled_module(torch.compile(m, backend="eager"))
+assert _torch.compiled_function(torch.compile(lambda x: x, backend="eager"))
+"""
+
+
+def test_what_compile_made_is_seen():
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)
+
+
+def test_what_jit_made_is_seen():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, in some versions aloud
+        module, f = torch.jit.script(nn.Linear(2, 2)), torch.jit.trace(torch.abs, torch.ones(1))
+    assert isinstance(module, _torch.ScriptModule) and isinstance(f, _torch.ScriptFunction)
+    assert not isinstance(nn.Linear(2, 2), _torch.ScriptModule)
+
+
+def test_a_graph_can_be_taken_raw():
+    """Public, but young."""
+    assert "keep_graph" in inspect.signature(torch.cuda.CUDAGraph.__new__).parameters
+    assert callable(torch.cuda.CUDAGraph.raw_cuda_graph)
+
+
+CUDA_ONLY = sorted(set(re.findall(r"torch\._C\.(_cuda_\w+)", inspect.getsource(_torch))))
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA")
+@pytest.mark.parametrize("name", CUDA_ONLY)
+def test_cuda_has_what_captures_need(name):
+    assert callable(getattr(torch._C, name))
+
+
+def test_names_of_cuda_are_found_in_the_source():
+    assert "_cuda_clearCublasWorkspaces" in CUDA_ONLY
