@@ -19,21 +19,22 @@ from test_primitives import DTYPES, FOREVER, close, oracle_of, poisoned, same_bi
 from fpi_cuda import Anderson, Picard, Status, backends, fixed_point
 from fpi_cuda.backends import reference, triton
 from fpi_cuda.backends.progress import HEAD, ITERATIONS, RESIDUAL, STATUS, WINDOW, Limits, Progress
-from fpi_cuda.backends.triton import steps
+from fpi_cuda.backends.triton import anderson, picard, rows
 
 
 def cut(n, dtype):
     """Rows beyond 64 in parts of two blocks, of which the last part's second may be empty."""
     chunks = 1 if n <= 64 else 2
-    return steps.Plan(32, chunks, max(1, -(-n // (32 * chunks))), 1)
+    return rows.Plan(32, chunks, max(1, -(-n // (32 * chunks))), 1)
 
 
-PLANS = {"whole": steps.plan_of, "cut": cut}
+PLANS = {"whole": rows.plan_of, "cut": cut}
 
 
 @pytest.fixture(params=list(PLANS))
 def plan(request, monkeypatch):
-    monkeypatch.setattr(steps, "plan_of", PLANS[request.param])
+    for module in (rows, picard, anderson):
+        monkeypatch.setattr(module, "plan_of", PLANS[request.param])
     return request.param
 
 
@@ -94,7 +95,7 @@ def test_the_plan_itself_matches_the_oracle(n):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_plan_covers_the_row_with_no_part_left_empty(dtype):
     for n in (0, 1, 31, 33, 1024, 1025, 2048, 2049, 40001, 2**21 - 1, 2**21 + 1, 3 * 2**24 + 5):
-        block, chunks, parts, warps = steps.plan_of(n, dtype)
+        block, chunks, parts, warps = rows.plan_of(n, dtype)
         assert (parts - 1) * chunks * block < max(n, 1) <= parts * chunks * block
         assert parts <= 1024 and block & (block - 1) == 0 and warps in (1, 2, 4)
 
@@ -388,3 +389,14 @@ def test_importing_the_package_imports_no_triton():
         "assert not any(m.split('.')[0] == 'triton' for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_operators_old_place_names_the_new_one():
+    from fpi_cuda.backends.triton import steps
+
+    with pytest.warns(DeprecationWarning, match=r"steps.plan_of is now .*\.rows\.plan_of$"):
+        assert steps.plan_of is rows.plan_of
+    with pytest.warns(DeprecationWarning, match=r"now .*\.anderson\.anderson_step$"):
+        assert steps.anderson_step is anderson.anderson_step
+    with pytest.raises(AttributeError, match="no attribute 'launch'"):
+        _ = steps.launch

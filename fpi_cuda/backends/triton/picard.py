@@ -1,0 +1,236 @@
+# mypy: disable-error-code="import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
+"""Picard's step as Triton kernels; see `rows`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..progress import Progress
+from .rows import (
+    COUNTERS,
+    FROZEN,
+    ITERATIONS,
+    REFERENCE,
+    RING,
+    RING_START,
+    SCALARS,
+    acc_of,
+    aligned,
+    check,
+    count_row,
+    damp_or_end,
+    entry,
+    is_active,
+    kernel,
+    launched,
+    move_chunk,
+    norms_of,
+    plan_of,
+    residual_and_value,
+    sample_of,
+    stop,
+    total_of,
+)
+
+__all__ = ["picard_step"]
+
+
+@triton.jit
+def _picard_stop(squares, x, gx, n, sample, record, limits, BLOCK: tl.constexpr):
+    """The status after this step, and the record. squares: ‖r‖², ‖g(x)‖²; x, gx point to a row."""
+    counters, scalars, _ = record
+    k = tl.load(counters + sample * COUNTERS + ITERATIONS) + 1
+    reference = tl.load(scalars + sample * SCALARS + REFERENCE)
+    residual, value = norms_of(squares[0], squares[1], x, gx, n, BLOCK)
+    status = stop(residual, value, k, reference, sample, record, limits)
+    tl.store(scalars + sample * SCALARS + RING_START + (k - 1) % RING, residual)
+    return status
+
+
+@kernel
+def _picard_row(
+    x,
+    gx,
+    out,
+    counters,
+    scalars,
+    floor,
+    index,
+    indexed,
+    tally,
+    counts,
+    rows,
+    n,
+    rtol: tl.float64,
+    offset: tl.float64,
+    rounding: tl.float64,
+    patience,
+    max_iterations,
+    beta: tl.float64,
+    BLOCK: tl.constexpr,
+    DAMPED: tl.constexpr,
+):
+    acc: tl.constexpr = scalars.dtype.element_ty
+    limits = (rtol, offset, rounding, patience, max_iterations)
+    row = tl.program_id(0).to(tl.int64)
+    sample = sample_of(row, rows, index, indexed)
+    status = tl.full([], FROZEN, tl.int32)
+    if is_active(row, rows, sample, counters):
+        x += row * n
+        gx += row * n
+        i = tl.arange(0, BLOCK)
+        xs = tl.load(x + i, mask=i < n, other=0)
+        gs = tl.load(gx + i, mask=i < n, other=0)
+        g = gs.to(acc)
+        r = g - xs.to(acc)
+        squares = (tl.sum(r * r), tl.sum(g * g))
+        record = (counters, scalars, floor)
+        status = _picard_stop(squares, x, gx, n, sample, record, limits, BLOCK)
+        damp_or_end(x, out + sample * n, i, i < n, xs, gs, beta, status, acc, DAMPED)
+    count_row(status, row, rows, tally, counts)
+
+
+@kernel
+def _picard_parts(
+    x,
+    gx,
+    counters,
+    index,
+    indexed,
+    sums,
+    rows,
+    n,
+    parts,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    acc: tl.constexpr = sums.dtype.element_ty
+    place = tl.program_id(0)
+    row, part = (place // parts).to(tl.int64), place % parts
+    sample = sample_of(row, rows, index, indexed)
+    if is_active(row, rows, sample, counters):
+        residual_squares = tl.zeros([BLOCK], acc)
+        value_squares = tl.zeros([BLOCK], acc)
+        for chunk in range(CHUNKS):
+            i = (part * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
+            r, g = residual_and_value(x + row * n, gx + row * n, i, n, acc)
+            residual_squares += r * r
+            value_squares += g * g
+        sums += (row * parts + part) * 2
+        tl.store(sums, tl.sum(residual_squares))
+        tl.store(sums + 1, tl.sum(value_squares))
+
+
+@kernel
+def _picard_decide(
+    x,
+    gx,
+    counters,
+    scalars,
+    floor,
+    index,
+    indexed,
+    tally,
+    counts,
+    sums,
+    moves,
+    rows,
+    n,
+    parts,
+    rtol: tl.float64,
+    offset: tl.float64,
+    rounding: tl.float64,
+    patience,
+    max_iterations,
+    BLOCK: tl.constexpr,
+):
+    limits = (rtol, offset, rounding, patience, max_iterations)
+    row = tl.program_id(0).to(tl.int64)
+    sample = sample_of(row, rows, index, indexed)
+    status = tl.full([], FROZEN, tl.int32)
+    if is_active(row, rows, sample, counters):
+        totals = total_of(sums + row * parts * 2, parts, 2, 2).to(scalars.dtype.element_ty)
+        squares = (entry(totals, 0, 2), entry(totals, 1, 2))
+        record = (counters, scalars, floor)
+        status = _picard_stop(squares, x + row * n, gx + row * n, n, sample, record, limits, BLOCK)
+    tl.store(moves + row * 2, status, mask=row < rows)
+    count_row(status, row, rows, tally, counts)
+
+
+@kernel
+def _picard_move(
+    x,
+    gx,
+    out,
+    index,
+    indexed,
+    moves,
+    rows,
+    n,
+    parts,
+    beta: tl.float64,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    DAMPED: tl.constexpr,
+):
+    # Rows that the launches before had last come first: they may still be in the cache.
+    place = tl.num_programs(0) - 1 - tl.program_id(0)
+    row, part = (place // parts).to(tl.int64), place % parts
+    status = tl.load(moves + row * 2)
+    if status != FROZEN:
+        out += sample_of(row, rows, index, indexed) * n
+        for chunk in range(CHUNKS):
+            i = (part * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
+            move_chunk(x + row * n, gx + row * n, out, i, n, beta, status, ACC, DAMPED)
+
+
+def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
+    """One damped Picard step of every active row; see `reference.picard_step`.
+
+    Args:
+        p: the per-sample record; updated. Its norms, [R, tiles, 2], where it has them, are of each
+            row the sums of squares of g(x) − x and of g(x), by tiles, as the kernel that computed
+            g(x) left them. They are added in their order; where the sum may have over- or
+            underflowed, it is taken again from x and g(x).
+        x: iterates, [R, N], contiguous; moved.
+        gx: g(x), [R, N], contiguous; only read.
+        beta: weight of the new value.
+
+    Raises:
+        ValueError: shapes, dtypes or strides are not those above.
+    """
+    check("picard_step", x, gx, p)
+    rows, n = x.shape
+    norms = p.norms
+    fits = norms is None or (norms.dim() == 3 and norms.shape[::2] == (rows, 2))
+    if norms is not None and not (fits and norms.is_contiguous()):
+        raise ValueError(
+            f"picard_step: norms must have shape [{rows}, tiles, 2] and be contiguous "
+            f"(got shape {list(norms.shape)}, strides {list(norms.stride())})"
+        )
+    gx, beta, plan = aligned(gx), float(beta), plan_of(n, x.dtype)
+    each_row, each_part = (max(rows, 1),), (rows * plan.parts,)
+    with torch.cuda.device_of(x):
+        counters, index, record, limits = launched(p, x)
+        if plan.parts == 1 and norms is None:
+            _picard_row[each_row](
+                x, gx, p.out, *record, rows, n, *limits, beta, DAMPED=beta != 1, **plan.options
+            )
+            return
+        place = (rows, n, plan.parts)
+        if norms is None:
+            norms = torch.empty(rows, plan.parts, 2, dtype=p.dtype, device=x.device)
+            _picard_parts[each_part](
+                x, gx, counters, *index, norms, *place, CHUNKS=plan.chunks, **plan.options
+            )
+        moves = torch.empty(rows, 2, dtype=torch.int32, device=x.device)
+        tiles = norms.shape[1]
+        _picard_decide[each_row](
+            x, gx, *record, norms, moves, rows, n, tiles, *limits, **plan.options
+        )
+        moving = {"ACC": acc_of(x), "CHUNKS": plan.chunks, "DAMPED": beta != 1, **plan.options}
+        _picard_move[each_part](x, gx, p.out, *index, moves, *place, beta, **moving)
