@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,6 @@ from .rows import (
     RING_START,
     SCALARS,
     WINDOW,
-    acc_of,
     aligned,
     check,
     check_like,
@@ -48,10 +49,18 @@ __all__ = ["anderson_step"]
 _UNROLLED = tl.constexpr(8)  # the longest history whose loops are unrolled, so that loads overlap
 
 
+class Window(NamedTuple):
+    """Of each sample; see `anderson_step`."""
+
+    evaluated: Tensor  # its values; `values` is a name of Triton's tuples
+    residuals: Tensor
+    gram: Tensor
+
+
 @triton.jit
-def _window_of(sample, counters, M: tl.constexpr):
+def _window_of(sample, record, M: tl.constexpr):
     """The iteration's number, iterates before this one, this one's slot, differences with it."""
-    counters += sample * COUNTERS
+    counters = record.counters + sample * COUNTERS
     seen = tl.load(counters + WINDOW)
     head = (tl.load(counters + HEAD) + 1) % M
     return tl.load(counters + ITERATIONS) + 1, seen, head, tl.minimum(seen, M - 1)
@@ -140,20 +149,9 @@ def _combine(window, head, newest, before, i, n, gamma, used, M: tl.constexpr, S
 
 @triton.jit
 def _mix(
-    x,
-    gs,
-    before,
-    ring,
-    i,
-    n,
-    gamma,
-    used,
-    beta,
-    ACC: tl.constexpr,
-    M: tl.constexpr,
-    SIZE: tl.constexpr,
-    DAMPED: tl.constexpr,
-):
+    x, gs, before, ring, i, n, gamma, used, beta,
+    ACC: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr, DAMPED: tl.constexpr,
+):  # fmt: skip
     """x ← g_0 − Σ γ_j (g_j − g_{j+1}) − (1 − β)(r_0 − Σ γ_j d_j). gamma is 0 from `used` on."""
     values, residuals, head = ring
     mixed = _combine(values, head, gs.to(ACC), before.to(ACC), i, n, gamma, used, M, SIZE)
@@ -200,154 +198,93 @@ def _solve(gram, head, used, dots, rights, ridge, noise, M: tl.constexpr, SIZE: 
 
 
 @triton.jit
-def _anderson_stop(
-    sums,
-    x,
-    gx,
-    n,
-    sample,
-    k,
-    seen,
-    head,
-    count,
-    record,
-    limits,
-    gram,
-    ridge,
-    restart,
-    NOISE: tl.constexpr,
-    M: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The record after this step, and the new row of the Gram matrix. sums: as `_push` has them.
+def _ring_of(window, sample, n, head, M: tl.constexpr):
+    """Values and residuals of the sample's window, and the slot of the newest."""
+    return window.evaluated + sample * M * n, window.residuals + sample * M * n, head
 
-    Returns the status, how many differences the mixture takes (0: a damped step), and their γ.
+
+@triton.jit
+def _anderson_stop(
+    sums, x, gx, n, sample, at, record, window, limits, solving,
+    NOISE: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The record after this step, and the new row of the Gram matrix.
+
+    sums: as `_push` has them; at: as `_window_of`; solving: ridge, restart. Returns the status, how
+    many differences the mixture takes (0: a damped step), and their γ.
     """
-    counters, scalars, _ = record
-    acc: tl.constexpr = scalars.dtype.element_ty
+    k, seen, head, count = at
+    counters = record.counters + sample * COUNTERS
+    scalars = record.scalars + sample * SCALARS
+    acc: tl.constexpr = record.scalars.dtype.element_ty
     dots, rights = sums[4], sums[5]
-    reference = tl.load(scalars + sample * SCALARS + REFERENCE)
+    reference = tl.load(scalars + REFERENCE)
     residual, value = norms_of(sums[0], sums[1], x, gx, n, BLOCK)
     status = stop(residual, value, k, reference, sample, record, limits)
-    ring = scalars + sample * SCALARS + RING_START
+    ring = scalars + RING_START
     tl.store(ring + (k + RING - 2) % RING, tl.sqrt(sums[2]) / tl.sqrt(sums[3]), mask=seen > 0)
 
-    grown = (k > 1) & (residual > number(restart, acc) * reference)
+    grown = (k > 1) & (residual > number(solving[1], acc) * reference)
     used = tl.where(grown, 0, count)
-    gram += sample * (M * M)
+    gram = window.gram + sample * (M * M)
     noise = NOISE * value
-    gamma, solved = _solve(
-        gram, head, used, dots, rights, number(ridge, acc), noise * noise, M, SIZE
-    )
+    ridge = number(solving[0], acc)
+    gamma, solved = _solve(gram, head, used, dots, rights, ridge, noise * noise, M, SIZE)
     if status == ACTIVE:
         j = tl.arange(0, SIZE)
         slot = _slot(head, j, M)  # kept by slot, so that nothing else moves
         tl.store(gram + head * M + slot, dots, mask=j < used)
         tl.store(gram + slot * M + head, dots, mask=j < used)
-        tl.store(counters + sample * COUNTERS + HEAD, head)
+        tl.store(counters + HEAD, head)
         # Where it can't be solved: a damped step, and the window starts anew from this iterate.
-        tl.store(counters + sample * COUNTERS + WINDOW, tl.where(solved, used + 1, 1))
+        tl.store(counters + WINDOW, tl.where(solved, used + 1, 1))
     return status, tl.where(solved & (status == ACTIVE), used, 0), gamma
 
 
 @kernel
 def _anderson_row(
-    x,
-    gx,
-    out,
-    counters,
-    scalars,
-    floor,
-    index,
-    indexed,
-    tally,
-    counts,
-    values,
-    residuals,
-    gram,
-    rows,
-    n,
-    rtol: tl.float64,
-    offset: tl.float64,
-    rounding: tl.float64,
-    patience,
-    max_iterations,
-    beta: tl.float64,
-    ridge: tl.float64,
-    restart: tl.float64,
-    NOISE: tl.constexpr,
-    M: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DAMPED: tl.constexpr,
-):
-    acc: tl.constexpr = scalars.dtype.element_ty
+    x, gx, out, record, window, indexed, rows, n,
+    rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
+    beta: tl.float64, ridge: tl.float64, restart: tl.float64, NOISE: tl.constexpr,
+    M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, DAMPED: tl.constexpr,
+):  # fmt: skip
+    acc: tl.constexpr = record.scalars.dtype.element_ty
     limits = (rtol, offset, rounding, patience, max_iterations)
     row = tl.program_id(0).to(tl.int64)
-    sample = sample_of(row, rows, index, indexed)
+    sample = sample_of(row, record, indexed, rows)
     status = tl.full([], FROZEN, tl.int32)
-    if is_active(row, rows, sample, counters):
+    if is_active(row, record, sample, rows):
         x += row * n
         gx += row * n
-        k, seen, head, count = _window_of(sample, counters, M)
-        ring = (values + sample * M * n, residuals + sample * M * n, head)
+        at = _window_of(sample, record, M)
+        ring = _ring_of(window, sample, n, at[2], M)
         i = tl.arange(0, BLOCK)
-        xs, gs, before, sums = _push(x, gx, ring, i, n, seen, count, acc, M, SIZE)
+        xs, gs, before, sums = _push(x, gx, ring, i, n, at[1], at[3], acc, M, SIZE)
         status, used, weights = _anderson_stop(
-            sums,
-            x,
-            gx,
-            n,
-            sample,
-            k,
-            seen,
-            head,
-            count,
-            (counters, scalars, floor),
-            limits,
-            gram,
-            ridge,
-            restart,
-            NOISE,
-            M,
-            SIZE,
-            BLOCK,
-        )
+            sums, x, gx, n, sample, at, record, window, limits, (ridge, restart),
+            NOISE, M, SIZE, BLOCK,
+        )  # fmt: skip
         if used > 0:
             _mix(x, gs, before, ring, i, n, weights, used, beta, acc, M, SIZE, DAMPED)
         else:
             damp_or_end(x, out + sample * n, i, i < n, xs, gs, beta, status, acc, DAMPED)
-    count_row(status, row, rows, tally, counts)
+    count_row(status, row, record, rows)
 
 
 @kernel
 def _anderson_parts(
-    x,
-    gx,
-    counters,
-    index,
-    indexed,
-    values,
-    residuals,
-    sums,
-    rows,
-    n,
-    parts,
-    M: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    x, gx, record, window, sums, indexed, rows, n, parts,
+    M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     acc: tl.constexpr = sums.dtype.element_ty
     place = tl.program_id(0)
     row, part = (place // parts).to(tl.int64), place % parts
-    sample = sample_of(row, rows, index, indexed)
-    if is_active(row, rows, sample, counters):
+    sample = sample_of(row, record, indexed, rows)
+    if is_active(row, record, sample, rows):
         x += row * n
         gx += row * n
-        _k, seen, head, count = _window_of(sample, counters, M)
-        ring = (values + sample * M * n, residuals + sample * M * n, head)
+        _k, seen, head, count = _window_of(sample, record, M)
+        ring = _ring_of(window, sample, n, head, M)
         rr = tl.zeros([], acc)
         gg = tl.zeros([], acc)
         dgdg = tl.zeros([], acc)
@@ -375,40 +312,17 @@ def _anderson_parts(
 
 @kernel
 def _anderson_decide(
-    x,
-    gx,
-    counters,
-    scalars,
-    floor,
-    index,
-    indexed,
-    tally,
-    counts,
-    gram,
-    sums,
-    moves,
-    gamma,
-    rows,
-    n,
-    parts,
-    rtol: tl.float64,
-    offset: tl.float64,
-    rounding: tl.float64,
-    patience,
-    max_iterations,
-    ridge: tl.float64,
-    restart: tl.float64,
-    NOISE: tl.constexpr,
-    M: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, gx, record, window, sums, moves, gamma, indexed, rows, n, parts,
+    rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
+    ridge: tl.float64, restart: tl.float64, NOISE: tl.constexpr,
+    M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     limits = (rtol, offset, rounding, patience, max_iterations)
     row = tl.program_id(0).to(tl.int64)
-    sample = sample_of(row, rows, index, indexed)
+    sample = sample_of(row, record, indexed, rows)
     status = tl.full([], FROZEN, tl.int32)
-    if is_active(row, rows, sample, counters):
-        k, seen, head, count = _window_of(sample, counters, M)
+    if is_active(row, record, sample, rows):
+        at = _window_of(sample, record, M)
         width: tl.constexpr = 4 + 2 * SIZE
         sums += row * parts * width
         norms = total_of(sums, parts, width, 4)
@@ -421,73 +335,41 @@ def _anderson_decide(
             total_of(sums + 4 + SIZE, parts, width, SIZE),
         )
         status, used, weights = _anderson_stop(
-            totals,
-            x + row * n,
-            gx + row * n,
-            n,
-            sample,
-            k,
-            seen,
-            head,
-            count,
-            (counters, scalars, floor),
-            limits,
-            gram,
-            ridge,
-            restart,
-            NOISE,
-            M,
-            SIZE,
-            BLOCK,
-        )
+            totals, x + row * n, gx + row * n, n, sample, at, record, window, limits,
+            (ridge, restart), NOISE, M, SIZE, BLOCK,
+        )  # fmt: skip
         tl.store(gamma + row * SIZE + tl.arange(0, SIZE), weights)
         tl.store(moves + row * 2 + 1, used)
     tl.store(moves + row * 2, status, mask=row < rows)
-    count_row(status, row, rows, tally, counts)
+    count_row(status, row, record, rows)
 
 
 @kernel
 def _anderson_move(
-    x,
-    gx,
-    out,
-    counters,
-    index,
-    indexed,
-    values,
-    residuals,
-    moves,
-    gamma,
-    rows,
-    n,
-    parts,
-    beta: tl.float64,
-    ACC: tl.constexpr,
-    M: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    x, gx, out, record, window, moves, gamma, indexed, rows, n, parts, beta: tl.float64,
+    M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
     DAMPED: tl.constexpr,
-):
+):  # fmt: skip
+    acc: tl.constexpr = record.scalars.dtype.element_ty
     place = tl.num_programs(0) - 1 - tl.program_id(0)  # as in _picard_move
     row, part = (place // parts).to(tl.int64), place % parts
     status = tl.load(moves + row * 2)
     if status != FROZEN:
-        sample = sample_of(row, rows, index, indexed)
+        sample = sample_of(row, record, indexed, rows)
         x += row * n
         gx += row * n
         used = tl.load(moves + row * 2 + 1)
-        head = tl.load(counters + sample * COUNTERS + HEAD)
-        ring = (values + sample * M * n, residuals + sample * M * n, head)
+        head = tl.load(record.counters + sample * COUNTERS + HEAD)
+        ring = _ring_of(window, sample, n, head, M)
         weights = tl.load(gamma + row * SIZE + tl.arange(0, SIZE))
         for chunk in range(CHUNKS):
             i = (part * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
             if used > 0:
                 gs = tl.load(gx + i, mask=i < n, other=0)
-                before = _older(ring[0], head, 1 % M, i, n, used, ACC, M)
-                _mix(x, gs, before, ring, i, n, weights, used, beta, ACC, M, SIZE, DAMPED)
+                before = _older(ring[0], head, 1 % M, i, n, used, acc, M)
+                _mix(x, gs, before, ring, i, n, weights, used, beta, acc, M, SIZE, DAMPED)
             else:
-                move_chunk(x, gx, out + sample * n, i, n, beta, status, ACC, DAMPED)
+                move_chunk(x, gx, out + sample * n, i, n, beta, status, acc, DAMPED)
 
 
 def anderson_step(
@@ -523,37 +405,28 @@ def anderson_step(
     m = values.shape[1]
     gx, beta, plan = aligned(gx), float(beta), plan_of(n, x.dtype)
     each_row, each_part = (max(rows, 1),), (rows * plan.parts,)
-    solving = (float(ridge), float(restart))
     sizes = {"M": m, "SIZE": triton.next_power_of_2(max(m - 1, 1)), **plan.options}
-    noise = progress.NOISE * torch.finfo(x.dtype).eps / 2
+    solving = (float(ridge), float(restart), progress.NOISE * torch.finfo(x.dtype).eps / 2)
+    damping = {"DAMPED": beta != 1, **sizes}
+    window = Window(values, residuals, gram)
     with torch.cuda.device_of(x):
-        counters, index, record, limits = launched(p, x)
+        record, place, limits = launched(p, x)
         if plan.parts == 1:
             _anderson_row[each_row](
-                x,
-                gx,
-                p.out,
-                *record,
-                *(values, residuals, gram),
-                *(rows, n, *limits, beta, *solving),
-                NOISE=noise,
-                DAMPED=beta != 1,
-                **sizes,
+                x, gx, p.out, record, window, *place, *limits, beta, *solving, **damping
             )
             return
-        place = (rows, n, plan.parts)
+        cut = (*place, plan.parts)
         columns = 4 + 2 * sizes["SIZE"]
         sums = torch.empty(rows, plan.parts, columns, dtype=p.dtype, device=x.device)
         moves = torch.empty(rows, 2, dtype=torch.int32, device=x.device)
         gamma = torch.empty(rows, sizes["SIZE"], dtype=p.dtype, device=x.device)
-        window = (counters, *index, values, residuals)
-        _anderson_parts[each_part](x, gx, *window, sums, *place, CHUNKS=plan.chunks, **sizes)
+        _anderson_parts[each_part](x, gx, record, window, sums, *cut, CHUNKS=plan.chunks, **sizes)
         left = (sums, moves, gamma)
-        _anderson_decide[each_row](
-            x, gx, *record, gram, *left, *place, *limits, *solving, NOISE=noise, **sizes
+        _anderson_decide[each_row](x, gx, record, window, *left, *cut, *limits, *solving, **sizes)
+        _anderson_move[each_part](
+            x, gx, p.out, record, window, moves, gamma, *cut, beta, CHUNKS=plan.chunks, **damping
         )
-        moving = {"ACC": acc_of(x), "CHUNKS": plan.chunks, "DAMPED": beta != 1, **sizes}
-        _anderson_move[each_part](x, gx, p.out, *window, moves, gamma, *place, beta, **moving)
 
 
 def _check_window(p: Progress, values: Tensor, residuals: Tensor, gram: Tensor) -> None:

@@ -17,7 +17,6 @@ from .rows import (
     RING,
     RING_START,
     SCALARS,
-    acc_of,
     aligned,
     check,
     count_row,
@@ -41,44 +40,27 @@ __all__ = ["picard_step"]
 @triton.jit
 def _picard_stop(squares, x, gx, n, sample, record, limits, BLOCK: tl.constexpr):
     """The status after this step, and the record. squares: ‖r‖², ‖g(x)‖²; x, gx point to a row."""
-    counters, scalars, _ = record
-    k = tl.load(counters + sample * COUNTERS + ITERATIONS) + 1
-    reference = tl.load(scalars + sample * SCALARS + REFERENCE)
+    k = tl.load(record.counters + sample * COUNTERS + ITERATIONS) + 1
+    scalars = record.scalars + sample * SCALARS
+    reference = tl.load(scalars + REFERENCE)
     residual, value = norms_of(squares[0], squares[1], x, gx, n, BLOCK)
     status = stop(residual, value, k, reference, sample, record, limits)
-    tl.store(scalars + sample * SCALARS + RING_START + (k - 1) % RING, residual)
+    tl.store(scalars + RING_START + (k - 1) % RING, residual)
     return status
 
 
 @kernel
 def _picard_row(
-    x,
-    gx,
-    out,
-    counters,
-    scalars,
-    floor,
-    index,
-    indexed,
-    tally,
-    counts,
-    rows,
-    n,
-    rtol: tl.float64,
-    offset: tl.float64,
-    rounding: tl.float64,
-    patience,
-    max_iterations,
-    beta: tl.float64,
-    BLOCK: tl.constexpr,
-    DAMPED: tl.constexpr,
-):
-    acc: tl.constexpr = scalars.dtype.element_ty
+    x, gx, out, record, indexed, rows, n,
+    rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
+    beta: tl.float64, BLOCK: tl.constexpr, DAMPED: tl.constexpr,
+):  # fmt: skip
+    acc: tl.constexpr = record.scalars.dtype.element_ty
     limits = (rtol, offset, rounding, patience, max_iterations)
     row = tl.program_id(0).to(tl.int64)
-    sample = sample_of(row, rows, index, indexed)
+    sample = sample_of(row, record, indexed, rows)
     status = tl.full([], FROZEN, tl.int32)
-    if is_active(row, rows, sample, counters):
+    if is_active(row, record, sample, rows):
         x += row * n
         gx += row * n
         i = tl.arange(0, BLOCK)
@@ -87,31 +69,20 @@ def _picard_row(
         g = gs.to(acc)
         r = g - xs.to(acc)
         squares = (tl.sum(r * r), tl.sum(g * g))
-        record = (counters, scalars, floor)
         status = _picard_stop(squares, x, gx, n, sample, record, limits, BLOCK)
         damp_or_end(x, out + sample * n, i, i < n, xs, gs, beta, status, acc, DAMPED)
-    count_row(status, row, rows, tally, counts)
+    count_row(status, row, record, rows)
 
 
 @kernel
 def _picard_parts(
-    x,
-    gx,
-    counters,
-    index,
-    indexed,
-    sums,
-    rows,
-    n,
-    parts,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    x, gx, record, sums, indexed, rows, n, parts, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
     acc: tl.constexpr = sums.dtype.element_ty
     place = tl.program_id(0)
     row, part = (place // parts).to(tl.int64), place % parts
-    sample = sample_of(row, rows, index, indexed)
-    if is_active(row, rows, sample, counters):
+    sample = sample_of(row, record, indexed, rows)
+    if is_active(row, record, sample, rows):
         residual_squares = tl.zeros([BLOCK], acc)
         value_squares = tl.zeros([BLOCK], acc)
         for chunk in range(CHUNKS):
@@ -126,66 +97,37 @@ def _picard_parts(
 
 @kernel
 def _picard_decide(
-    x,
-    gx,
-    counters,
-    scalars,
-    floor,
-    index,
-    indexed,
-    tally,
-    counts,
-    sums,
-    moves,
-    rows,
-    n,
-    parts,
-    rtol: tl.float64,
-    offset: tl.float64,
-    rounding: tl.float64,
-    patience,
-    max_iterations,
+    x, gx, record, sums, moves, indexed, rows, n, parts,
+    rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     limits = (rtol, offset, rounding, patience, max_iterations)
     row = tl.program_id(0).to(tl.int64)
-    sample = sample_of(row, rows, index, indexed)
+    sample = sample_of(row, record, indexed, rows)
     status = tl.full([], FROZEN, tl.int32)
-    if is_active(row, rows, sample, counters):
-        totals = total_of(sums + row * parts * 2, parts, 2, 2).to(scalars.dtype.element_ty)
+    if is_active(row, record, sample, rows):
+        totals = total_of(sums + row * parts * 2, parts, 2, 2).to(record.scalars.dtype.element_ty)
         squares = (entry(totals, 0, 2), entry(totals, 1, 2))
-        record = (counters, scalars, floor)
         status = _picard_stop(squares, x + row * n, gx + row * n, n, sample, record, limits, BLOCK)
     tl.store(moves + row * 2, status, mask=row < rows)
-    count_row(status, row, rows, tally, counts)
+    count_row(status, row, record, rows)
 
 
 @kernel
 def _picard_move(
-    x,
-    gx,
-    out,
-    index,
-    indexed,
-    moves,
-    rows,
-    n,
-    parts,
-    beta: tl.float64,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    DAMPED: tl.constexpr,
-):
+    x, gx, out, record, moves, indexed, rows, n, parts, beta: tl.float64,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, DAMPED: tl.constexpr,
+):  # fmt: skip
+    acc: tl.constexpr = record.scalars.dtype.element_ty
     # Rows that the launches before had last come first: they may still be in the cache.
     place = tl.num_programs(0) - 1 - tl.program_id(0)
     row, part = (place // parts).to(tl.int64), place % parts
     status = tl.load(moves + row * 2)
     if status != FROZEN:
-        out += sample_of(row, rows, index, indexed) * n
+        out += sample_of(row, record, indexed, rows) * n
         for chunk in range(CHUNKS):
             i = (part * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
-            move_chunk(x + row * n, gx + row * n, out, i, n, beta, status, ACC, DAMPED)
+            move_chunk(x + row * n, gx + row * n, out, i, n, beta, status, acc, DAMPED)
 
 
 def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
@@ -214,23 +156,21 @@ def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
         )
     gx, beta, plan = aligned(gx), float(beta), plan_of(n, x.dtype)
     each_row, each_part = (max(rows, 1),), (rows * plan.parts,)
+    damping = {"DAMPED": beta != 1, **plan.options}
     with torch.cuda.device_of(x):
-        counters, index, record, limits = launched(p, x)
+        record, place, limits = launched(p, x)
         if plan.parts == 1 and norms is None:
-            _picard_row[each_row](
-                x, gx, p.out, *record, rows, n, *limits, beta, DAMPED=beta != 1, **plan.options
-            )
+            _picard_row[each_row](x, gx, p.out, record, *place, *limits, beta, **damping)
             return
-        place = (rows, n, plan.parts)
+        cut = (*place, plan.parts)
         if norms is None:
             norms = torch.empty(rows, plan.parts, 2, dtype=p.dtype, device=x.device)
-            _picard_parts[each_part](
-                x, gx, counters, *index, norms, *place, CHUNKS=plan.chunks, **plan.options
-            )
+            _picard_parts[each_part](x, gx, record, norms, *cut, CHUNKS=plan.chunks, **plan.options)
         moves = torch.empty(rows, 2, dtype=torch.int32, device=x.device)
         tiles = norms.shape[1]
         _picard_decide[each_row](
-            x, gx, *record, norms, moves, rows, n, tiles, *limits, **plan.options
+            x, gx, record, norms, moves, *place, tiles, *limits, **plan.options
         )
-        moving = {"ACC": acc_of(x), "CHUNKS": plan.chunks, "DAMPED": beta != 1, **plan.options}
-        _picard_move[each_part](x, gx, p.out, *index, moves, *place, beta, **moving)
+        _picard_move[each_part](
+            x, gx, p.out, record, moves, *cut, beta, CHUNKS=plan.chunks, **damping
+        )

@@ -23,7 +23,7 @@ to zero: the count by which the last of the programs that decide is known. It up
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -65,8 +65,23 @@ FROZEN = tl.constexpr(-1)  # ended in an earlier step, and is left alone
 # What changes from call to call: no value of it is compiled in. The small tensors are read a number
 # at a time, so nothing is gained from where they begin.
 _CHANGING = ["rows", "indexed", "parts", "patience", "max_iterations"]
-_SMALL = ["counters", "scalars", "floor", "index", "tally", "counts", "sums", "moves", "gamma"]
+_SMALL = ["sums", "moves", "gamma"]
 kernel = triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_SMALL)
+
+
+class Record(NamedTuple):
+    """The per-sample record, as kernels take it.
+
+    Tensors only: of a tuple's numbers Triton makes constants where they are 1, which would be
+    compiled anew, and float32.
+    """
+
+    counters: Tensor
+    scalars: Tensor
+    floor: Tensor | None
+    samples: Tensor  # that the rows hold, where `indexed`
+    tally: Tensor
+    counts: Tensor  # int64: rows done, and the active ones among them times 2³²; rows that failed
 
 
 class Plan(NamedTuple):
@@ -110,16 +125,16 @@ def is_finite(a):
 
 
 @triton.jit
-def sample_of(row, rows, index, indexed):
+def sample_of(row, record, indexed, rows):
     """The sample whose row it is."""
-    return tl.load(index + row, mask=(row < rows) & (indexed != 0), other=row)
+    return tl.load(record.samples + row, mask=(row < rows) & (indexed != 0), other=row)
 
 
 @triton.jit
-def is_active(row, rows, sample, counters):
+def is_active(row, record, sample, rows):
     """Whether the row is there and its sample iterates."""
-    status = tl.load(counters + sample * COUNTERS + _STATUS, mask=row < rows, other=FROZEN)
-    return status == ACTIVE
+    status = record.counters + sample * COUNTERS + _STATUS
+    return tl.load(status, mask=row < rows, other=FROZEN) == ACTIVE
 
 
 @triton.jit
@@ -178,25 +193,24 @@ def residual_and_value(x, gx, i, n, ACC: tl.constexpr):
 def stop(residual, value, k, reference, sample, record, limits):
     """The sample's status after iteration k, and its counters and reference brought up to date.
 
-    record: counters, scalars, floor; limits: as `launched` has them.
+    limits: as `launched` has them.
     """
-    counters, scalars, floor = record
-    acc: tl.constexpr = scalars.dtype.element_ty
+    acc: tl.constexpr = record.scalars.dtype.element_ty
     rtol, offset, rounding = (
         number(limits[0], acc),
         number(limits[1], acc),
         number(limits[2], acc),
     )
     patience, max_iterations = limits[3], limits[4]
-    counters += sample * COUNTERS
-    scalars += sample * SCALARS
+    counters = record.counters + sample * COUNTERS
+    scalars = record.scalars + sample * SCALARS
     since = tl.load(counters + _REFERENCE_ITERATION)
     fell = (k == 1) | (residual <= reference * _FALL)
     reference = tl.where(fell, residual, reference)
     since = tl.where(fell, k, since)
     least = value
-    if floor is not None:
-        given = tl.load(floor + sample)
+    if record.floor is not None:
+        given = tl.load(record.floor + sample)
         least = tl.where(value > given, value, given)
 
     status = tl.where(k >= max_iterations, _MAX_ITERATIONS, ACTIVE)
@@ -217,11 +231,9 @@ def stop(residual, value, k, reference, sample, record, limits):
 
 
 @triton.jit
-def count_row(status, row, rows, tally, counts):
-    """Counts the row; the last one updates the tally. Also the only program of a step of no rows.
-
-    counts, int64: rows done, and the active ones among them times 2³²; rows that have failed.
-    """
+def count_row(status, row, record, rows):
+    """Counts the row; the last one updates the tally, as does the only program of no rows."""
+    tally, counts = record.tally, record.counts
     failed = (status > _CONVERGED).to(tl.int64)
     tl.atomic_add(counts + 1, failed, mask=failed > 0)
     mine = (row < rows).to(tl.int64) + ((status == ACTIVE).to(tl.int64) << 32)
@@ -327,18 +339,21 @@ def damped_update(x: Tensor, gx: Tensor, beta: float) -> None:
         )
 
 
-def launched(p: Progress, x: Tensor) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...], Any]:
-    """What kernels take of the record: counters; the index; all of it; its limits.
+def launched(p: Progress, x: Tensor) -> tuple[Record, tuple[int, int, int], tuple[float, ...]]:
+    """What kernels take of the record: its tensors; indexed, rows, n; its limits.
 
     Sets the count of the rows to zero.
     """
     counts = torch.zeros(2, dtype=torch.int64, device=x.device)
     # Without an index some int64 tensor stands in for it: one compilation serves both.
-    index = (counts, 0) if p.index is None else (p.index, 1)
-    record = (p.counters, p.scalars, p.floor, *index, p.tally, counts)
+    samples = counts if p.index is None else p.index
     lim = p.limits
     limits = (float(lim.rtol), float(lim.offset), float(lim.rounding))
-    return p.counters, index, record, (*limits, lim.patience, lim.max_iterations)
+    return (
+        Record(p.counters, p.scalars, p.floor, samples, p.tally, counts),
+        (int(p.index is not None), *x.shape),
+        (*limits, lim.patience, lim.max_iterations),
+    )
 
 
 def acc_of(x: Tensor) -> tl.dtype:
