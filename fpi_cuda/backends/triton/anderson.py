@@ -31,14 +31,15 @@ from .rows import (
     count_row,
     damp_or_end,
     entry,
-    is_active,
     is_finite,
     kernel,
     launched,
     move_chunk,
     norms_of,
     number,
+    part_of_program,
     plan_of,
+    row_of_program,
     sample_of,
     stop,
     total_of,
@@ -249,17 +250,16 @@ def _anderson_row(
     M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, DAMPED: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = record.scalars.dtype.element_ty
-    limits = (rtol, offset, rounding, patience, max_iterations)
-    row = tl.program_id(0).to(tl.int64)
-    sample = sample_of(row, record, indexed, rows)
+    row, sample, active = row_of_program(record, indexed, rows)
     status = tl.full([], FROZEN, tl.int32)
-    if is_active(row, record, sample, rows):
+    if active:
         x += row * n
         gx += row * n
         at = _window_of(sample, record, M)
         ring = _ring_of(window, sample, n, at[2], M)
         i = tl.arange(0, BLOCK)
         xs, gs, before, sums = _push(x, gx, ring, i, n, at[1], at[3], acc, M, SIZE)
+        limits = (rtol, offset, rounding, patience, max_iterations)
         status, used, weights = _anderson_stop(
             sums, x, gx, n, sample, at, record, window, limits, (ridge, restart),
             NOISE, M, SIZE, BLOCK,
@@ -277,10 +277,8 @@ def _anderson_parts(
     M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = sums.dtype.element_ty
-    place = tl.program_id(0)
-    row, part = (place // parts).to(tl.int64), place % parts
-    sample = sample_of(row, record, indexed, rows)
-    if is_active(row, record, sample, rows):
+    row, part, sample, active = part_of_program(record, indexed, rows, parts)
+    if active:
         x += row * n
         gx += row * n
         _k, seen, head, count = _window_of(sample, record, M)
@@ -317,11 +315,9 @@ def _anderson_decide(
     ridge: tl.float64, restart: tl.float64, NOISE: tl.constexpr,
     M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    limits = (rtol, offset, rounding, patience, max_iterations)
-    row = tl.program_id(0).to(tl.int64)
-    sample = sample_of(row, record, indexed, rows)
+    row, sample, active = row_of_program(record, indexed, rows)
     status = tl.full([], FROZEN, tl.int32)
-    if is_active(row, record, sample, rows):
+    if active:
         at = _window_of(sample, record, M)
         width: tl.constexpr = 4 + 2 * SIZE
         sums += row * parts * width
@@ -334,6 +330,7 @@ def _anderson_decide(
             total_of(sums + 4, parts, width, SIZE),
             total_of(sums + 4 + SIZE, parts, width, SIZE),
         )
+        limits = (rtol, offset, rounding, patience, max_iterations)
         status, used, weights = _anderson_stop(
             totals, x + row * n, gx + row * n, n, sample, at, record, window, limits,
             (ridge, restart), NOISE, M, SIZE, BLOCK,

@@ -22,13 +22,14 @@ from .rows import (
     count_row,
     damp_or_end,
     entry,
-    is_active,
     kernel,
     launched,
     move_chunk,
     norms_of,
+    part_of_program,
     plan_of,
     residual_and_value,
+    row_of_program,
     sample_of,
     stop,
     total_of,
@@ -55,12 +56,10 @@ def _picard_row(
     rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
     beta: tl.float64, BLOCK: tl.constexpr, DAMPED: tl.constexpr,
 ):  # fmt: skip
-    acc: tl.constexpr = record.scalars.dtype.element_ty
-    limits = (rtol, offset, rounding, patience, max_iterations)
-    row = tl.program_id(0).to(tl.int64)
-    sample = sample_of(row, record, indexed, rows)
+    row, sample, active = row_of_program(record, indexed, rows)
     status = tl.full([], FROZEN, tl.int32)
-    if is_active(row, record, sample, rows):
+    if active:
+        acc: tl.constexpr = record.scalars.dtype.element_ty
         x += row * n
         gx += row * n
         i = tl.arange(0, BLOCK)
@@ -69,6 +68,7 @@ def _picard_row(
         g = gs.to(acc)
         r = g - xs.to(acc)
         squares = (tl.sum(r * r), tl.sum(g * g))
+        limits = (rtol, offset, rounding, patience, max_iterations)
         status = _picard_stop(squares, x, gx, n, sample, record, limits, BLOCK)
         damp_or_end(x, out + sample * n, i, i < n, xs, gs, beta, status, acc, DAMPED)
     count_row(status, row, record, rows)
@@ -79,10 +79,8 @@ def _picard_parts(
     x, gx, record, sums, indexed, rows, n, parts, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
 ):  # fmt: skip
     acc: tl.constexpr = sums.dtype.element_ty
-    place = tl.program_id(0)
-    row, part = (place // parts).to(tl.int64), place % parts
-    sample = sample_of(row, record, indexed, rows)
-    if is_active(row, record, sample, rows):
+    row, part, _sample, active = part_of_program(record, indexed, rows, parts)
+    if active:
         residual_squares = tl.zeros([BLOCK], acc)
         value_squares = tl.zeros([BLOCK], acc)
         for chunk in range(CHUNKS):
@@ -101,13 +99,12 @@ def _picard_decide(
     rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    limits = (rtol, offset, rounding, patience, max_iterations)
-    row = tl.program_id(0).to(tl.int64)
-    sample = sample_of(row, record, indexed, rows)
+    row, sample, active = row_of_program(record, indexed, rows)
     status = tl.full([], FROZEN, tl.int32)
-    if is_active(row, record, sample, rows):
+    if active:
         totals = total_of(sums + row * parts * 2, parts, 2, 2).to(record.scalars.dtype.element_ty)
         squares = (entry(totals, 0, 2), entry(totals, 1, 2))
+        limits = (rtol, offset, rounding, patience, max_iterations)
         status = _picard_stop(squares, x + row * n, gx + row * n, n, sample, record, limits, BLOCK)
     tl.store(moves + row * 2, status, mask=row < rows)
     count_row(status, row, record, rows)

@@ -72,8 +72,9 @@ kernel = triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=
 class Record(NamedTuple):
     """The per-sample record, as kernels take it.
 
-    Tensors only: of a tuple's numbers Triton makes constants where they are 1, which would be
-    compiled anew, and float32.
+    Tensors only. In a tuple Triton takes a float for float32 and compiles in what it finds of an
+    integer (that it is 1, that 16 divides it), asked not to or not; so numbers are arguments of
+    their own.
     """
 
     counters: Tensor
@@ -131,10 +132,27 @@ def sample_of(row, record, indexed, rows):
 
 
 @triton.jit
-def is_active(row, record, sample, rows):
-    """Whether the row is there and its sample iterates."""
+def _active_sample(row, record, indexed, rows):
+    sample = sample_of(row, record, indexed, rows)
     status = record.counters + sample * COUNTERS + _STATUS
-    return tl.load(status, mask=row < rows, other=FROZEN) == ACTIVE
+    return sample, tl.load(status, mask=row < rows, other=FROZEN) == ACTIVE
+
+
+@triton.jit
+def row_of_program(record, indexed, rows):
+    """A program's row, the sample that it holds, and whether it is there and to be moved."""
+    row = tl.program_id(0).to(tl.int64)
+    sample, active = _active_sample(row, record, indexed, rows)
+    return row, sample, active
+
+
+@triton.jit
+def part_of_program(record, indexed, rows, parts):
+    """Likewise of a row cut into parts: row, part, sample, active."""
+    place = tl.program_id(0)
+    row, part = (place // parts).to(tl.int64), place % parts
+    sample, active = _active_sample(row, record, indexed, rows)
+    return row, part, sample, active
 
 
 @triton.jit
