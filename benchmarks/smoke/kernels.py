@@ -128,7 +128,7 @@ def lengths(place: Place, dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
 
 
 def on_triton(place: Place, dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
-    """The same for Triton's two plans, by values: fpi_cuda/backends/triton/steps.py."""
+    """The same for Triton's two plans, by values: fpi_cuda/backends/triton/rows.py."""
     most = 1024 if dtype == torch.float64 else 2048
     return {
         "program": (1, place.size(most - 3, 67)),

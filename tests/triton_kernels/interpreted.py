@@ -21,5 +21,6 @@ if HERE:
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if INTERPRETED else {}):
         from triton.runtime import interpreter  # noqa: F401
 
+        import fpi_cuda.backends.triton.anderson
         import fpi_cuda.backends.triton.conv
-        import fpi_cuda.backends.triton.steps  # noqa: F401
+        import fpi_cuda.backends.triton.picard  # noqa: F401

@@ -30,7 +30,7 @@ SET_ASIDE = {("float64 sm_90", "_anderson_decide"): 8}
 
 def launch(n, dtype, beta, rows=2, samples=None, max_iterations=10):
     """The launches of every operator, of rows that are samples or an index of them."""
-    from fpi_cuda.backends.triton import steps
+    from fpi_cuda.backends import triton
 
     b = samples or rows
     p = Progress(torch.empty(b, n, dtype=dtype), Limits(1e-2, 0.0, 0.0, 10, max_iterations))
@@ -39,9 +39,9 @@ def launch(n, dtype, beta, rows=2, samples=None, max_iterations=10):
     x, gx = torch.zeros(rows, n, dtype=dtype), torch.zeros(rows, n, dtype=dtype)
     memory = [torch.zeros(b, HISTORY, n, dtype=dtype), torch.zeros(b, HISTORY, n, dtype=dtype)]
     gram = torch.zeros(b, HISTORY, HISTORY, dtype=p.dtype)
-    steps.damped_update(x, gx, beta)
-    steps.picard_step(p, x, gx, beta)
-    steps.anderson_step(p, x, gx, beta, 1e-3, 10.0, *memory, gram)
+    triton.damped_update(x, gx, beta)
+    triton.picard_step(p, x, gx, beta)
+    triton.anderson_step(p, x, gx, beta, 1e-3, 10.0, *memory, gram)
 
 
 def every_kernel(dtype, arch):

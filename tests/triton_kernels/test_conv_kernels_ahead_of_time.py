@@ -38,7 +38,7 @@ SHAPES = [
 ]
 WIDE = Shape((5, 128, 5), (3, 5))
 FORWARD, ADJOINT = ("forward", "relu"), ("adjoint", "bits")
-STEPS = ("_chain_kernel", "_conv_kernel")
+STEPS = ("chain_kernel", "conv_kernel")
 COUNTED = "for any batch"
 CAPTURED = "in a capture"
 VERSION = metadata.version("triton")
@@ -225,7 +225,7 @@ def compiled():
 def test_every_config_compiles_for_each_device(compiled):
     jobs_done = {f.job for f in compiled if f.kernel in STEPS}
     assert jobs_done == {*map(str, CASES), COUNTED}
-    assert {f.kernel for f in compiled} == {*STEPS, "_active_kernel", "_pack_kernel"}
+    assert {f.kernel for f in compiled} == {*STEPS, "active_kernel", "pack_kernel"}
 
 
 def test_no_kernel_spills_and_as_many_blocks_fit_as_are_planned(compiled):
@@ -246,11 +246,7 @@ def rows_of(compiled):
     for precision in PRECISIONS:
         ours = {str(c): c for c in CASES if (c.precision, c.config) == (precision, None)}
         on = [
-            [
-                f
-                for f in compiled
-                if f.job in ours and f.kernel == "_chain_kernel" and f.arch == arch
-            ]
+            [f for f in compiled if f.job in ours and f.kernel == "chain_kernel" and f.arch == arch]
             for arch in MOST_SHARED
         ]
         columns = [f"{on[0][0].planned} × {on[0][0].warps}"]
@@ -275,7 +271,7 @@ def test_registers_are_those_of_the_page(compiled):
 def test_batch_active_samples_and_image_size_compile_nothing_new(compiled):
     counts = Counter(f.kernel for f in compiled if f.job == COUNTED)
     # Two layers of a wide step, of two widths of slopes.
-    assert counts == {"_chain_kernel": 1, "_conv_kernel": 2, "_active_kernel": 1, "_pack_kernel": 2}
+    assert counts == {"chain_kernel": 1, "conv_kernel": 2, "active_kernel": 1, "pack_kernel": 2}
 
 
 def test_the_graph_drivers_warm_ups_compile_all_that_its_captures_launch(compiled):

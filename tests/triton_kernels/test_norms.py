@@ -16,7 +16,7 @@ from fpi_cuda import (
     fixed_point,
 )
 from fpi_cuda.backends import available, native, triton
-from fpi_cuda.backends.triton import configs, conv, steps
+from fpi_cuda.backends.triton import configs, conv, picard
 from fpi_cuda.backends.triton.configs import Config
 from fpi_cuda.drivers import capture
 from fpi_cuda.solve import direction
@@ -54,8 +54,8 @@ def calls(monkeypatch):
 
     watched(native, "picard_step")
     watched(native, "anderson_step")
-    watched(steps, "picard_step")
-    monkeypatch.setattr(triton, "picard_step", steps.picard_step, raising=False)
+    watched(picard, "picard_step")
+    monkeypatch.setattr(triton, "picard_step", picard.picard_step, raising=False)
     return found
 
 

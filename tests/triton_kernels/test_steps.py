@@ -18,22 +18,23 @@ from test_primitives import DTYPES, FOREVER, close, oracle_of, poisoned, same_bi
 
 from fpi_cuda import Anderson, Picard, Status, backends, fixed_point
 from fpi_cuda.backends import reference, triton
-from fpi_cuda.backends.triton import steps
+from fpi_cuda.backends.triton import anderson, picard, rows
 from fpi_cuda.record import HEAD, ITERATIONS, RESIDUAL, STATUS, WINDOW, Limits, Progress
 
 
 def cut(n, dtype):
     """Rows beyond 64 in parts of two blocks, of which the last part's second may be empty."""
     chunks = 1 if n <= 64 else 2
-    return steps.Plan(32, chunks, max(1, -(-n // (32 * chunks))), 1)
+    return rows.Plan(32, chunks, max(1, -(-n // (32 * chunks))), 1)
 
 
-PLANS = {"whole": steps.plan_of, "cut": cut}
+PLANS = {"whole": rows.plan_of, "cut": cut}
 
 
 @pytest.fixture(params=list(PLANS))
 def plan(request, monkeypatch):
-    monkeypatch.setattr(steps, "plan_of", PLANS[request.param])
+    for module in (rows, picard, anderson):
+        monkeypatch.setattr(module, "plan_of", PLANS[request.param])
     return request.param
 
 
@@ -94,7 +95,7 @@ def test_the_plan_itself_matches_the_oracle(n):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_plan_covers_the_row_with_no_part_left_empty(dtype):
     for n in (0, 1, 31, 33, 1024, 1025, 2048, 2049, 40001, 2**21 - 1, 2**21 + 1, 3 * 2**24 + 5):
-        block, chunks, parts, warps = steps.plan_of(n, dtype)
+        block, chunks, parts, warps = rows.plan_of(n, dtype)
         assert (parts - 1) * chunks * block < max(n, 1) <= parts * chunks * block
         assert parts <= 1024 and block & (block - 1) == 0 and warps in (1, 2, 4)
 
@@ -310,7 +311,7 @@ def test_operators_say_what_a_tensor_must_be():
         triton.picard_step(p, x.mT, x.mT, 1.0)
     with pytest.raises(ValueError, match="index must be given"):
         triton.picard_step(p, x[:1].clone(), x[:1].clone(), 1.0)
-    big = triton.MAX_HISTORY + 1
+    big = anderson.MAX_HISTORY + 1
     with pytest.raises(ValueError, match=rf"history of 1 to {big - 1} .*\[2, {big}, 3\]"):
         triton.anderson_step(p, x, x, 1.0, 0.0, 2.0, *window(2, big, 3, x.dtype))
     with pytest.raises(ValueError, match="gram must have shape"):

@@ -7,6 +7,7 @@ for tests, since it is slow.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from typing import Any
@@ -14,10 +15,9 @@ from typing import Any
 import torch
 
 NAME = "triton"
-MAX_HISTORY = 32
 NOT_INSTALLED = "triton is not installed (pip install triton)"
 
-_OPERATORS = ("damped_update", "picard_step", "anderson_step")
+_OPERATORS = {"damped_update": "rows", "picard_step": "picard", "anderson_step": "anderson"}
 
 
 def interpreted() -> bool:
@@ -47,7 +47,5 @@ def devices() -> tuple[str, ...]:
 def __getattr__(name: str) -> Any:
     if name not in _OPERATORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import steps
-
-    globals().update({operator: getattr(steps, operator) for operator in _OPERATORS})
-    return globals()[name]
+    room = importlib.import_module(f"{__name__}.{_OPERATORS[name]}")
+    return globals().setdefault(name, getattr(room, name))
