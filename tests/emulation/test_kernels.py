@@ -265,12 +265,10 @@ REDUNDANT = {
     "which they always have in the emulation",
     "rows.cuh: device_fence(); #4": "counts are read past the cache, by the thread whose atomic "
     "was the last; likewise",
-    "warp_barrier(); < team.cuh: barrier(); #1 < rows.cuh: team.reduce(largest": "of one value "
+    "warp_barrier(); < team.cuh: barrier(); #1 < rows.cuh: team.reduce(mine": "of one value "
     "and one warp, lane 0 writes the stage and reads it",
-    "warp_barrier(); < team.cuh: barrier(); #1 < rows.cuh: team.reduce(scaled": "likewise",
-    "rows.cuh: team.barrier(); #2": "what all have read, the largest entry, is next written "
-    "behind a barrier of the reduction that follows",
-    "rows.cuh: team.barrier(); #3": "likewise: the norm's joined value",
+    "rows.cuh: team.barrier(); #2": "what all have read, the largest entry or the sum, is next "
+    "written behind a barrier of the reduction that follows",
 }
 
 
