@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from fpi_cuda.backends import native, reference
+from fpi_cuda import _C
+from fpi_cuda.backends import native, progress, reference
 from fpi_cuda.backends.progress import (
     ACTIVE,
     ITERATIONS,
@@ -22,6 +23,7 @@ from fpi_cuda.backends.progress import (
     accumulate_dtype,
 )
 from fpi_cuda.backends.scratch import Scratch
+from fpi_cuda.forms import ACTIVATIONS
 from fpi_cuda.solution import Status
 
 # Rows around a vector's and a grain's width; 1, primes, one more than a power of two.
@@ -393,6 +395,18 @@ def test_operators_say_what_a_tensor_must_be(device):
         native.anderson_step(
             p, x, x, 1.0, 0.0, 2.0, *(torch.zeros(2, big, 3),) * 2, torch.zeros(2, big, big)
         )
+
+
+def test_csrc_and_python_write_down_the_same_numbers():
+    p = Progress(torch.empty(1, 1), FOREVER)
+    sizes = {"counters": p.counters.shape[1], "scalars": p.scalars.shape[1], "tally": len(p.tally)}
+    assert _C.constants() == {
+        "record": {name: value for name, value in vars(progress).items() if name.isupper()},
+        "status": {status.name: status + 1 for status in Status},
+        "activations": native.CODES,
+        "max_history": native.MAX_HISTORY,
+        "sizes": {**sizes, "status": 1 + len(Status), "activations": len(ACTIVATIONS)},
+    }
 
 
 def test_scratch_memory_is_lent_to_one_solve_at_a_time():

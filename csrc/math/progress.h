@@ -16,6 +16,7 @@ enum Status : int32_t {
   kStalled,
   kDiverged,
   kNonfinite,
+  kStatuses,
 };
 
 // Columns of counters, int32 [B, kCounters].
