@@ -20,14 +20,14 @@ PerSample<T> per_sample(const std::optional<Tensor>& u) {
 template <typename T>
 DenseLayer<T> layer_of(const Tensor& weight, const std::optional<Tensor>& u, int64_t activation,
                        const std::optional<Tensor>& scale = std::nullopt) {
-  return {static_cast<const T*>(weight.const_data_ptr()),
-          weight.size(1),
-          weight.size(0),
-          weight.stride(1),
-          weight.stride(0),
-          per_sample<T>(u),
-          per_sample<T>(scale),
-          static_cast<Activation>(activation)};
+  return {.weight = static_cast<const T*>(weight.const_data_ptr()),
+          .in = weight.size(1),
+          .out = weight.size(0),
+          .in_stride = weight.stride(1),
+          .out_stride = weight.stride(0),
+          .u = per_sample<T>(u),
+          .scale = per_sample<T>(scale),
+          .activation = static_cast<Activation>(activation)};
 }
 
 template <typename T>

@@ -20,12 +20,12 @@ namespace fpi::cuda {
 // hidden: values of that layer; −1: there is none. history: 1 is Picard.
 template <typename T>
 DenseShape dense_shape(int64_t n, int64_t hidden, int history) {
-  return {n,
-          hidden,
-          static_cast<int>(sizeof(T)),
-          static_cast<int>(sizeof(accumulate_t<T>)),
-          history,
-          history > 1 ? anderson_sums(history) : kPicardSums};
+  return {.n = n,
+          .hidden = hidden,
+          .value_bytes = static_cast<int>(sizeof(T)),
+          .acc_bytes = static_cast<int>(sizeof(accumulate_t<T>)),
+          .history = history,
+          .sums = history > 1 ? anderson_sums(history) : kPicardSums};
 }
 
 template <typename T>
@@ -128,11 +128,18 @@ bool dense_solve(const DenseCall<T>& call, const Machine& machine) {
       const Window<T> window = {reinterpret_cast<T*>(memory + work.values),
                                 reinterpret_cast<T*>(memory + work.residuals),
                                 reinterpret_cast<Acc*>(memory + work.gram), call.history, true};
-      machine.start(
-          Body{solver_of(step, window), dense, plan, call.samples, call.x0, call.out, call.record,
-               call.tally, reinterpret_cast<DenseCounts*>(memory),
-               reinterpret_cast<T*>(memory + work.x), reinterpret_cast<T*>(memory + work.gx)},
-          blocks, static_cast<size_t>(plan.bytes));
+      machine.start(Body{.solver = solver_of(step, window),
+                         .dense = dense,
+                         .plan = plan,
+                         .samples = call.samples,
+                         .x0 = call.x0,
+                         .out = call.out,
+                         .record = call.record,
+                         .tally = call.tally,
+                         .counts = reinterpret_cast<DenseCounts*>(memory),
+                         .x = reinterpret_cast<T*>(memory + work.x),
+                         .gx = reinterpret_cast<T*>(memory + work.gx)},
+                    blocks, static_cast<size_t>(plan.bytes));
     };
     if (call.history == 1) {
       solve([](const Step<T>& step, const Window<T>&) { return PicardStep<T>{step}; });

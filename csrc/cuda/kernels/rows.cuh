@@ -84,7 +84,14 @@ struct Step {
     const int64_t end = begin + plan.span < n ? begin + plan.span : n;
     const int64_t sample = number < rows ? sample_of(number, record) : 0;
     const int64_t offset = number * n;
-    return {x + offset, gx + offset, out + sample * n, number, sample, part, begin, end};
+    return {.x = x + offset,
+            .gx = gx + offset,
+            .out = out + sample * n,
+            .number = number,
+            .sample = sample,
+            .part = part,
+            .begin = begin,
+            .end = end};
   }
 
   FPI_DEVICE int32_t* counters(const Row<T>& row) const {
