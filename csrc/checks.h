@@ -97,27 +97,7 @@ inline void check_same_dtype(const char* op, const char* name, const Tensor& x,
             like_name, ", ", like.scalar_type(), " (got ", x.scalar_type(), ")");
 }
 
-inline void check_same_shape(const char* op, const char* name, const Tensor& x,
-                             const char* like_name, const Tensor& like) {
-  bool same = x.dim() == like.dim();
-  for (int64_t d = 0; same && d < x.dim(); ++d) {
-    same = x.size(d) == like.size(d);
-  }
-  FPI_CHECK(same, op, ": ", name, " must have the shape of ", like_name, ", ", detail::shape(like),
-            " (got ", detail::shape(x), ")");
-}
-
 // One function an operator, called first by its kernel on every device.
-
-inline void check_damped_update(const Tensor& x, const Tensor& gx) {
-  constexpr const char* op = "_damped_update";
-  check_not_differentiated(op, {x, gx});
-  check_same_device(op, "gx", gx, "x", x);
-  check_same_dtype(op, "gx", gx, "x", x);
-  check_same_shape(op, "gx", gx, "x", x);
-  check_contiguous(op, "x", x);
-  check_contiguous(op, "gx", gx);
-}
 
 inline void check_dtype(const char* op, const char* name, const Tensor& x,
                         torch::headeronly::ScalarType dtype) {

@@ -85,11 +85,6 @@ def _has(device: str, operator: str) -> bool:
     return has_kernel(f"fpi_cuda::{operator}", device.upper())
 
 
-def damped_update(x: Tensor, gx: Tensor, beta: float) -> None:
-    """x ← x + β (g(x) − x), in place."""
-    _ops._damped_update(x, gx, beta)
-
-
 def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
     """See `reference.picard_step`."""
     lim = p.limits

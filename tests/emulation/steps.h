@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "../../csrc/cuda/kernels/anderson_step.cuh"
-#include "../../csrc/cuda/kernels/damped_update.cuh"
 #include "../../csrc/cuda/kernels/picard_step.cuh"
 #include "../../csrc/cuda/layout.h"
 #include "serve.h"
@@ -87,24 +86,14 @@ void anderson_step(const Request& r) {
   });
 }
 
-template <typename T>
-void damped_update(const Request& r) {
-  T* x = r.array<T>("x");
-  const T* gx = r.array<T>("gx");
-  const auto beta = static_cast<accumulate_t<T>>(r.number("beta"));
-  const bool aligned = is_aligned(x) && is_aligned(gx);
-  launch(DampedUpdate<T>{x, gx, beta, r.integer("count"), aligned}, r.integer("blocks"), 0);
-}
-
 // `StepOperators<T> name("dtype");` registers them.
 template <typename T>
 struct StepOperators {
   explicit StepOperators(const std::string& dtype)
       : picard("picard_step." + dtype, picard_step<T>),
-        anderson("anderson_step." + dtype, anderson_step<T>),
-        damped("damped_update." + dtype, damped_update<T>) {}
+        anderson("anderson_step." + dtype, anderson_step<T>) {}
 
-  Operator picard, anderson, damped;
+  Operator picard, anderson;
 };
 
 }  // namespace fpi::cuda
