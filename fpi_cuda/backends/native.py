@@ -6,6 +6,7 @@ Same signatures and meaning as in `reference`.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,58 +88,20 @@ def _has(device: str, operator: str) -> bool:
 
 def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
     """See `reference.picard_step`."""
-    lim = p.limits
-    _picard_step(
-        x,
-        gx,
-        p.out,
-        p.counters,
-        p.scalars,
-        p.tally,
-        p.index,
-        p.floor,
-        lim.rtol,
-        lim.offset,
-        lim.rounding,
-        lim.patience,
-        lim.max_iterations,
-        beta,
-    )
+    _picard_step(x, gx, *_record(p), beta)
 
 
-def anderson_step(
-    p: Progress,
-    x: Tensor,
-    gx: Tensor,
-    beta: float,
-    ridge: float,
-    restart: float,
-    values: Tensor,
-    residuals: Tensor,
-    gram: Tensor,
-) -> None:
+def anderson_step(p: Progress, x: Tensor, gx: Tensor, *weights_and_window: Any) -> None:
     """See `reference.anderson_step`; refreshes one row of gram."""
+    _anderson_step(x, gx, *_record(p), *weights_and_window)
+
+
+def _record(p: Progress) -> tuple[Any, ...]:
+    """What the step operators take behind x and gx."""
     lim = p.limits
-    _anderson_step(
-        x,
-        gx,
-        p.out,
-        p.counters,
-        p.scalars,
-        p.tally,
-        p.index,
-        p.floor,
-        lim.rtol,
-        lim.offset,
-        lim.rounding,
-        lim.patience,
-        lim.max_iterations,
-        beta,
-        ridge,
-        restart,
-        values,
-        residuals,
-        gram,
+    return (
+        *(p.out, p.counters, p.scalars, p.tally, p.index, p.floor),
+        *(lim.rtol, lim.offset, lim.rounding, lim.patience, lim.max_iterations),
     )
 
 
@@ -193,24 +156,10 @@ def dense_solve(
     weight, hidden_weight = form.weight, form.hidden_weight
     if x0.device.type != "cpu":  # whose kernels pack any strides
         weight, hidden_weight = weight.contiguous(), _dense(hidden_weight)
-    lim = p.limits
+    out, counters, scalars, tally, _, *rest = _record(p)
     _dense_solve(
-        x0,
-        p.out,
-        p.counters,
-        p.scalars,
-        p.tally,
-        p.floor,
-        lim.rtol,
-        lim.offset,
-        lim.rounding,
-        lim.patience,
-        lim.max_iterations,
-        beta,
-        ridge,
-        restart,
-        history,
-        weight,
+        *(x0, out, counters, scalars, tally, *rest),
+        *(beta, ridge, restart, history, weight),
         _dense(form.u),
         CODES[form.activation],
         float(form.residual),

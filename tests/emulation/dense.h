@@ -56,7 +56,6 @@ PerSample<T> per_sample(const Request& r, const std::string& name, int64_t size)
 
 template <typename T>
 void dense_solve(const Request& r) {
-  using Acc = accumulate_t<T>;
   const int64_t n = r.integer("n"), hidden = r.integer("hidden"), last = hidden < 0 ? n : hidden;
   const auto layer = [&](const std::string& prefix, int64_t in, int64_t out) {
     return DenseLayer<T>{.weight = r.array<T>(prefix + "weight"),
@@ -74,25 +73,18 @@ void dense_solve(const Request& r) {
                               .has_hidden = hidden >= 0,
                               .hidden = hidden >= 0 ? layer("hidden_", n, hidden) : DenseLayer<T>{},
                               .output = layer("", last, n)};
-  const DenseCall<T> call = {
-      r.integer("samples"),
-      r.array<T>("x0"),
-      r.array<T>("out"),
-      {r.array<int32_t>("counters"),
-       r.array<Acc>("scalars"),
-       r.array<Acc>("floor"),
-       nullptr,
-       {static_cast<Acc>(r.number("rtol")), static_cast<Acc>(r.number("offset")),
-        static_cast<Acc>(r.number("rounding")), static_cast<int32_t>(r.integer("patience")),
-        static_cast<int32_t>(r.integer("max_iterations"))}},
-      r.array<int32_t>("tally"),
-      static_cast<Acc>(r.number("beta")),
-      static_cast<Acc>(r.number("ridge")),
-      static_cast<Acc>(r.number("restart")),
-      static_cast<int>(r.integer("history")),
-      dense,
-      r.number("tf32") != 0,
-      static_cast<int>(r.integer("slots"))};
+  const DenseCall<T> call = {.samples = r.integer("samples"),
+                             .x0 = r.array<T>("x0"),
+                             .out = r.array<T>("out"),
+                             .record = emulation::record_of<accumulate_t<T>>(r),
+                             .tally = r.array<int32_t>("tally"),
+                             .beta = r.number("beta"),
+                             .ridge = r.number("ridge"),
+                             .restart = r.number("restart"),
+                             .history = static_cast<int>(r.integer("history")),
+                             .dense = dense,
+                             .tf32 = r.number("tf32") != 0,
+                             .slots = static_cast<int>(r.integer("slots"))};
   if (!dense_solve(call, EmulatedDevice(r))) {
     emulation::fail("the shape does not fit");
   }

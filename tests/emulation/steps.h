@@ -40,17 +40,10 @@ class Run {
 
   Run(const Request& r, int sums, int m)
       : layout_(r.integer("rows"), r.integer("n"), sums, m), memory_(layout_.scratch) {
-    const Record<Acc> record = {
-        r.array<int32_t>("counters"),
-        r.array<Acc>("scalars"),
-        r.array<Acc>("floor"),
-        r.array<int64_t>("index"),
-        {static_cast<Acc>(r.number("rtol")), static_cast<Acc>(r.number("offset")),
-         static_cast<Acc>(r.number("rounding")), static_cast<int32_t>(r.integer("patience")),
-         static_cast<int32_t>(r.integer("max_iterations"))}};
     step = layout_.step(r.array<T>("x"), r.array<T>("gx"), r.array<T>("out"),
-                        static_cast<Acc>(r.number("beta")), record, r.array<int32_t>("tally"),
-                        memory_.bytes(), {r.array<T>("values"), r.array<T>("residuals")});
+                        static_cast<Acc>(r.number("beta")), emulation::record_of<Acc>(r),
+                        r.array<int32_t>("tally"), memory_.bytes(),
+                        {r.array<T>("values"), r.array<T>("residuals")});
   }
 
   template <typename First, typename Second>
