@@ -97,28 +97,6 @@ inline void check_same_dtype(const char* op, const char* name, const Tensor& x,
             like_name, ", ", like.scalar_type(), " (got ", x.scalar_type(), ")");
 }
 
-inline void check_same_shape(const char* op, const char* name, const Tensor& x,
-                             const char* like_name, const Tensor& like) {
-  bool same = x.dim() == like.dim();
-  for (int64_t d = 0; same && d < x.dim(); ++d) {
-    same = x.size(d) == like.size(d);
-  }
-  FPI_CHECK(same, op, ": ", name, " must have the shape of ", like_name, ", ", detail::shape(like),
-            " (got ", detail::shape(x), ")");
-}
-
-// One function an operator, called first by its kernel on every device.
-
-inline void check_damped_update(const Tensor& x, const Tensor& gx) {
-  constexpr const char* op = "_damped_update";
-  check_not_differentiated(op, {x, gx});
-  check_same_device(op, "gx", gx, "x", x);
-  check_same_dtype(op, "gx", gx, "x", x);
-  check_same_shape(op, "gx", gx, "x", x);
-  check_contiguous(op, "x", x);
-  check_contiguous(op, "gx", gx);
-}
-
 inline void check_dtype(const char* op, const char* name, const Tensor& x,
                         torch::headeronly::ScalarType dtype) {
   FPI_CHECK(x.scalar_type() == dtype, op, ": ", name, " must be ", dtype, " (got ", x.scalar_type(),
@@ -182,14 +160,18 @@ inline void check_step(const char* op, const Tensor& x, const Tensor& gx, const 
   }
 }
 
+inline void check_history(const char* op, int64_t m, int64_t max_history) {
+  FPI_CHECK(m >= 1 && m <= max_history, op, ": history must be 1 to ", max_history, " (got ", m,
+            ")");
+}
+
 inline void check_window(const char* op, const Tensor& x, const Tensor& out, const Tensor& scalars,
                          const Tensor& values, const Tensor& residuals, const Tensor& gram,
                          int64_t max_history) {
   FPI_CHECK(values.dim() == 3, op, ": values must have shape [B, m, N] (got ",
             detail::shape(values), ")");
   const int64_t samples = out.size(0), m = values.size(1);
-  FPI_CHECK(m >= 1 && m <= max_history, op, ": history must be 1 to ", max_history, " (got ", m,
-            ")");
+  check_history(op, m, max_history);
   check_sizes(op, "values", values, {samples, m, x.size(1)});
   check_sizes(op, "residuals", residuals, {samples, m, x.size(1)});
   check_sizes(op, "gram", gram, {samples, m, m});
@@ -221,40 +203,33 @@ inline void check_weight(const char* op, const char* name, const Tensor& weight,
   check_same_device(op, name, weight, "x", x);
 }
 
-struct DenseArguments {
-  const Tensor &x0, &out, &counters, &scalars, &tally;
-  const std::optional<Tensor>& floor;
-  const Tensor& weight;
-  const std::optional<Tensor>&u, &scale, &hidden_weight, &hidden_u, &hidden_scale;
-  int64_t activation, hidden_activation, history;
-};
-
 inline void check_activation(const char* op, const char* name, int64_t activation) {
   FPI_CHECK(0 <= activation && activation < kActivations, op, ": ", name, " must be 0 to ",
             kActivations - 1, " (got ", activation, ")");
 }
 
-inline void check_dense_solve(const DenseArguments& a, int64_t max_history) {
-  constexpr const char* op = "_dense_solve";
-  check_not_differentiated(op, {a.x0, a.weight});
-  check_step(op, a.x0, a.x0, a.out, a.counters, a.scalars, a.tally, std::nullopt, a.floor);
-  const int64_t samples = a.x0.size(0), n = a.x0.size(1);
+// A step of dense layers for a state like x's.
+inline void check_dense(const char* op, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& u, int64_t activation,
+                        const std::optional<Tensor>& scale,
+                        const std::optional<Tensor>& hidden_weight,
+                        const std::optional<Tensor>& hidden_u, int64_t hidden_activation,
+                        const std::optional<Tensor>& hidden_scale) {
+  const int64_t samples = x.size(0), n = x.size(1);
   int64_t last = n;
-  if (a.hidden_weight) {
-    check_weight(op, "hidden_weight", *a.hidden_weight, a.x0, n);
-    last = a.hidden_weight->size(0);
+  if (hidden_weight) {
+    check_weight(op, "hidden_weight", *hidden_weight, x, n);
+    last = hidden_weight->size(0);
   }
-  check_weight(op, "weight", a.weight, a.x0, last);
-  FPI_CHECK(a.weight.size(0) == n, op, ": weight must have shape [", n, ", ", last, "] (got ",
-            detail::shape(a.weight), ")");
-  check_per_sample(op, "u", a.u, a.x0, samples, n, true);
-  check_per_sample(op, "scale", a.scale, a.x0, samples, n, false);
-  check_per_sample(op, "hidden_u", a.hidden_u, a.x0, samples, last, true);
-  check_per_sample(op, "hidden_scale", a.hidden_scale, a.x0, samples, last, false);
-  check_activation(op, "activation", a.activation);
-  check_activation(op, "hidden_activation", a.hidden_activation);
-  FPI_CHECK(1 <= a.history && a.history <= max_history, op, ": history must be 1 to ", max_history,
-            " (got ", a.history, ")");
+  check_weight(op, "weight", weight, x, last);
+  FPI_CHECK(weight.size(0) == n, op, ": weight must have shape [", n, ", ", last, "] (got ",
+            detail::shape(weight), ")");
+  check_per_sample(op, "u", u, x, samples, n, true);
+  check_per_sample(op, "scale", scale, x, samples, n, false);
+  check_per_sample(op, "hidden_u", hidden_u, x, samples, last, true);
+  check_per_sample(op, "hidden_scale", hidden_scale, x, samples, last, false);
+  check_activation(op, "activation", activation);
+  check_activation(op, "hidden_activation", hidden_activation);
 }
 
 inline void check_dense_map(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& u,

@@ -4,9 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fpi_cuda, m) {
-  // x <- x + beta (gx - x);  x, gx: same shape, contiguous
-  m.def("_damped_update(Tensor(a!) x, Tensor gx, float beta) -> ()");
-
   // One step of every active row of x, and the end of those that finish. R rows hold the samples
   // index[R] of B; Acc is float64 for float64 states, else float32.
   //   x, gx      [R, N]  iterates, moved in place; g at them

@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/capability.h"
+#include "cpu/kernels/anderson_step.h"
+#include "cuda/plan.h"
+#include "math/activation.h"
 
 namespace {
 
@@ -27,10 +30,34 @@ pybind11::dict build_info() {
                         "cuda_archs"_a = split(FPI_BUILD_CUDA_ARCHS), "nvcc"_a = FPI_BUILD_NVCC);
 }
 
+// What Python has too, under its names; `sizes` tells whether a list here is whole.
+pybind11::dict constants() {
+  using namespace fpi;
+  using pybind11::dict;
+  using pybind11::literals::operator""_a;
+  return dict(
+      "record"_a =
+          dict("ACTIVE"_a = +kActive, "STATUS"_a = +kStatus, "ITERATIONS"_a = +kIterations,
+               "REFERENCE_ITERATION"_a = +kReferenceIteration, "WINDOW"_a = +kWindow,
+               "HEAD"_a = +kHead, "ACTIVE_ROWS"_a = +kActiveRows, "FAILED"_a = +kFailed,
+               "ITERATION"_a = +kIteration, "RESIDUAL"_a = +kResidual, "REFERENCE"_a = +kReference,
+               "RING_START"_a = +kRing, "RING"_a = +kRingLength, "GROWTH"_a = kGrowth,
+               "GROWTH_ITERATIONS"_a = kGrowthIterations, "NOISE"_a = kNoise, "FALL"_a = kFall),
+      "status"_a =
+          dict("CONVERGED"_a = +kConverged, "MAX_ITERATIONS"_a = +kMaxIterations,
+               "STALLED"_a = +kStalled, "DIVERGED"_a = +kDiverged, "NONFINITE"_a = +kNonfinite),
+      "activations"_a = dict("identity"_a = +kIdentity, "tanh"_a = +kTanh, "relu"_a = +kRelu,
+                             "sigmoid"_a = +kSigmoid, "softplus"_a = +kSoftplus, "gelu"_a = +kGelu),
+      "max_history"_a = dict("cpu"_a = kMaxHistory, "cuda"_a = cuda::kMaxHistoryCuda),
+      "sizes"_a = dict("counters"_a = +kCounters, "scalars"_a = +kScalars, "tally"_a = +kTallies,
+                       "status"_a = +kStatuses, "activations"_a = +kActivations));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   fpi::cpu::capability();  // a wrong FPI_CPU_CAPABILITY is an ImportError, not a later surprise
   m.def("build_info", &build_info,
         "How the native code was built, and which instruction set runs.");
+  m.def("constants", &constants, "The numbers that csrc and Python both write down.");
 }

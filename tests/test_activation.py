@@ -18,7 +18,7 @@ import torch
 
 COMPILER = os.environ.get("CXX", "c++")
 SOURCE = Path(__file__).with_name("activation.cpp")
-FLAGS = ["-std=c++17", "-O2", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
+FLAGS = ["-std=c++20", "-O2", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 ISAS = {
     "plain": [],

@@ -10,17 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from fpi_cuda.backends.progress import Limits, Progress
 
 import fpi_cuda
+from fpi_cuda.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ("FPI_CUDA_BUILD", "FPI_CPU_CAPABILITY", "TORCH_CUDA_ARCH_LIST", "CUDACXX", "DEBUG")
 
 USE = """
 import torch, fpi_cuda
-x = torch.zeros(1000)
-torch.ops.fpi_cuda._damped_update(x, torch.ones(1000), 0.25)
-assert (x == 0.25).all()
+x = torch.full((1, 1000), 0.25)
+torch.ops.fpi_cuda._dense_map(torch.ones(1, 1), torch.zeros(1000, 1), None, x, False)
+assert (x == 0).all()
 info = fpi_cuda.build_info()
 print(fpi_cuda._C.__file__, info["cuda_missing"], info["cpu_capability"], sep="|")
 """
@@ -205,46 +207,39 @@ def test_build_info_agrees_with_torch():
         assert not info["cuda_loaded"]
 
 
-def operate(x, gx, beta=0.5):
-    torch.ops.fpi_cuda._damped_update(x, gx, beta)
+def operate(x, gx):
+    forever = Limits(rtol=0.0, offset=0.0, rounding=0.0, patience=9, max_iterations=9)
+    native.picard_step(Progress(x, forever), x, gx, 0.5)
     return x
+
+
+ROW = torch.ones(1, 3)
 
 
 @pytest.mark.parametrize(
     ("x", "gx", "message"),
     [
-        (torch.ones(3), torch.ones(4), "gx must have the shape of x, [3] (got [4])"),
-        (torch.ones(3), torch.ones(3).double(), "gx must have the dtype of x, Float (got Double)"),
+        (ROW, torch.ones(1, 4), "gx must have shape [1, 3] (got [1, 4])"),
+        (ROW, ROW.double(), "gx must have the dtype of x, Float (got Double)"),
         (torch.ones(3, 2).t(), torch.ones(2, 3), "x must be contiguous (got shape [2, 3]"),
-        (torch.ones(3).int(), torch.ones(3).int(), "x must be float16, bfloat16, float32 or"),
-        (torch.ones(3), torch.ones(3, requires_grad=True), "internal operator, not differentiable"),
+        (ROW.int(), ROW.int(), "x must be float16, bfloat16, float32 or"),
+        (ROW, torch.ones(1, 3, requires_grad=True), "internal operator, not differentiable"),
     ],
     ids=["shape", "dtype", "strides", "integer", "requires-grad"],
 )
 def test_operator_refuses_with_its_name_first(x, gx, message):
-    with pytest.raises(RuntimeError, match=f"^{re.escape('_damped_update: ' + message)}"):
+    with pytest.raises(RuntimeError, match=f"^{re.escape('_picard_step: ' + message)}"):
         operate(x, gx)
 
 
 def test_operator_refuses_a_tangent():
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(torch.ones(3), torch.ones(3))
-        with pytest.raises(RuntimeError, match="_damped_update: internal operator"):
-            operate(torch.zeros(3), dual)
+        dual = torch.autograd.forward_ad.make_dual(ROW, torch.ones(1, 3))
+        with pytest.raises(RuntimeError, match="_picard_step: internal operator"):
+            operate(torch.zeros(1, 3), dual)
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.vmap])
 def test_operator_refuses_transforms(transform):
-    with pytest.raises(RuntimeError, match="_damped_update: internal operator"):
-        transform(lambda gx: operate(torch.zeros(3), gx).sum())(torch.ones(3))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("count", [0, 1, 17, 100_003])
-def test_damped_update_rounds_once(dtype, count):
-    torch.manual_seed(count)
-    x, gx = torch.randn(count, dtype=dtype), torch.randn(count, dtype=dtype)
-    exact = x.double() + 0.3 * (gx.double() - x.double())
-    operate(x, gx, beta=0.3)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(x.double(), exact, rtol=eps, atol=4 * torch.finfo(torch.float32).eps)
+    with pytest.raises(RuntimeError, match="_picard_step: internal operator"):
+        transform(lambda gx: operate(torch.zeros(1, 3), gx).sum())(ROW)

@@ -8,8 +8,11 @@ import math
 import pytest
 import torch
 
+from fpi_cuda import _C
+from fpi_cuda import record as progress
 from fpi_cuda.backends import native, reference
 from fpi_cuda.backends.scratch import Scratch
+from fpi_cuda.forms import ACTIVATIONS
 from fpi_cuda.record import (
     ACTIVE,
     ITERATIONS,
@@ -114,13 +117,14 @@ def same_record(p: Progress, q: Progress, dtype: torch.dtype) -> None:
 
 @EVERY_DEVICE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (0, 4), (3, 0)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 4), (3, 0), (3, 33_343)], ids=str)
 @pytest.mark.parametrize("beta", [1.0, 0.3])
-def test_damped_update_matches_the_formula(shape, dtype, beta):
+def test_a_picard_step_rounds_once(shape, dtype, beta):
     x, gx = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    expected = x.double() + beta * (gx.double() - x.double())
-    native.damped_update(x, gx, beta)
-    close(x, expected, dtype)
+    exact = x.double() + beta * (gx.double() - x.double())
+    native.picard_step(Progress(x, FOREVER), x, gx, beta)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(x.double(), exact, rtol=eps, atol=4 * torch.finfo(torch.float32).eps)
     if beta == 1.0:
         assert torch.equal(x, gx)
 
@@ -375,7 +379,7 @@ def test_operators_refuse_to_be_differentiated():
     with pytest.raises(RuntimeError, match="not differentiable"):
         native.picard_step(p, x, gx, 1.0)
     with pytest.raises(RuntimeError, match="not differentiable"):
-        torch.func.jvp(lambda g: native.damped_update(x, g, 1.0), (gx.detach(),), (x,))
+        torch.func.jvp(lambda g: native.picard_step(p, x, g, 1.0), (gx.detach(),), (x,))
 
 
 def test_operators_say_what_a_tensor_must_be(device):
@@ -393,6 +397,18 @@ def test_operators_say_what_a_tensor_must_be(device):
         native.anderson_step(
             p, x, x, 1.0, 0.0, 2.0, *(torch.zeros(2, big, 3),) * 2, torch.zeros(2, big, big)
         )
+
+
+def test_csrc_and_python_write_down_the_same_numbers():
+    p = Progress(torch.empty(1, 1), FOREVER)
+    sizes = {"counters": p.counters.shape[1], "scalars": p.scalars.shape[1], "tally": len(p.tally)}
+    assert _C.constants() == {
+        "record": {name: value for name, value in vars(progress).items() if name.isupper()},
+        "status": {status.name: status + 1 for status in Status},
+        "activations": native.CODES,
+        "max_history": native.MAX_HISTORY,
+        "sizes": {**sizes, "status": 1 + len(Status), "activations": len(ACTIVATIONS)},
+    }
 
 
 def test_scratch_memory_is_lent_to_one_solve_at_a_time():

@@ -57,14 +57,14 @@ FOREVER = Limits(rtol=0.0, offset=0.0, rounding=0.0, patience=10**6, max_iterati
 
 
 def load(place: Place) -> Iterator[Check]:
-    """What runs here, and one update."""
+    """What runs here, and one step."""
     yield "versions", versions
     if place.cuda:
         yield "device", device
     yield "build", lambda: str(fpi_cuda.build_info())
     yield "library", lambda: loaded(place)
     for beta in (1.0, 0.3):
-        yield f"damped_update-{beta}", functools.partial(damped_update, place, beta)
+        yield f"one-step-{beta}", functools.partial(one_step, place, beta)
 
 
 def versions() -> str:
@@ -101,12 +101,12 @@ def loaded(place: Place) -> str:
     return f"backends {backends.available()}, driver for CUDA {version}"
 
 
-def damped_update(place: Place, beta: float) -> Iterator[Error]:
+def one_step(place: Place, beta: float) -> Iterator[Error]:
     for i, dtype in enumerate(DTYPES):
         x, gx = (normal(i + k, 3, 1025).to(dtype) for k in (0, 10))
         expected = x.double() + beta * (gx.double() - x.double())
         moved = x.to(place.device)
-        native.damped_update(moved, gx.to(place.device), beta)
+        native.picard_step(Progress(moved, FOREVER), moved, gx.to(place.device), beta)
         yield compare(name_of(dtype), moved, expected, ROUNDED[dtype])
 
 

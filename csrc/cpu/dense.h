@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "../dense.h"
+#include "../operators.h"
 #include "kernels/dense_map.h"
 
 namespace fpi {

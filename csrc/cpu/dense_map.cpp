@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "../dispatch.h"
 #include "dense.h"
 
 namespace fpi {

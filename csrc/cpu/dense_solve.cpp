@@ -5,10 +5,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include "../dispatch.h"
 #include "dense.h"
 #include "kernels/anderson_step.h"
-#include "step.h"
 
 namespace fpi {
 namespace {
@@ -21,50 +19,38 @@ int64_t slots_for(int64_t weight_bytes) {
   return weight_bytes > kFar ? kMaxSlots : 24;
 }
 
-void dense_solve_cpu(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor tally,
-                     std::optional<Tensor> floor, double rtol, double offset, double rounding,
-                     int64_t patience, int64_t max_iterations, double beta, double ridge,
-                     double restart, int64_t history, Tensor weight, std::optional<Tensor> u,
-                     int64_t activation, double residual, std::optional<Tensor> scale,
-                     std::optional<Tensor> hidden_weight, std::optional<Tensor> hidden_u,
-                     int64_t hidden_activation, std::optional<Tensor> hidden_scale, bool tf32,
-                     int64_t slots) {
-  check_dense_solve({x0, out, counters, scalars, tally, floor, weight, u, scale, hidden_weight,
-                     hidden_u, hidden_scale, activation, hidden_activation, history},
-                    kMaxHistory);
-  FPI_CHECK(!tf32, "_dense_solve: tf32 must be false on the CPU");
-  dispatch_floating("_dense_solve", "x0", x0, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const int64_t samples = x0.size(0);
+struct DenseOnCpu {
+  static constexpr int kMost = kMaxHistory;
+
+  static void check(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool tf32,
+                    int64_t) {
+    FPI_CHECK(!tf32, "_dense_solve: tf32 must be false on the CPU");
+  }
+
+  template <typename T>
+  static void run(const Tensor& x0, const DenseCall<T>& call) {
+    const DenseLayer<T>& first = call.dense.hidden;
+    const DenseLayer<T>& last = call.dense.output;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t weights = weight.numel() + (hidden_weight ? hidden_weight->numel() : 0);
-    const int64_t wanted =
-        slots > 0 ? slots : slots_for(weights * static_cast<int64_t>(sizeof(accumulate_t<T>)));
+    const int64_t weights = last.in * last.out + (call.dense.has_hidden ? first.in * first.out : 0);
+    const int64_t wanted = call.slots > 0
+                               ? call.slots
+                               : slots_for(weights * static_cast<int64_t>(sizeof(accumulate_t<T>)));
     DenseSolve<T> solve = {
-        dense_step_of<T>(x0, weight, u, activation, residual, scale, hidden_weight, hidden_u,
-                         hidden_activation, hidden_scale),
-        nullptr,
-        nullptr,
-        static_cast<const T*>(x0.const_data_ptr()),
-        static_cast<T*>(out.mutable_data_ptr()),
-        samples,
-        record_of<accumulate_t<T>>(counters, scalars, std::nullopt, floor, rtol, offset, rounding,
-                                   patience, max_iterations),
-        beta,
-        ridge,
-        restart,
-        static_cast<int>(history),
-        static_cast<int>(std::clamp<int64_t>((samples + threads - 1) / threads, 1,
-                                             std::min<int64_t>(wanted, kMaxSlots)))};
+        .call = call,
+        .slots = static_cast<int>(std::clamp<int64_t>((call.samples + threads - 1) / threads, 1,
+                                                      std::min<int64_t>(wanted, kMaxSlots))),
+        .packed_hidden = nullptr,
+        .packed_output = nullptr};
     std::optional<PackedWeights<T>> hidden;
-    if (hidden_weight) {
-      hidden.emplace(x0, solve.step.hidden);
+    if (call.dense.has_hidden) {
+      hidden.emplace(x0, first);
       solve.packed_hidden = hidden->data();
     }
-    const PackedWeights<T> output(x0, solve.step.output);
+    const PackedWeights<T> output(x0, last);
     solve.packed_output = output.data();
 
-    const int64_t workers = std::min(threads, (samples + solve.slots - 1) / solve.slots);
+    const int64_t workers = std::min(threads, (call.samples + solve.slots - 1) / solve.slots);
     const int64_t bytes = FPI_CPU_DISPATCH(dense_solve_bytes<T>)(solve);
     const Tensor memory = memory_like(x0, workers * bytes);
     auto* data = static_cast<unsigned char*>(memory.mutable_data_ptr());
@@ -79,16 +65,15 @@ void dense_solve_cpu(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Ten
       while (most < ended.iterations && !iterations.compare_exchange_weak(most, ended.iterations)) {
       }
     });
-    int32_t* counts = static_cast<int32_t*>(tally.mutable_data_ptr());
-    counts[kActiveRows] = 0;
-    counts[kFailed] += static_cast<int32_t>(failed.load());
-    counts[kIteration] += iterations.load();
-  });
-}
+    call.tally[kActiveRows] = 0;
+    call.tally[kFailed] += static_cast<int32_t>(failed.load());
+    call.tally[kIteration] += iterations.load();
+  }
+};
 
 }  // namespace
 }  // namespace fpi
 
 STABLE_TORCH_LIBRARY_IMPL(fpi_cuda, CPU, m) {
-  m.impl("_dense_solve", TORCH_BOX(&fpi::dense_solve_cpu));
+  m.impl("_dense_solve", TORCH_BOX(&fpi::dense_solve<fpi::DenseOnCpu>));
 }

@@ -20,37 +20,19 @@ namespace fpi::cuda {
 // hidden: values of that layer; −1: there is none. history: 1 is Picard.
 template <typename T>
 DenseShape dense_shape(int64_t n, int64_t hidden, int history) {
-  return {n,
-          hidden,
-          static_cast<int>(sizeof(T)),
-          static_cast<int>(sizeof(accumulate_t<T>)),
-          history,
-          history > 1 ? anderson_sums(history) : kPicardSums};
+  return {.n = n,
+          .hidden = hidden,
+          .value_bytes = static_cast<int>(sizeof(T)),
+          .acc_bytes = static_cast<int>(sizeof(accumulate_t<T>)),
+          .history = history,
+          .sums = history > 1 ? anderson_sums(history) : kPicardSums};
 }
 
 template <typename T>
-struct DenseCall {
-  using Acc = accumulate_t<T>;
-
-  int64_t samples;
-  const T* x0;
-  T* out;
-  Record<Acc> record;
-  int32_t* tally;
-  Acc beta, ridge, restart;
-  int history;
-  DenseStep<T> dense;  // weights contiguous, [out, in]
-  bool tf32;
-  int slots;
-
-  DenseShape shape() const {
-    return dense_shape<T>(dense.n, dense.has_hidden ? dense.hidden.out : -1, history);
-  }
-  DensePlan plan(int multiprocessors, int64_t limit) const {
-    const bool matrix = sizeof(T) == 2 || (sizeof(T) == 4 && tf32);
-    return dense_plan(shape(), samples, slots, multiprocessors, limit, matrix && history == 1);
-  }
-};
+DenseShape dense_shape(const DenseCall<T>& call) {
+  return dense_shape<T>(call.dense.n, call.dense.has_hidden ? call.dense.hidden.out : -1,
+                        call.history);
+}
 
 // Calls run with whether products of T are done on tensor cores, as a constant.
 template <typename T, typename Run>
@@ -93,7 +75,10 @@ bool needs_copy(const DenseLayer<T>& layer) {
 // Returns whether the shape fits; if not, nothing was done.
 template <typename T, typename Machine>
 bool dense_solve(const DenseCall<T>& call, const Machine& machine) {
-  const DensePlan plan = call.plan(machine.multiprocessors(), machine.shared_limit());
+  const DenseShape shape = dense_shape(call);
+  const bool is_matrix = sizeof(T) == 2 || (sizeof(T) == 4 && call.tf32);
+  const DensePlan plan = dense_plan(shape, call.samples, call.slots, machine.multiprocessors(),
+                                    machine.shared_limit(), is_matrix && call.history == 1);
   if (plan.slots == 0) {
     return false;
   }
@@ -107,7 +92,7 @@ bool dense_solve(const DenseCall<T>& call, const Machine& machine) {
       const int64_t tiles = divide_up(call.samples, plan.slots);
       const int64_t fit = machine.template blocks<Body>(plan.bytes);
       const int64_t blocks = tiles < 1 ? 1 : tiles < fit ? tiles : fit;
-      const DenseWork work = dense_work(plan, call.shape(), blocks, copies_hidden, copies_output);
+      const DenseWork work = dense_work(plan, shape, blocks, copies_hidden, copies_output);
       unsigned char* const memory = machine.memory(work.bytes, work.zeroed);
 
       DenseStep<T> dense = call.dense;
@@ -119,27 +104,35 @@ bool dense_solve(const DenseCall<T>& call, const Machine& machine) {
           padded_layer(dense.output, copies_output, memory + work.weight_output, machine);
       Step<T> step = {};
       step.n = plan.rows.span;
-      step.beta = call.beta;
+      step.beta = static_cast<Acc>(call.beta);
       step.record.limits = call.record.limits;
       step.aligned = true;
       step.plan = plan.rows;
       step.desk = plan.desk;
-      step.sums = call.shape().sums;
+      step.sums = shape.sums;
       const Window<T> window = {reinterpret_cast<T*>(memory + work.values),
                                 reinterpret_cast<T*>(memory + work.residuals),
                                 reinterpret_cast<Acc*>(memory + work.gram), call.history, true};
-      machine.start(
-          Body{solver_of(step, window), dense, plan, call.samples, call.x0, call.out, call.record,
-               call.tally, reinterpret_cast<DenseCounts*>(memory),
-               reinterpret_cast<T*>(memory + work.x), reinterpret_cast<T*>(memory + work.gx)},
-          blocks, static_cast<size_t>(plan.bytes));
+      machine.start(Body{.solver = solver_of(step, window),
+                         .dense = dense,
+                         .plan = plan,
+                         .samples = call.samples,
+                         .x0 = call.x0,
+                         .out = call.out,
+                         .record = call.record,
+                         .tally = call.tally,
+                         .counts = reinterpret_cast<DenseCounts*>(memory),
+                         .x = reinterpret_cast<T*>(memory + work.x),
+                         .gx = reinterpret_cast<T*>(memory + work.gx)},
+                    blocks, static_cast<size_t>(plan.bytes));
     };
     if (call.history == 1) {
       solve([](const Step<T>& step, const Window<T>&) { return PicardStep<T>{step}; });
     } else {
       with_groups(call.history, [&](auto groups) {
         solve([&](const Step<T>& step, const Window<T>& window) {
-          return AndersonStep<T, decltype(groups)::value>{step, window, call.ridge, call.restart};
+          return AndersonStep<T, decltype(groups)::value>{
+              step, window, static_cast<Acc>(call.ridge), static_cast<Acc>(call.restart)};
         });
       });
     }

@@ -1,7 +1,5 @@
 #include <torch/csrc/stable/library.h>
 
-#include "../dense.h"
-#include "../dispatch.h"
 #include "dense_layout.h"
 #include "dense_machine.h"
 

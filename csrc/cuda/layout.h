@@ -36,23 +36,23 @@ struct Layout {
     for (const T* v : vectors) {
       aligned = aligned && is_aligned(v);
     }
-    return {x,
-            gx,
-            out,
-            rows,
-            n,
-            beta,
-            record,
-            tally,
-            aligned,
-            plan,
-            desk,
-            sums,
-            reinterpret_cast<int32_t*>(memory),
-            reinterpret_cast<int32_t*>(memory + scratch.arrivals),
-            reinterpret_cast<Move*>(memory + scratch.moves),
-            reinterpret_cast<Acc*>(memory + scratch.gamma),
-            reinterpret_cast<Acc*>(memory + scratch.partials)};
+    return {.x = x,
+            .gx = gx,
+            .out = out,
+            .rows = rows,
+            .n = n,
+            .beta = beta,
+            .record = record,
+            .tally = tally,
+            .aligned = aligned,
+            .plan = plan,
+            .desk = desk,
+            .sums = sums,
+            .counts = reinterpret_cast<int32_t*>(memory),
+            .arrivals = reinterpret_cast<int32_t*>(memory + scratch.arrivals),
+            .moves = reinterpret_cast<Move*>(memory + scratch.moves),
+            .gamma = reinterpret_cast<Acc*>(memory + scratch.gamma),
+            .partials = reinterpret_cast<Acc*>(memory + scratch.partials)};
   }
 
   // start(body, blocks, shared bytes) launches. The first launch is all there is unless several

@@ -1,6 +1,6 @@
 // All that a kernel body may ask of the machine. A body is a functor over plain pointers and
 // numbers that calls these and csrc/math, and nothing else: nvcc compiles it for the device, and
-// any C++ compiler for the host, where tests/emulation stands in for the block.
+// any C++ compiler for a machine whose header FPI_MACHINE names.
 #pragma once
 
 #include <cstdint>
@@ -218,6 +218,6 @@ cudaError_t allow_shared(int64_t device_limit) {
 
 #else
 
-#include "emulation.h"  // tests/emulation: the same names in the same namespace
+#include FPI_MACHINE  // the same names in the same namespace
 
 #endif

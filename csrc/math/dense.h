@@ -9,8 +9,9 @@
 
 #include <cstdint>
 
+#include "accumulate.h"
 #include "activation.h"
-#include "macros.h"
+#include "progress.h"
 
 namespace fpi {
 
@@ -44,6 +45,21 @@ struct DenseStep {
   bool has_hidden;
   DenseLayer<T> hidden;  // W₁, u₁, φ₁ or d
   DenseLayer<T> output;  // W, u, φ
+};
+
+// A solve of such a step.
+template <typename T>
+struct DenseCall {
+  int64_t samples;
+  const T* x0;  // [samples, n]
+  T* out;       // [samples, n]
+  Record<accumulate_t<T>> record;
+  int32_t* tally;
+  double beta, ridge, restart;
+  int history;  // 1: Picard
+  DenseStep<T> dense;
+  bool tf32;
+  int slots;  // 0: as fits the machine
 };
 
 }  // namespace fpi

@@ -2,11 +2,9 @@
 // tensors out; the columns here are the same.
 #pragma once
 
-#include <math.h>
-
 #include <cstdint>
 
-#include "macros.h"
+#include "norm.h"
 
 namespace fpi {
 
@@ -18,6 +16,7 @@ enum Status : int32_t {
   kStalled,
   kDiverged,
   kNonfinite,
+  kStatuses,
 };
 
 // Columns of counters, int32 [B, kCounters].
@@ -71,15 +70,6 @@ template <typename Acc>
 FPI_HOST_DEVICE int32_t iteration_of(int64_t sample, const Record<Acc>& record) {
   return record.counters[sample * kCounters + kIterations] + 1;
 }
-
-// Of a vector: a mask, lane by lane.
-template <typename V>
-FPI_HOST_DEVICE auto is_finite(V a) {
-  return a - a == V{};
-}
-
-FPI_HOST_DEVICE float square_root(float a) { return sqrtf(a); }
-FPI_HOST_DEVICE double square_root(double a) { return sqrt(a); }
 
 // The sample's status after this iteration, and its counters and reference brought up to date.
 // CONVERGED: ‖r‖ ≤ atol √N + rtol max(‖g(x)‖, floor), with offset = atol √N.

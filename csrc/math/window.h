@@ -18,4 +18,9 @@ struct Window {
   FPI_HOST_DEVICE int64_t place(int64_t row, int64_t sample) const { return by_row ? row : sample; }
 };
 
+// Of a ring of m, the slot whose iterate came `age` before the newest, in slot head.
+FPI_HOST_DEVICE int slot_of(int age, int head, int m) {
+  return head - age < 0 ? head - age + m : head - age;
+}
+
 }  // namespace fpi

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
+from .._torch import has_kernel
 from ..forms import ACTIVATIONS, DenseForm
 from ..record import Progress, accumulate_dtype
 
@@ -82,70 +83,22 @@ def dense_devices() -> tuple[str, ...]:
 
 
 def _has(device: str, operator: str) -> bool:
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has_kernel(f"fpi_cuda::{operator}", device.upper())
-
-
-def damped_update(x: Tensor, gx: Tensor, beta: float) -> None:
-    """x ← x + β (g(x) − x), in place."""
-    _ops._damped_update(x, gx, beta)
+    return has_kernel(f"fpi_cuda::{operator}", device)
 
 
 def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
     """See `reference.picard_step`."""
-    lim = p.limits
-    _picard_step(
-        x,
-        gx,
-        p.out,
-        p.counters,
-        p.scalars,
-        p.tally,
-        p.index,
-        p.floor,
-        lim.rtol,
-        lim.offset,
-        lim.rounding,
-        lim.patience,
-        lim.max_iterations,
-        beta,
-    )
+    _picard_step(x, gx, *_record(p), beta)
 
 
-def anderson_step(
-    p: Progress,
-    x: Tensor,
-    gx: Tensor,
-    beta: float,
-    ridge: float,
-    restart: float,
-    values: Tensor,
-    residuals: Tensor,
-    gram: Tensor,
-) -> None:
+def anderson_step(p: Progress, x: Tensor, gx: Tensor, *weights_and_window: Any) -> None:
     """See `reference.anderson_step`; refreshes one row of gram."""
-    lim = p.limits
-    _anderson_step(
-        x,
-        gx,
-        p.out,
-        p.counters,
-        p.scalars,
-        p.tally,
-        p.index,
-        p.floor,
-        lim.rtol,
-        lim.offset,
-        lim.rounding,
-        lim.patience,
-        lim.max_iterations,
-        beta,
-        ridge,
-        restart,
-        values,
-        residuals,
-        gram,
-    )
+    _anderson_step(x, gx, *_record(p), *weights_and_window)
+
+
+def _record(p: Progress) -> tuple[Any, ...]:
+    """What the step operators take behind x and gx."""
+    return p.out, p.counters, p.scalars, p.tally, p.index, p.floor, *p.limits
 
 
 def dense_refusal(form: DenseForm, x0: Tensor, history: int) -> str | None:
@@ -199,24 +152,10 @@ def dense_solve(
     weight, hidden_weight = form.weight, form.hidden_weight
     if x0.device.type != "cpu":  # whose kernels pack any strides
         weight, hidden_weight = weight.contiguous(), _dense(hidden_weight)
-    lim = p.limits
+    out, counters, scalars, tally, _, *rest = _record(p)
     _dense_solve(
-        x0,
-        p.out,
-        p.counters,
-        p.scalars,
-        p.tally,
-        p.floor,
-        lim.rtol,
-        lim.offset,
-        lim.rounding,
-        lim.patience,
-        lim.max_iterations,
-        beta,
-        ridge,
-        restart,
-        history,
-        weight,
+        *(x0, out, counters, scalars, tally, *rest),
+        *(beta, ridge, restart, history, weight),
         _dense(form.u),
         CODES[form.activation],
         float(form.residual),

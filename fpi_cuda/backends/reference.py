@@ -34,12 +34,6 @@ from ..record import (
 NAME = "reference"
 
 
-def damped_update(x: Tensor, gx: Tensor, beta: float) -> None:
-    """x ← x + β (g(x) − x), in place. x, gx: [R, N]."""
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x.copy_(_damped(x.to(acc), gx.to(acc), beta))
-
-
 def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
     """One damped Picard step of every active row; freezes those that finish.
 

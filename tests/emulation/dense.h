@@ -56,43 +56,35 @@ PerSample<T> per_sample(const Request& r, const std::string& name, int64_t size)
 
 template <typename T>
 void dense_solve(const Request& r) {
-  using Acc = accumulate_t<T>;
   const int64_t n = r.integer("n"), hidden = r.integer("hidden"), last = hidden < 0 ? n : hidden;
   const auto layer = [&](const std::string& prefix, int64_t in, int64_t out) {
-    return DenseLayer<T>{r.array<T>(prefix + "weight"),
-                         in,
-                         out,
-                         1,
-                         in,
-                         per_sample<T>(r, prefix + "u", out),
-                         {prefix.empty() ? nullptr : r.array<T>("hidden_scale"), out},
-                         static_cast<Activation>(r.integer(prefix + "activation"))};
+    return DenseLayer<T>{.weight = r.array<T>(prefix + "weight"),
+                         .in = in,
+                         .out = out,
+                         .in_stride = 1,
+                         .out_stride = in,
+                         .u = per_sample<T>(r, prefix + "u", out),
+                         .scale = {prefix.empty() ? nullptr : r.array<T>("hidden_scale"), out},
+                         .activation = static_cast<Activation>(r.integer(prefix + "activation"))};
   };
-  const DenseStep<T> dense = {n,
-                              {r.array<T>("scale"), n},
-                              r.number("residual"),
-                              hidden >= 0,
-                              hidden >= 0 ? layer("hidden_", n, hidden) : DenseLayer<T>{},
-                              layer("", last, n)};
-  const DenseCall<T> call = {
-      r.integer("samples"),
-      r.array<T>("x0"),
-      r.array<T>("out"),
-      {r.array<int32_t>("counters"),
-       r.array<Acc>("scalars"),
-       r.array<Acc>("floor"),
-       nullptr,
-       {static_cast<Acc>(r.number("rtol")), static_cast<Acc>(r.number("offset")),
-        static_cast<Acc>(r.number("rounding")), static_cast<int32_t>(r.integer("patience")),
-        static_cast<int32_t>(r.integer("max_iterations"))}},
-      r.array<int32_t>("tally"),
-      static_cast<Acc>(r.number("beta")),
-      static_cast<Acc>(r.number("ridge")),
-      static_cast<Acc>(r.number("restart")),
-      static_cast<int>(r.integer("history")),
-      dense,
-      r.number("tf32") != 0,
-      static_cast<int>(r.integer("slots"))};
+  const DenseStep<T> dense = {.n = n,
+                              .scale = {r.array<T>("scale"), n},
+                              .residual = r.number("residual"),
+                              .has_hidden = hidden >= 0,
+                              .hidden = hidden >= 0 ? layer("hidden_", n, hidden) : DenseLayer<T>{},
+                              .output = layer("", last, n)};
+  const DenseCall<T> call = {.samples = r.integer("samples"),
+                             .x0 = r.array<T>("x0"),
+                             .out = r.array<T>("out"),
+                             .record = emulation::record_of<accumulate_t<T>>(r),
+                             .tally = r.array<int32_t>("tally"),
+                             .beta = r.number("beta"),
+                             .ridge = r.number("ridge"),
+                             .restart = r.number("restart"),
+                             .history = static_cast<int>(r.integer("history")),
+                             .dense = dense,
+                             .tf32 = r.number("tf32") != 0,
+                             .slots = static_cast<int>(r.integer("slots"))};
   if (!dense_solve(call, EmulatedDevice(r))) {
     emulation::fail("the shape does not fit");
   }
@@ -102,9 +94,12 @@ void dense_solve(const Request& r) {
 inline const Operator dense_plan_of("dense_plan", [](const Request& r) {
   const auto size = static_cast<int>(r.integer("value_bytes"));
   const auto history = static_cast<int>(r.integer("history"));
-  const DenseShape shape = {r.integer("n"), r.integer("hidden"),
-                            size,           size == 8 ? 8 : 4,
-                            history,        history > 1 ? anderson_sums(history) : kPicardSums};
+  const DenseShape shape = {.n = r.integer("n"),
+                            .hidden = r.integer("hidden"),
+                            .value_bytes = size,
+                            .acc_bytes = size == 8 ? 8 : 4,
+                            .history = history,
+                            .sums = history > 1 ? anderson_sums(history) : kPicardSums};
   const DensePlan p =
       dense_plan(shape, r.integer("samples"), static_cast<int>(r.integer("slots")),
                  static_cast<int>(r.integer("multiprocessors")), r.integer("shared_limit"),
@@ -125,8 +120,14 @@ inline const Operator product_tile_of("product_tile", [](const Request& r) {
 template <typename T>
 void dense_map(const Request& r) {
   const int64_t in = r.integer("k"), out = r.integer("n");
-  const DenseLayer<T> layer = {r.array<T>("weight"),       in,           out,      1, in,
-                               per_sample<T>(r, "u", out), {nullptr, 0}, kIdentity};
+  const DenseLayer<T> layer = {.weight = r.array<T>("weight"),
+                               .in = in,
+                               .out = out,
+                               .in_stride = 1,
+                               .out_stride = in,
+                               .u = per_sample<T>(r, "u", out),
+                               .scale = {nullptr, 0},
+                               .activation = kIdentity};
   if (!dense_map(static_cast<const T*>(r.array<T>("x")), r.array<T>("out"), r.integer("rows"),
                  layer, r.number("tf32") != 0, EmulatedDevice(r))) {
     emulation::fail("the shape does not fit");

@@ -104,12 +104,6 @@ class Machine:
             data = stdout.read(t.numel() * t.element_size())
             ctypes.memmove(t.data_ptr(), data, len(data))
 
-    def damped_update(self, x: Tensor, gx: Tensor, beta: float, blocks: int) -> None:
-        """The operator's body on a grid of that many blocks."""
-        dtype = str(x.dtype).removeprefix("torch.")
-        numbers = {"beta": beta, "count": x.numel(), "blocks": blocks}
-        self.call(f"damped_update.{dtype}", {"x": x, "gx": gx}, **numbers)
-
     def picard_step(self, p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
         self._step("picard_step", p, x, gx, {}, beta=beta)
 

@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../../csrc/math/progress.h"
 #include "emulation.h"
 
 namespace fpi::emulation {
@@ -38,6 +39,19 @@ class Request {
   std::unordered_map<std::string, double> numbers;
   std::vector<Array> arrays;
 };
+
+template <typename Acc>
+Record<Acc> record_of(const Request& r) {
+  return {.counters = r.array<int32_t>("counters"),
+          .scalars = r.array<Acc>("scalars"),
+          .floor = r.array<Acc>("floor"),
+          .index = r.array<int64_t>("index"),
+          .limits = {.rtol = static_cast<Acc>(r.number("rtol")),
+                     .offset = static_cast<Acc>(r.number("offset")),
+                     .rounding = static_cast<Acc>(r.number("rounding")),
+                     .patience = static_cast<int32_t>(r.integer("patience")),
+                     .max_iterations = static_cast<int32_t>(r.integer("max_iterations"))}};
+}
 
 // At namespace scope: `Operator name("name", function);`
 struct Operator {

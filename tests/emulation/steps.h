@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "../../csrc/cuda/kernels/anderson_step.cuh"
-#include "../../csrc/cuda/kernels/damped_update.cuh"
 #include "../../csrc/cuda/kernels/picard_step.cuh"
 #include "../../csrc/cuda/layout.h"
 #include "serve.h"
@@ -41,17 +40,10 @@ class Run {
 
   Run(const Request& r, int sums, int m)
       : layout_(r.integer("rows"), r.integer("n"), sums, m), memory_(layout_.scratch) {
-    const Record<Acc> record = {
-        r.array<int32_t>("counters"),
-        r.array<Acc>("scalars"),
-        r.array<Acc>("floor"),
-        r.array<int64_t>("index"),
-        {static_cast<Acc>(r.number("rtol")), static_cast<Acc>(r.number("offset")),
-         static_cast<Acc>(r.number("rounding")), static_cast<int32_t>(r.integer("patience")),
-         static_cast<int32_t>(r.integer("max_iterations"))}};
     step = layout_.step(r.array<T>("x"), r.array<T>("gx"), r.array<T>("out"),
-                        static_cast<Acc>(r.number("beta")), record, r.array<int32_t>("tally"),
-                        memory_.bytes(), {r.array<T>("values"), r.array<T>("residuals")});
+                        static_cast<Acc>(r.number("beta")), emulation::record_of<Acc>(r),
+                        r.array<int32_t>("tally"), memory_.bytes(),
+                        {r.array<T>("values"), r.array<T>("residuals")});
   }
 
   template <typename First, typename Second>
@@ -87,24 +79,14 @@ void anderson_step(const Request& r) {
   });
 }
 
-template <typename T>
-void damped_update(const Request& r) {
-  T* x = r.array<T>("x");
-  const T* gx = r.array<T>("gx");
-  const auto beta = static_cast<accumulate_t<T>>(r.number("beta"));
-  const bool aligned = is_aligned(x) && is_aligned(gx);
-  launch(DampedUpdate<T>{x, gx, beta, r.integer("count"), aligned}, r.integer("blocks"), 0);
-}
-
 // `StepOperators<T> name("dtype");` registers them.
 template <typename T>
 struct StepOperators {
   explicit StepOperators(const std::string& dtype)
       : picard("picard_step." + dtype, picard_step<T>),
-        anderson("anderson_step." + dtype, anderson_step<T>),
-        damped("damped_update." + dtype, damped_update<T>) {}
+        anderson("anderson_step." + dtype, anderson_step<T>) {}
 
-  Operator picard, anderson, damped;
+  Operator picard, anderson;
 };
 
 }  // namespace fpi::cuda

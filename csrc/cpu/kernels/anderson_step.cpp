@@ -2,7 +2,7 @@
 
 #include <type_traits>
 
-#include "../../math/least_squares.h"
+#include "../../math/anderson.h"
 #include "dtypes.h"
 #include "rows.h"
 
@@ -16,7 +16,7 @@ struct Aged {
 
   Aged(const T* ring, int head, int count, int m, int64_t n) {
     for (int age = 0; age < count; ++age) {
-      rows[age] = ring + (head - age < 0 ? head - age + m : head - age) * n;
+      rows[age] = ring + slot_of(age, head, m) * n;
     }
   }
 };
@@ -71,29 +71,22 @@ FPI_HOST_DEVICE void all_dots(const T* const* residuals, int count, int64_t n,
   }
 }
 
-// x ← g_0 − Σ γ_j (g_j − g_{j+1}) − (1 − β)(r_0 − Σ γ_j d_j)
+// The mixture of csrc/math/anderson.h, to x.
 template <bool kDamped, typename T, typename Size>
 FPI_HOST_DEVICE void mix(T* x, const T* const* values, const T* const* residuals, Size count,
                          const accumulate_t<T>* gamma, accumulate_t<T> beta, int64_t n) {
   using Acc = accumulate_t<T>;
-  const Acc keep = Acc(1) - beta;
   for_vectors<T>(n, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-    Vector<Acc> younger = load(values[0] + i);
-    Vector<Acc> mixed = younger;
-    for (int j = 0; j < count; ++j) {
-      const Vector<Acc> older = load(values[j + 1] + i);
-      mixed -= gamma[j] * (younger - older);
-      younger = older;
-    }
-    if constexpr (kDamped) {
-      Vector<Acc> young_r = load(residuals[0] + i);
-      Vector<Acc> least = young_r;
+    const auto combined = [&](const T* const* rows) __attribute__((always_inline)) {
+      Vector<Acc> younger = load(rows[0] + i), sum = younger;
       for (int j = 0; j < count; ++j) {
-        const Vector<Acc> old_r = load(residuals[j + 1] + i);
-        least -= gamma[j] * (young_r - old_r);
-        young_r = old_r;
+        mix_in(sum, younger, gamma[j], load(rows[j + 1] + i));
       }
-      mixed -= keep * least;
+      return sum;
+    };
+    Vector<Acc> mixed = combined(values);
+    if constexpr (kDamped) {
+      mixed = damped_mixture(mixed, combined(residuals), beta);
     }
     store(x + i, mixed);
   });
@@ -108,54 +101,27 @@ FPI_HOST_DEVICE void prefetch(const void* begin, int64_t bytes) {
   }
 }
 
-// The norms of one iterate, and its value and residual in the window's next slot.
-template <typename T>
-struct Pushed {
-  accumulate_t<T> residual, value;  // ‖g(x) − x‖, ‖g(x)‖
-  int head;
-};
-
-template <typename T>
-FPI_HOST_DEVICE Pushed<T> push(const T* x, const T* gx, T* values, T* residuals, int64_t n, int m,
-                               const int32_t* counters, accumulate_t<T>* secant) {
+// One iterate's value and residual to the window's slot `head`, and the squares of its norms.
+template <bool kHasOlder, typename T>
+FPI_HOST_DEVICE void push(const T* x, const T* gx, T* values, T* residuals, int64_t n, int old,
+                          int head, accumulate_t<T>* square) {
   using Acc = accumulate_t<T>;
-  const int old = counters[kHead];
-  const int head = old + 1 == m ? 0 : old + 1;
-  T* new_value = values + head * n;
-  T* new_residual = residuals + head * n;
-  Vector<Acc> squares[4] = {};  // of r, g and of the secant to the iterate before: Δg, Δx
-  if (counters[kWindow] > 0) {
-    const T* old_value = values + old * n;
-    const T* old_residual = residuals + old * n;
-    for_vectors<T>(n, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-      const Vector<Acc> g = load(gx + i);
-      const Vector<Acc> r = g - load(x + i);
-      const Vector<Acc> dg = g - load(old_value + i);
-      const Vector<Acc> dx = dg - (r - load(old_residual + i));
-      store(new_value + i, g);
-      store(new_residual + i, r);
-      squares[0] += r * r;
-      squares[1] += g * g;
-      squares[2] += dg * dg;
-      squares[3] += dx * dx;
-    });
-  } else {
-    for_vectors<T>(n, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-      const Vector<Acc> g = load(gx + i);
-      const Vector<Acc> r = g - load(x + i);
-      store(new_value + i, g);
-      store(new_residual + i, r);
-      squares[0] += r * r;
-      squares[1] += g * g;
-    });
-  }
-  Acc square[4];
-  sums<4>(squares, square);
-  if (counters[kWindow] > 0) {
-    *secant = square_root(square[2]) / square_root(square[3]);
-  }
-  return {norm_from(square[0], n, [&](int64_t i) { return residual_at(x, gx, i); }),
-          norm_from(square[1], n, [&](int64_t i) { return static_cast<Acc>(gx[i]); }), head};
+  Vector<Acc> squares[kAndersonNorms] = {};
+  for_vectors<T>(n, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+    const Vector<Acc> g = load(gx + i);
+    const Vector<Acc> r = g - load(x + i);
+    if constexpr (kHasOlder) {
+      const Vector<Acc> dg = g - load(values + old * n + i);
+      const Vector<Acc> dx = dg - (r - load(residuals + old * n + i));
+      squares[kValueSecant] += dg * dg;
+      squares[kStateSecant] += dx * dx;
+    }
+    store(values + head * n + i, g);
+    store(residuals + head * n + i, r);
+    squares[kResidualSquares] += r * r;
+    squares[kValueSquares] += g * g;
+  });
+  sums<kAndersonNorms>(squares, square);
 }
 
 }  // namespace
@@ -173,7 +139,7 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
   Vector<Acc> gamma[kMaxSize], system[kMaxSize * kMaxSize];
   struct {
     int64_t row, sample, place;  // in x, in the record, of its window
-    int count;                   // differences in its window
+    int head, count;             // its window's newest slot, and differences
   } team[kTeam];
   for (int i = 0; i < size * size; ++i) {
     system[i] = Vector<Acc>{};
@@ -196,61 +162,59 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
       T* x_row = x + row * n;
       const T* g_row = gx + row * n;
       const int64_t place = window.place(row, sample);
+      T* values = window.values + place * m * n;
       T* residuals = window.residuals + place * m * n;
       if (n * static_cast<int64_t>(sizeof(T)) <= kShortRow) {
-        prefetch(window.values + place * m * n, m * n * sizeof(T));  // for the mixture
+        prefetch(values, m * n * sizeof(T));  // for the mixture
         if (row + 1 < end) {
           const int64_t next = window.place(row + 1, sample_of(row + 1, record));
           prefetch(window.residuals + next * m * n, m * n * sizeof(T));
         }
       }
-      Acc* scalars = record.scalars + sample * kScalars;
-      const int32_t k = iteration_of(sample, record);
-      const Pushed<T> pushed = push(x_row, g_row, window.values + place * m * n, residuals, n, m,
-                                    counters, scalars + kRing + (k - 2) % kRingLength);
-      const bool grown = k > 1 && pushed.residual > static_cast<Acc>(restart) * scalars[kReference];
-      const int32_t status = stop(pushed.residual, pushed.value, sample, record);
+      const int old = counters[kHead], head = old + 1 == m ? 0 : old + 1;
+      Acc squares[kAndersonNorms];
+      if (counters[kWindow] > 0) {
+        push<true>(x_row, g_row, values, residuals, n, old, head, squares);
+      } else {
+        push<false>(x_row, g_row, values, residuals, n, old, head, squares);
+      }
+      const Acc residual = norm_from(squares[kResidualSquares], n,
+                                     [&](int64_t i) { return residual_at(x_row, g_row, i); });
+      const Acc value = norm_from(squares[kValueSquares], n,
+                                  [&](int64_t i) { return static_cast<Acc>(g_row[i]); });
+      const auto [status, count] =
+          decide(residual, value, squares, static_cast<Acc>(restart), m, sample, record);
       if (status != kActive) {
         freeze_row(x_row, g_row, out + sample * n, status, n);
         tally.failed += status != kConverged;
         continue;
       }
       ++tally.active;
-
       const int lane = members++;
-      const int head = pushed.head;
-      const int full = grown ? 0 : counters[kWindow];
-      const int pairs = full < m ? full + 1 : m;
-      const int count = pairs - 1;
-      counters[kHead] = head;
-      counters[kWindow] = pairs;
-      team[lane] = {row, sample, place, count};
+      team[lane] = {row, sample, place, head, count};
 
       // One row of the Gram matrix is new; it is kept by slot, so nothing else moves.
       Acc gram_row[kMaxHistory], rhs[kMaxHistory];
       if (count > 0) {
-        all_dots(Aged<T>(residuals, head, pairs, m, n).rows, count, n, gram_row, rhs);
+        all_dots(Aged<T>(residuals, head, count + 1, m, n).rows, count, n, gram_row, rhs);
       }
       Acc* gram = window.gram + place * m * m;
       Acc sum = 0;
       for (int i = 0; i < size; ++i) {
         const bool there = i < count;
-        const int slot = head - i < 0 ? head - i + m : head - i;
+        const int slot = slot_of(i, head, m);
         if (there) {
           gram[head * m + slot] = gram[slot * m + head] = gram_row[i];
           sum += gram[slot * m + slot];
         }
         for (int j = 0; j < i; ++j) {
-          const int other = head - j < 0 ? head - j + m : head - j;
-          system[i * size + j][lane] = there ? gram[slot * m + other] : Acc(0);
+          system[i * size + j][lane] = there ? gram[slot * m + slot_of(j, head, m)] : Acc(0);
         }
         system[i * size + i][lane] = there ? gram[slot * m + slot] : Acc(1);
         gamma[i][lane] = there ? rhs[i] : Acc(0);
       }
       trace[lane] = sum;
-      // Differences of residuals at the rounding level of g(x) say nothing of g.
-      const Acc rounding = kNoise * unit_roundoff<T>() * pushed.value;
-      noise[lane] = rounding * rounding;
+      noise[lane] = noise_of<T>(value);
     }
 
     const auto solved =
@@ -258,11 +222,11 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
                                 static_cast<Acc>(ridge), noise)
                   : ridge_solve(size, system, gamma, trace, static_cast<Acc>(ridge), noise);
     for (int lane = 0; lane < members; ++lane) {
-      const auto [at, sample, place, count] = team[lane];
-      int32_t* counters = record.counters + sample * kCounters;
+      const auto [at, sample, place, head, differences] = team[lane];
       T* x_row = x + at * n;
-      if (count == 0 || !solved[lane]) {
-        counters[kWindow] = 1;  // a Picard step, and the window starts anew from this iterate
+      const int count =
+          update_window(record.counters + sample * kCounters, head, differences, solved[lane] != 0);
+      if (count == 0) {
         damped_row(x_row, gx + at * n, static_cast<Acc>(beta), n);
         continue;
       }
@@ -270,7 +234,6 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
       for (int j = 0; j < count; ++j) {
         weights[j] = gamma[j][lane];
       }
-      const int head = counters[kHead];
       const Aged<T> values(window.values + place * m * n, head, count + 1, m, n);
       const Aged<T> residuals(window.residuals + place * m * n, head, count + 1, m, n);
       if (beta != 1.0) {

@@ -22,11 +22,11 @@ struct Tile {
   unsigned char* memory;
 
   Tile(const DenseSolve<T>& s, unsigned char* memory) : memory(memory) {
-    const int64_t rows = s.slots, n = s.step.n, m = s.history == 1 ? 0 : s.history;
+    const int64_t rows = s.slots, n = s.call.dense.n, m = s.call.history == 1 ? 0 : s.call.history;
     take(x, rows * n);
     take(gx, rows * n);
     take(operand, rows * n);
-    take(hidden, s.step.has_hidden ? rows * s.step.hidden.out : 0);
+    take(hidden, s.call.dense.has_hidden ? rows * s.call.dense.hidden.out : 0);
     take(values, rows * m * n);
     take(residuals, rows * m * n);
     take(gram, rows * m * m);
@@ -45,7 +45,7 @@ template <typename T>
 void evaluate(const DenseSolve<T>& solve, const Tile<T>& tile, const int* slots,
               const int64_t* samples, int count) {
   using Acc = accumulate_t<T>;
-  const DenseStep<T>& step = solve.step;
+  const DenseStep<T>& step = solve.call.dense;
   const Acc* t[kMaxSlots];
   const Acc* hidden[kMaxSlots];
   Acc* to_hidden[kMaxSlots];
@@ -75,23 +75,24 @@ template <typename T>
 Ended dense_solve(const DenseSolve<T>& solve, int64_t* next, unsigned char* memory) {
   using Acc = accumulate_t<T>;
   const Tile<T> tile(solve, memory);
-  const int64_t n = solve.step.n;
+  const DenseCall<T>& call = solve.call;
+  const int64_t n = call.dense.n;
   int64_t sample_of_slot[kMaxSlots];
-  Record<Acc> record = solve.record;
+  Record<Acc> record = call.record;
   record.index = sample_of_slot;
-  const Window<T> window{tile.values, tile.residuals, tile.gram, solve.history, true};
+  const Window<T> window{tile.values, tile.residuals, tile.gram, call.history, true};
   const auto status_of = [&](int64_t sample) {
     return record.counters[sample * kCounters + kStatus];
   };
   const auto refill = [&](int slot) {
     for (;;) {
       const int64_t sample = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-      if (sample >= solve.samples) {
+      if (sample >= call.samples) {
         return false;
       }
       if (status_of(sample) == kActive) {  // else it has its result already
         sample_of_slot[slot] = sample;
-        memcpy(tile.x + slot * n, solve.x0 + sample * n, n * sizeof(T));
+        memcpy(tile.x + slot * n, call.x0 + sample * n, n * sizeof(T));
         return true;
       }
     }
@@ -116,10 +117,10 @@ Ended dense_solve(const DenseSolve<T>& solve, int64_t* next, unsigned char* memo
       return ended;
     }
     evaluate(solve, tile, slots, samples, active);
-    const Tally tally =
-        solve.history == 1 ? picard_step(tile.x, tile.gx, solve.out, n, solve.beta, record, 0, used)
-                           : anderson_step(tile.x, tile.gx, solve.out, n, solve.beta, solve.ridge,
-                                           solve.restart, window, record, 0, used);
+    const Tally tally = call.history == 1
+                            ? picard_step(tile.x, tile.gx, call.out, n, call.beta, record, 0, used)
+                            : anderson_step(tile.x, tile.gx, call.out, n, call.beta, call.ridge,
+                                            call.restart, window, record, 0, used);
     ended.failed += tally.failed;
     for (int i = 0; i < active && tally.active < active; ++i) {
       if (status_of(samples[i]) != kActive) {

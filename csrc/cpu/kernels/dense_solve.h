@@ -13,16 +13,10 @@ constexpr int kMaxSlots = 64;  // samples that a thread iterates at a time
 
 template <typename T>
 struct DenseSolve {
-  DenseStep<T> step;
+  DenseCall<T> call;
+  int slots;                             // of a thread, up to kMaxSlots
   const accumulate_t<T>* packed_hidden;  // see dense_pack; null where there is no hidden layer
   const accumulate_t<T>* packed_output;
-  const T* x0;  // [samples, n]
-  T* out;       // [samples, n]
-  int64_t samples;
-  Record<accumulate_t<T>> record;
-  double beta, ridge, restart;
-  int history;  // 1: Picard
-  int slots;    // up to kMaxSlots
 };
 
 // What a thread brought about.

@@ -138,30 +138,16 @@ FPI_HOST_DEVICE void for_vectors(int64_t n, const Body& body) {
   }
 }
 
-// √squares where that sum of squares is trusted; else the norm again, scaled by the largest entry,
-// so that tiny and huge states are measured too. value(i) gives entry i.
+// See norm_of; value(i) gives entry i.
 template <typename Acc, typename Value>
 FPI_HOST_DEVICE Acc norm_from(Acc squares, int64_t n, const Value& value) {
-  if (is_trusted(squares)) {
-    return square_root(squares);
-  }
-  Acc largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const Acc a = value(i) < 0 ? -value(i) : value(i);
-    if (!is_finite(a)) {
-      return a;
+  return norm_of(squares, [&](const auto& term, const auto& join) {
+    Acc joined = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      joined = join(joined, term(value(i)));
     }
-    largest = a > largest ? a : largest;
-  }
-  if (largest == Acc(0)) {
-    return largest;
-  }
-  Acc scaled = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const Acc a = value(i) / largest;
-    scaled += a * a;
-  }
-  return largest * square_root(scaled);
+    return joined;
+  });
 }
 
 }  // namespace fpi::FPI_CPU_NAMESPACE

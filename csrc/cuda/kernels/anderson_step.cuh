@@ -15,8 +15,7 @@
 
 #include <type_traits>
 
-#include "../../math/least_squares.h"
-#include "../../math/window.h"
+#include "../../math/anderson.h"
 #include "rows.cuh"
 
 namespace fpi::cuda {
@@ -30,7 +29,7 @@ struct Ring {
   int m;
   int head;
 
-  FPI_DEVICE int slot(int age) const { return head - age < 0 ? head - age + m : head - age; }
+  FPI_DEVICE int slot(int age) const { return slot_of(age, head, m); }
   FPI_DEVICE T* value(int age) const { return values + slot(age) * n; }
   FPI_DEVICE T* residual(int age) const { return residuals + slot(age) * n; }
 };
@@ -41,8 +40,8 @@ FPI_DEVICE Ring<T> ring_of(const Window<T>& window, const Row<T>& row, int64_t n
   return {window.values + offset, window.residuals + offset, n, window.m, head};
 }
 
-// x ← g_0 − Σ γ_j (g_j − g_{j+1}) − (1 − β)(r_0 − Σ γ_j d_j), for count ≥ 1 differences. newest and
-// previous are g_0 and g_1, or copies of them.
+// The mixture of count ≥ 1 differences, to x. newest and previous are g_0 and g_1, or copies of
+// them.
 template <typename T>
 FPI_DEVICE void mix(const Team& team, const Row<T>& row, const Ring<T>& ring, const T* newest,
                     const T* previous, int count, const accumulate_t<T>* gamma,
@@ -65,9 +64,7 @@ FPI_DEVICE void mix(const Team& team, const Row<T>& row, const Ring<T>& ring, co
           const Acc weight = first + c < count ? gamma[first + c] : Acc(0);
 #pragma unroll
           for (int l = 0; l < kValues; ++l) {
-            const Acc old = static_cast<Acc>(older[c].values[l]);
-            sum.values[l] -= weight * (younger.values[l] - old);
-            younger.values[l] = old;
+            mix_in(sum.values[l], younger.values[l], weight, static_cast<Acc>(older[c].values[l]));
           }
         }
       }
@@ -78,12 +75,14 @@ FPI_DEVICE void mix(const Team& team, const Row<T>& row, const Ring<T>& ring, co
       const auto least = combined(ring.residual(0), ring.residual(1), ring.residuals);
 #pragma unroll
       for (int l = 0; l < kValues; ++l) {
-        mixed.values[l] -= (Acc(1) - beta) * least.values[l];
+        mixed.values[l] = damped_mixture(mixed.values[l], least.values[l], beta);
       }
     }
     access.store(row.x + i, widened<T>(mixed));
   });
 }
+
+static_assert(anderson_sums(1) == kAndersonNorms);
 
 // kGroup, as a constant that unrolls loops.
 struct GroupSize {
@@ -98,10 +97,9 @@ struct AndersonStep {
   static constexpr bool kHasWindow = true;
   using Acc = accumulate_t<T>;
 
-  // Of a pass: ‖r‖², ‖g‖², ‖g − g₁‖², ‖x − x₁‖², 1 being the iterate before; and of every group
-  // d_0 · d_j, then r_0 · d_j.
+  // Of a pass; of every group d_0 · d_j, then r_0 · d_j.
   struct Sums {
-    Acc norms[4];
+    Acc squares[kAndersonNorms];
     Acc dots[kGroups][2 * kGroup];
   };
 
@@ -126,10 +124,10 @@ struct AndersonStep {
       return {};
     }
     const Acc* sums = step.sums_on_desk(team);
-    const Acc residual = step.residual_norm(team, row, sums[0]);
-    const Acc value = step.value_norm(team, row, sums[1]);
+    const Acc residual = step.residual_norm(team, row, sums[kResidualSquares]);
+    const Acc value = step.value_norm(team, row, sums[kValueSquares]);
     if (team.rank == 0) {
-      step.decide(team, row, decision(team, row, ring, seen, count, residual, value));
+      step.announce(team, row, decision(team, row, ring, residual, value));
     }
     team.barrier();
     const Move move = *step.move_on_desk(team);
@@ -194,10 +192,10 @@ struct AndersonStep {
         const Acc r = g - static_cast<Acc>(xs.values[l]);
         const Acc dg = g - static_cast<Acc>(before.values[l]);
         const Acc dx = dg - (r - static_cast<Acc>(older[0].values[l]));
-        sums.norms[0] += r * r;
-        sums.norms[1] += g * g;
-        sums.norms[2] += dg * dg;
-        sums.norms[3] += dx * dx;
+        sums.squares[kResidualSquares] += r * r;
+        sums.squares[kValueSquares] += g * g;
+        sums.squares[kValueSecant] += dg * dg;
+        sums.squares[kStateSecant] += dx * dx;
         rs.values[l] = static_cast<T>(r);
         d.newest.values[l] = d.younger.values[l] = static_cast<Acc>(rs.values[l]);
         d.first.values[l] = d.newest.values[l] - static_cast<Acc>(older[0].values[l]);
@@ -212,7 +210,7 @@ struct AndersonStep {
       }
     });
     Acc* all = step.sums_on_desk(team);
-    team.reduce(sums.norms, step.stage(team), all, Add{});
+    team.reduce(sums.squares, step.stage(team), all, Add{});
     reduce_dots(team, sums, 0, count);
 
     for (int first = kGroups * kGroup; first < count; first += kGroups * kGroup) {
@@ -284,7 +282,7 @@ struct AndersonStep {
   }
 
   FPI_DEVICE void reduce_dots(const Team& team, const Sums& sums, int first, int count) const {
-    Acc* all = step.sums_on_desk(team) + 4 + 2 * first;
+    Acc* all = step.sums_on_desk(team) + kAndersonNorms + 2 * first;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       if (first + group * kGroup < count) {
@@ -294,27 +292,19 @@ struct AndersonStep {
   }
 
   // The record after this step, the new row of the Gram matrix, and the weights, by one thread.
-  FPI_DEVICE Move decision(const Team& team, const Row<T>& row, const Ring<T>& ring, int seen,
-                           int count, Acc residual, Acc value) const {
-    const int32_t k = iteration_of(row.sample, step.record);
+  FPI_DEVICE Move decision(const Team& team, const Row<T>& row, const Ring<T>& ring, Acc residual,
+                           Acc value) const {
     const Acc* sums = step.sums_on_desk(team);
-    Acc* scalars = step.scalars(row);
-    int32_t* counters = step.counters(row);
-    if (seen > 0) {
-      scalars[kRing + (k - 2) % kRingLength] = square_root(sums[2]) / square_root(sums[3]);
-    }
-    const bool grown = k > 1 && residual > restart * scalars[kReference];
-    const int32_t status = stop(residual, value, row.sample, step.record);
+    const auto [status, used] =
+        decide(residual, value, sums, restart, window.m, row.sample, step.record);
     if (status != kActive) {
       return {status, 0};
     }
-
-    const int used = grown ? 0 : count;
     Acc* gram = gram_of(row);
     Acc* gamma = step.template on_desk<Acc>(team, step.desk.gamma);
     Acc* system = step.template on_desk<Acc>(team, step.desk.system);
     for (int j = 0; j < used; ++j) {
-      const Acc* group = sums + 4 + j / kGroup * 2 * kGroup;
+      const Acc* group = sums + kAndersonNorms + j / kGroup * 2 * kGroup;
       const Acc dot = group[j % kGroup];
       // Kept by slot, so that nothing else moves.
       gram[ring.head * window.m + ring.slot(j)] = dot;
@@ -322,13 +312,8 @@ struct AndersonStep {
       system[j * used] = dot;
       gamma[j] = group[kGroup + j % kGroup];
     }
-    // Differences of residuals at the rounding level of g(x) say nothing of g.
-    const Acc noise = kNoise * unit_roundoff<T>() * value;
-    const bool solved = used > 0 && solve(used, system, gamma, noise * noise);
-    counters[kHead] = ring.head;
-    // Where it can't be solved: a Picard step, and the window starts anew from this iterate.
-    counters[kWindow] = solved ? used + 1 : 1;
-    return {status, solved ? used : 0};
+    const bool is_solved = used > 0 && solve(used, system, gamma, noise_of<T>(value));
+    return {status, update_window(step.counters(row), ring.head, used, is_solved)};
   }
 
   // gamma from the right-hand side; see ridge_solve.

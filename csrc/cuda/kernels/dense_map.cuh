@@ -24,12 +24,12 @@ struct DenseMap {
     T* const panels = reinterpret_cast<T*>(shared_memory() + plan.panels);
     keep_rows(layer, plan.kept, kept);
     async_wait<0>();
-    const Weight<T> weight = {layer.weight,
-                              kept,
-                              static_cast<int>(layer.out_stride),
-                              stride,
-                              static_cast<int>(layer.out),
-                              static_cast<int>(plan.kept)};
+    const Weight<T> weight = {.source = layer.weight,
+                              .shared = kept,
+                              .padded = static_cast<int>(layer.out_stride),
+                              .stride = stride,
+                              .rows = static_cast<int>(layer.out),
+                              .kept = static_cast<int>(plan.kept)};
     const int in = static_cast<int>(layer.in);
     for (int64_t first = block_index() * plan.slots; first < rows;
          first += grid_size() * plan.slots) {

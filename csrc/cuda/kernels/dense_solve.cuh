@@ -289,12 +289,12 @@ struct DenseSolve {
     const DenseLayer<T>& layer = is_hidden ? dense.hidden : dense.output;
     const T* operand = is_hidden || !dense.has_hidden ? at<T>(plan.operand) : at<T>(plan.hidden);
     const int kept = static_cast<int>(is_hidden ? plan.kept_hidden : plan.kept_output);
-    const Weight<T> weight = {layer.weight,
-                              at<T>(is_hidden ? plan.weight_hidden : plan.weight_output),
-                              static_cast<int>(layer.out_stride),
-                              stride_of_k(layer.in),
-                              static_cast<int>(layer.out),
-                              kept};
+    const Weight<T> weight = {.source = layer.weight,
+                              .shared = at<T>(is_hidden ? plan.weight_hidden : plan.weight_output),
+                              .padded = static_cast<int>(layer.out_stride),
+                              .stride = stride_of_k(layer.in),
+                              .rows = static_cast<int>(layer.out),
+                              .kept = kept};
     const Acc residual = is_hidden ? Acc(0) : static_cast<Acc>(dense.residual);
     const int stride = stride_of_k(dense.n), hidden_stride = stride_of_k(dense.output.in);
     const auto take = [&](int i, int j, Acc value) {
@@ -328,7 +328,14 @@ struct DenseSolve {
       const int slot = active_slots()[i];
       T* state = tile.x_of(slot);
       const int64_t number = block_index() * plan.slots + slot;  // of its window
-      const Row<T> row = {state, tile.gx_of(slot), state, number, slot, 0, 0, tile.padded};
+      const Row<T> row = {.x = state,
+                          .gx = tile.gx_of(slot),
+                          .out = state,
+                          .number = number,
+                          .sample = slot,
+                          .part = 0,
+                          .begin = 0,
+                          .end = tile.padded};
       if (tile.solver.advance(team, row).active == 0) {
         team.barrier();
         end(team, active_slots()[i]);

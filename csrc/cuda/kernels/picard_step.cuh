@@ -57,7 +57,7 @@ struct PicardStep {
     if (team.rank == 0) {
       const int32_t k = iteration_of(row.sample, step.record);
       step.scalars(row)[kRing + (k - 1) % kRingLength] = residual;
-      step.decide(team, row, {stop(residual, value, row.sample, step.record), 0});
+      step.announce(team, row, {stop(residual, value, row.sample, step.record), 0});
     }
     team.barrier();
     const int32_t status = step.move_on_desk(team)->status;

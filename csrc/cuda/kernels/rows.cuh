@@ -1,7 +1,6 @@
 // What the step kernels do with their rows, whatever the solver.
 #pragma once
 
-#include "../../math/norm.h"
 #include "../../math/progress.h"
 #include "pack.cuh"
 
@@ -85,7 +84,14 @@ struct Step {
     const int64_t end = begin + plan.span < n ? begin + plan.span : n;
     const int64_t sample = number < rows ? sample_of(number, record) : 0;
     const int64_t offset = number * n;
-    return {x + offset, gx + offset, out + sample * n, number, sample, part, begin, end};
+    return {.x = x + offset,
+            .gx = gx + offset,
+            .out = out + sample * n,
+            .number = number,
+            .sample = sample,
+            .part = part,
+            .begin = begin,
+            .end = end};
   }
 
   FPI_DEVICE int32_t* counters(const Row<T>& row) const {
@@ -152,35 +158,21 @@ struct Step {
     return true;
   }
 
-  // √squares where that is trusted; else the norm again, scaled by the largest entry, so that tiny
-  // and huge states are measured too. value(i) gives entry i. All of the team call it.
+  // See norm_of; value(i) gives entry i. All of the team call it.
   template <typename Value>
   FPI_DEVICE Acc norm(const Team& team, Acc squares, const Value& value) const {
-    if (is_trusted(squares)) {
-      return square_root(squares);
-    }
-    // Behind the sums of the step, which are still wanted.
-    Acc* joined = stage(team) + team.warps();
-    Acc largest[1] = {0};
-    for (int64_t i = team.rank; i < n; i += team.size) {
-      const Acc a = value(i) < 0 ? -value(i) : value(i);
-      largest[0] = Larger()(largest[0], a);
-    }
-    team.reduce(largest, stage(team), joined, Larger{});
-    const Acc scale = *joined;
-    team.barrier();
-    if (!is_finite(scale) || scale == Acc(0)) {
-      return scale;
-    }
-    Acc scaled[1] = {0};
-    for (int64_t i = team.rank; i < n; i += team.size) {
-      const Acc a = value(i) / scale;
-      scaled[0] += a * a;
-    }
-    team.reduce(scaled, stage(team), joined, Add{});
-    const Acc result = scale * square_root(*joined);
-    team.barrier();
-    return result;
+    return norm_of(squares, [&](const auto& term, const auto& join) {
+      // Behind the sums of the step, which are still wanted.
+      Acc* joined = stage(team) + team.warps();
+      Acc mine[1] = {0};
+      for (int64_t i = team.rank; i < n; i += team.size) {
+        mine[0] = join(mine[0], term(value(i)));
+      }
+      team.reduce(mine, stage(team), joined, join);
+      const Acc all = *joined;
+      team.barrier();
+      return all;
+    });
   }
 
   FPI_DEVICE Acc residual_norm(const Team& team, const Row<T>& row, Acc squares) const {
@@ -194,7 +186,7 @@ struct Step {
   }
 
   // One thread tells its team, and with several blocks a row the second launch.
-  FPI_DEVICE void decide(const Team& team, const Row<T>& row, Move move) const {
+  FPI_DEVICE void announce(const Team& team, const Row<T>& row, Move move) const {
     *move_on_desk(team) = move;
     if (plan.parts > 1) {
       moves[row.number] = move;

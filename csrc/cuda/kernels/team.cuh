@@ -8,20 +8,6 @@ namespace fpi::cuda {
 
 static_assert(kWarp == kWarpThreads);
 
-struct Add {
-  template <typename Acc>
-  FPI_DEVICE Acc operator()(Acc a, Acc b) const {
-    return a + b;
-  }
-};
-
-struct Larger {  // NaN is larger than any number
-  template <typename Acc>
-  FPI_DEVICE Acc operator()(Acc a, Acc b) const {
-    return a > b || a != a ? a : b;
-  }
-};
-
 struct Team {
   int size;
   int rank;    // of this thread
