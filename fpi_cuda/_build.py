@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fpi_cuda._torch import TRANSFORMS_KEY, with_cpu_kernel
 from fpi_cuda._version import __version__
 
 try:
@@ -43,17 +44,15 @@ def _refuse_transforms() -> torch.library.Library:
     forward of an autograd.Function is below the transforms and so not affected.
     """
     library = torch.library.Library("fpi_cuda", "IMPL")
-    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
-        if name.startswith("fpi_cuda::"):
-            operator = name.removeprefix("fpi_cuda::")
+    for operator in with_cpu_kernel("fpi_cuda"):
 
-            def refuse(*_: object, operator: str = operator) -> None:
-                raise RuntimeError(
-                    f"{operator}: internal operator, not differentiable and without rule for "
-                    "torch.func; call fpi_cuda.fixed_point"
-                )
+        def refuse(*_: object, operator: str = operator) -> None:
+            raise RuntimeError(
+                f"{operator}: internal operator, not differentiable and without rule for "
+                "torch.func; call fpi_cuda.fixed_point"
+            )
 
-            library.impl(operator, refuse, "FuncTorchDynamicLayerFrontMode")
+        library.impl(operator, refuse, TRANSFORMS_KEY)
     return library
 
 

@@ -43,13 +43,12 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from . import backends, operators
+from ._torch import transforming, tree_map
 from .adjoint import ImplicitAdjoint
 from .drivers.support import Solved, Support
 from .modules import has_stateful_buffers
-from .operators import transforming
 from .options import Options, Solver, Tolerance
 from .record import ACTIVE_ROWS, Limits, Progress
 from .solution import FixedPointWarning, warn
@@ -268,7 +267,7 @@ class _Substitute(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = pytree.tree_map(
+        args, kwargs = tree_map(
             lambda t: self._given.get(id(t), t) if isinstance(t, Tensor) else t,
             (args, kwargs or {}),
         )

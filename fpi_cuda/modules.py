@@ -11,8 +11,22 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from ._torch import (
+    BUFFERS,
+    CHILDREN,
+    PARAMETERS,
+    PRE_HOOKS,
+    ScriptModule,
+    buffers,
+    children,
+    compiled_module,
+    computes_weight,
+    parameters,
+    pre_hooks,
+    renew_flat_weights,
+)
 
 __all__ = ["Binding", "bindable", "has_stateful_buffers"]
 
@@ -21,15 +35,15 @@ def bindable(g: Any) -> bool:
     """Whether g's own tensors can be taken out: a module of plain Python, and so all in it."""
     return (
         isinstance(g, nn.Module)
-        and not hasattr(g, "_orig_mod")  # torch.compile's wrapper calls the module it closed over
-        and not any(isinstance(m, torch.jit.ScriptModule) for m in g.modules())
+        and not compiled_module(g)  # it calls the module it closed over
+        and not any(isinstance(m, ScriptModule) for m in g.modules())
     )
 
 
 def has_stateful_buffers(g: Any) -> bool:
     """Whether a training call of g may move a buffer (batch norm, spectral norm)."""
     return isinstance(g, nn.Module) and any(
-        m.training and any(b is not None for b in m._buffers.values()) for m in g.modules()
+        m.training and any(b is not None for b in buffers(m).values()) for m in g.modules()
     )
 
 
@@ -49,7 +63,7 @@ class Binding:
         self._index: dict[int, int] = {}
         self.params: list[Tensor] = []
         for m in module.modules():
-            for p in m._parameters.values():
+            for p in parameters(m).values():
                 if p is not None and id(p) not in self._index:
                     self._index[id(p)] = len(self.params)
                     self.params.append(p)
@@ -82,13 +96,12 @@ class Binding:
         clone = _clone(self._template, {})
         _map_buffers(clone, lambda b: b.clone())
         for m in clone.modules():
-            for name, p in m._parameters.items():
+            for name, p in parameters(m).items():
                 if p is not None:
-                    m._parameters[name] = params[self._index[id(p)]]  # type: ignore[assignment]
+                    parameters(m)[name] = params[self._index[id(p)]]  # type: ignore[assignment]
         for m in list(clone.modules()):
             _freeze_parametrizations(m)
-            if isinstance(m, nn.RNNBase):  # keeps a second list of its weights
-                m._flat_weights = [getattr(m, name) for name in m._flat_weights_names]
+            renew_flat_weights(m)
         return clone
 
 
@@ -99,11 +112,11 @@ def _clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     clone = object.__new__(type(module))
     memo[id(module)] = clone
     clone.__dict__.update(module.__dict__)
-    for name in ("_parameters", "_buffers", "_forward_pre_hooks"):
+    for name in (PARAMETERS, BUFFERS, PRE_HOOKS):
         clone.__dict__[name] = module.__dict__[name].copy()
-    clone.__dict__["_modules"] = {
+    clone.__dict__[CHILDREN] = {
         name: None if child is None else _clone(child, memo)
-        for name, child in module._modules.items()
+        for name, child in children(module).items()
     }
     return clone
 
@@ -111,22 +124,22 @@ def _clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
 def _map_buffers(module: nn.Module, f: Callable[[Tensor], Tensor]) -> None:
     memo: dict[int, Tensor] = {}
     for m in module.modules():
-        for name, b in m._buffers.items():
+        for name, b in buffers(m).items():
             if b is not None:
                 if id(b) not in memo:
                     memo[id(b)] = f(b)
-                m._buffers[name] = memo[id(b)]
+                buffers(m)[name] = memo[id(b)]
 
 
 def _freeze_parametrizations(module: nn.Module) -> None:
     """Replace computed tensors (spectral norm, weight norm) by their value, differentiably."""
-    if "parametrizations" in module._modules:
+    if "parametrizations" in children(module):
         names = list(module.parametrizations.keys())  # type: ignore[operator, union-attr]
         values = {name: getattr(module, name) for name in names}
         module.__class__ = type(module).__bases__[0]  # the class before it was parametrised
-        del module._modules["parametrizations"]
-        module._parameters.update(values)
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if type(hook).__name__ in ("SpectralNorm", "WeightNorm"):  # torch.nn.utils' older forms
+        del children(module)["parametrizations"]
+        parameters(module).update(values)
+    for key, hook in list(pre_hooks(module).items()):
+        if computes_weight(hook):
             hook(module, ())
-            del module._forward_pre_hooks[key]
+            del pre_hooks(module)[key]

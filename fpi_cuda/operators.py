@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ._torch import (
+    bind_no_defaults,
+    legacy_batched,
+    legacy_level,
+    legacy_rebatched,
+    legacy_unbatched,
+    transforming,
+)
 from .modules import Binding, bindable
 
 __all__ = ["inner_product", "partial"]
@@ -114,11 +121,6 @@ def partial_bound(r: Scalar, which: Sequence[int], *s: Tensor) -> tuple[Tensor, 
     return out  # type: ignore[no-any-return]
 
 
-def transforming() -> bool:
-    """Whether a torch.func transform (grad, vmap, ...) is running."""
-    return bool(torch._C._are_functorch_transforms_active())
-
-
 def vjp(y: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
     """(∂y/∂x)ᵀ v, zero where y does not depend on x; the graph of y stays."""
     if not y.requires_grad:
@@ -129,16 +131,10 @@ def vjp(y: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
     return torch.zeros_like(x) if out is None else out
 
 
-def legacy_batched(v: Any) -> bool:
-    """Whether v is batched by autograd.grad(is_grads_batched=True), which is no transform."""
-    return isinstance(v, Tensor) and torch._C._functorch.is_legacy_batchedtensor(v)
-
-
 def over_legacy_batch(backward: Callable[..., tuple[Any, ...]], *v: Tensor) -> tuple[Any, ...]:
     """Run a backward under torch.func.vmap, which has batching rules for everything in it."""
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    whole = [torch._remove_batch_dim(t, level, 0, 0) if legacy_batched(t) else t for t in v]
+    level = legacy_level()
+    whole = [legacy_unbatched(t, level) if legacy_batched(t) else t for t in v]
     dims = tuple(0 if legacy_batched(t) else None for t in v)
     found: list[int] = []
 
@@ -151,7 +147,7 @@ def over_legacy_batch(backward: Callable[..., tuple[Any, ...]], *v: Tensor) -> t
     mapped = torch.func.vmap(one, in_dims=dims)(*whole)
     out: list[Any] = [None] * found[-1]
     for i, g in zip(found, mapped, strict=False):
-        out[i] = torch._add_batch_dim(g, 0, level)
+        out[i] = legacy_rebatched(g, level)
     return tuple(out)
 
 
@@ -258,8 +254,7 @@ class _Partial(Function):
         return partial_bound(total, which, *batched), (0,) * len(which)
 
 
-# autograd.Function.apply looks the signature up at every call; once is enough.
-_Partial.forward.__signature__ = inspect.signature(_Partial.forward)  # type: ignore[attr-defined]
+bind_no_defaults(_Partial)
 
 
 def _through(tape: _Tape, delta: Sequence[Tensor], need: Sequence[int]) -> list[Tensor | None]:

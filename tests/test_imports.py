@@ -10,9 +10,9 @@ PACKAGE = Path(fpi_cuda.__file__).parent
 
 # The floors, from the ground up. A room imports from floors below its own, and from itself.
 FLOORS = (
-    ("_check", "_moved", "_torch", "_version", "layout", "modules", "record"),
-    ("_build", "forms", "operators", "options"),
-    ("backends", "solution", "state"),
+    ("_check", "_moved", "_torch", "_version", "layout", "record"),
+    ("_build", "forms", "modules", "options"),
+    ("backends", "operators", "solution", "state"),
     ("drivers", "solvers"),
     ("solve",),
     ("_uncompiled", "adjoint"),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
+from .._torch import clear_cublas_workspaces, end_pool
 from ..backends import native
 from . import eager
 
@@ -114,9 +115,7 @@ class CudaRecorder:
 
     def _recover(self) -> None:
         """A broken capture leaves torch's allocator and generator believing that it goes on."""
-        for forget in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            with contextlib.suppress(RuntimeError):
-                forget(self.device.index, self.pool)
+        end_pool(self.device.index, self.pool)
         graph = torch.cuda.CUDAGraph()  # one that ends well takes the generator out of it
         scrap = torch.zeros(1, device=self.device)
         torch.cuda.synchronize(self.device)
@@ -181,11 +180,11 @@ def _no_collection() -> Iterator[None]:
 @contextlib.contextmanager
 def _own_workspaces() -> Iterator[None]:
     """cuBLAS takes its workspaces anew, from the graph's memory, and leaves them there."""
-    torch._C._cuda_clearCublasWorkspaces()
+    clear_cublas_workspaces()
     try:
         yield
     finally:
-        torch._C._cuda_clearCublasWorkspaces()
+        clear_cublas_workspaces()
 
 
 # By device type: where there is a graph driver at all.

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .. import backends
+from .._torch import TorchDispatchMode, copy_all, lift_fresh, storage_id, tree_leaves
 from ..layout import Layout
 from ..record import STATUS, Progress, accumulate_dtype
 from .capture import Recorder
@@ -172,7 +171,7 @@ class Captured:
         """Solve; what is returned belongs to the caller."""
         progress = self._progress
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            torch._foreach_copy_(self._static, [t.detach() for t in given])
+            copy_all(self._static, [t.detach() for t in given])
             self._launch()
             x = self._layout.state(progress.out.clone(), self._batch)
             outputs = [None if t is None else t.clone() for t in self._outputs]
@@ -195,23 +194,19 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._known = {self._storage(t) for t in known}
+        self._known = {storage_id(t) for t in known}
         self._foreign: Tensor | None = None
-
-    @staticmethod
-    def _storage(t: Tensor) -> int:
-        return t.untyped_storage()._cdata  # type: ignore[no-any-return]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not torch.ops.aten.lift_fresh.default:  # a constant made just now
+        if func is not lift_fresh:  # a constant made just now
             for t in tree_leaves((args, kwargs)):
                 # A number on its way into a kernel comes as a CPU scalar.
                 number = isinstance(t, Tensor) and t.dim() == 0 and t.device.type == "cpu"
-                if isinstance(t, Tensor) and not number and self._storage(t) not in self._known:
+                if isinstance(t, Tensor) and not number and storage_id(t) not in self._known:
                     self._foreign = t
         out = func(*args, **kwargs)
-        self._known.update(self._storage(t) for t in tree_leaves(out) if isinstance(t, Tensor))
+        self._known.update(storage_id(t) for t in tree_leaves(out) if isinstance(t, Tensor))
         return out
 
     def check(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..operators import transforming
+from .._torch import transforming
 from ..record import Record
 from ..solution import warn
 from . import eager, kind

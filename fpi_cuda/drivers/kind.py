@@ -30,6 +30,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._torch import (
+    HOOKS,
+    OPERATOR_MODULES,
+    ScriptFunction,
+    ScriptModule,
+    buffers,
+    children,
+    compiled_function,
+    global_hooks,
+    parameters,
+    version,
+)
+
 __all__ = ["Unseen", "owner_of", "precision", "python_values"]
 
 
@@ -110,15 +123,14 @@ _CONSTANT = (
     *(types.GenericAlias, types.UnionType, types.MethodDescriptorType, types.WrapperDescriptorType),
     *(types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-    *(torch.jit.ScriptFunction, type(_Two.a)),
+    *(ScriptFunction, type(_Two.a)),
 )
 _EXACT = frozenset({bool, int, bytes, type(None)})
 _BASES = (int, float, complex, str, bytes)  # of classes that add attributes to a number or a string
 # Classes of objects that are code too, by the modules that define them.
-_OPERATORS = frozenset({"torch._ops", "torch._library.custom_ops", "triton.runtime.jit", "typing"})
+_OPERATORS = OPERATOR_MODULES | {"triton.runtime.jit", "typing"}
 _LIBRARIES = frozenset({"torch", "numpy", "einops", "fpi_cuda"})  # beside Python's own
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__)
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _CALLED = ("forward", "backward", "setup_context", "__getattr__")  # without being named
 _MAKING = frozenset({"__init__", "__new__", "__post_init__"})  # called where a class is
 _NOT_CALLED = _MAKING | {
@@ -183,9 +195,10 @@ class _Look:
 
     def everything(self, g: Any) -> Any:
         """What g can read."""
-        of_all = torch.nn.modules.module
-        hooks = [*of_all._global_forward_pre_hooks.items(), *of_all._global_forward_hooks.items()]
-        found, before = (self._at("g", g), self._at("a hook of all modules", hooks)), (0, 0)
+        found, before = (
+            (self._at("g", g), self._at("a hook of all modules", global_hooks())),
+            (0, 0),
+        )
         while before != (now := (len(self._owners), len(self._names))):
             before = now
             for owner, _ in list(self._owners.values()):
@@ -276,7 +289,7 @@ class _Look:
             return "tensor"
         if t.numel() <= 64:  # Python may read it, by tolist()
             return "values", t.dtype, t.shape, repr(t.detach().tolist())
-        return "tensor on the host", t.data_ptr(), t._version
+        return "tensor on the host", t.data_ptr(), version(t)
 
     @staticmethod
     def _parts(value: Any) -> Sequence[tuple[Any, Any]] | None:
@@ -326,15 +339,15 @@ class _Look:
         )
 
     def _module(self, m: nn.Module) -> Any:
-        if isinstance(m, torch.jit.ScriptModule):
+        if isinstance(m, ScriptModule):
             raise self._compiled("torch.jit")
         self._class(type(m))
         own = vars(m)
         found: list[Any] = [weakref.ref(type(m)), m.training]  # a method may close over m
-        for tensors in (m._parameters, m._buffers):  # their values come by themselves
+        for tensors in (parameters(m), buffers(m)):  # their values come by themselves
             found += [(name, None if t is None else self._meet(t)) for name, t in tensors.items()]
-        found += [(name, self._at("." + name, child)) for name, child in m._modules.items()]
-        for kept in _HOOKS:
+        found += [(name, self._at("." + name, child)) for name, child in children(m).items()]
+        for kept in HOOKS:
             if hooks := own.get(kept):
                 place = f"a hook of {self.place()}"
                 found.append((kept, *((k, self._at(place, hook)) for k, hook in hooks.items())))
@@ -368,7 +381,7 @@ class _Look:
                 self._members.append((owner.__name__, name, found))
 
     def _function(self, f: FunctionType) -> Any:
-        if hasattr(f, "_torchdynamo_orig_callable"):
+        if compiled_function(f):
             raise self._compiled("torch.compile")
         of_library = _of_library(f.__globals__.get("__name__"))
         if of_library and not f.__closure__:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._torch import hooked
 from .activations import ACTIVATIONS
 from .conv import ConvForm
 from .dense import DenseForm
@@ -11,8 +12,6 @@ from .dense import DenseForm
 __all__ = ["ACTIVATIONS", "ConvForm", "DenseForm", "Form", "form_of"]
 
 Form = DenseForm | ConvForm
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def form_of(module: Any, method: str, *arguments: Any) -> Form | None:
@@ -26,7 +25,7 @@ def form_of(module: Any, method: str, *arguments: Any) -> Form | None:
         return None
     if "forward" in vars(module):  # of this instance alone
         return None
-    if any(hooks for name, hooks in vars(module).items() if name in _HOOKS):
+    if hooked(module):
         return None
     form: Form | None = getattr(module, method)(*arguments)
     return form

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import transforming
 from ..backends.native import tf32_wanted
 from ..drivers.eager import Evaluation
 from ..drivers.whole import tf32_allowed
 from ..forms import ConvForm, Form
-from ..operators import transforming
 from ..record import MASKED, Limits, accumulate_dtype
 from .evaluation import Direct, Linearised, Masked, Seen, convolutions
 from .independence import PerSample

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import drivers
+from .._torch import transforming
 from ..modules import has_stateful_buffers
-from ..operators import transforming
 from ..options import Options
 from ..solution import Solution
 from ..state import check_inputs, state_of

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .._torch import version
 from ..backends import triton
 from ..forms import ConvForm
 from ..layout import take
@@ -64,10 +65,10 @@ class Direct:
 
     def _first(self, x: Tensor) -> Tensor:
         """The first call also finds closure tensors, and whether g writes to its argument."""
-        version = None if x.is_inference() else x._version
+        before = None if x.is_inference() else version(x)
         with self.context.grad(), self.context.autocast():
             gx = check_output(self.g(x, *self.inputs), x)
-        if version is not None and x._version != version:
+        if before is not None and version(x) != before:
             raise RuntimeError(
                 "fixed_point: g must not change its argument x in place; write x * 2, not x.mul_(2)"
             )

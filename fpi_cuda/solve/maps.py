@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import transforming
 from ..forms import Form, form_of
 from ..modules import Binding, bindable
-from ..operators import transforming, vjp
+from ..operators import vjp
 from ..state import same
 
 Bound = Callable[..., Tensor]

@@ -8,16 +8,23 @@ higher order is asked for, g is linearised once and only its vector-Jacobian pro
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from ..operators import legacy_batched, over_legacy_batch, partial_bound, transforming
+from .._torch import (
+    bind_no_defaults,
+    forward_mode,
+    legacy_batched,
+    mapped,
+    transforming,
+    unwrapped,
+    wrapped,
+)
+from ..operators import over_legacy_batch, partial_bound
 from .direction import Backward, direction_of, masked, stand_in
 from .maps import Map, check_output
 from .problem import Problem, Report
@@ -38,7 +45,7 @@ def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Repo
         )
     if (
         transformed
-        or forward_ad._current_level >= 0
+        or forward_mode()
         or (problem.context.grad_enabled and any(t.requires_grad for t in tensors))
     ):
         x, keep = FixedPoint.apply(problem, report, None, x0, None, *tensors)  # type: ignore[no-untyped-call]
@@ -169,9 +176,9 @@ class FixedPoint(Function):
         moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
         for i in range(problem.map.n_states):  # part of the state: a slice of its own each
             moved[i], dims[i] = whole(tensors[i], dims[i]), 0
-        mapped = problem.mapped([None if d is None else 0 for d in dims])
+        batch = problem.mapped([None if d is None else 0 for d in dims])
         start = whole(x0, in_dims[3])
-        out = FixedPoint.apply(mapped, report, None, start, None, *moved)  # type: ignore[no-untyped-call]
+        out = FixedPoint.apply(batch, report, None, start, None, *moved)  # type: ignore[no-untyped-call]
         return out, (0, 0)
 
 
@@ -179,15 +186,7 @@ FIRST = 5  # tensors of the map follow so many inputs of the node
 _NOTHING = (None,) * (FIRST - 1)  # the gradients of those before `attached`
 
 
-class _NoDefaults(inspect.Signature):
-    """Stands in for the signature that Function.apply binds at every call to fill in defaults."""
-
-    def bind(self, *args: Any, **kwargs: Any) -> Any:
-        """The arguments as they are: there is no default to fill in."""
-        return SimpleNamespace(args=args, kwargs=kwargs, apply_defaults=lambda: None)
-
-
-FixedPoint.forward.__signature__ = _NoDefaults()  # type: ignore[attr-defined]
+bind_no_defaults(FixedPoint)
 
 
 def _higher(
@@ -219,8 +218,8 @@ def _closure_is_transformed(map: Map, x: Tensor, tensors: Sequence[Tensor]) -> b
         y = map(*plain)
     except Exception:
         return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(y):
-        if torch._C._functorch.is_batchedtensor(y) or y.requires_grad:
+    while wrapped(y):
+        if mapped(y) or y.requires_grad:
             return True
-        y = torch._C._functorch.get_unwrapped(y)
+        y = unwrapped(y)
     return False
