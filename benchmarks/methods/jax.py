@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..problems import Problem, Step, dense, nets
 from .runner import Runner
+from .truth import truth
 
 # solve(g, x0, u, s, tolerance, *weights) -> x̂, iterations: of one sample, or of the batch
 Solve = Callable[..., tuple[Any, Any]]
@@ -215,8 +216,6 @@ def quiet() -> Any:
 
 def size_of_answer(problem: Problem, i: int) -> Tensor:
     """‖x̂‖₂ a sample, in float64."""
-    from ..judge import truth  # which imports this package
-
     if problem.kind == "expanding":  # no answer to know; where there is one it is about as large
         return torch.linalg.vector_norm(problem.instances[i].u.double(), dim=1)
     return torch.linalg.vector_norm(truth(problem)[i].x, dim=1)
