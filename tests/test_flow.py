@@ -427,7 +427,7 @@ def test_generated_pairs_train_and_are_studied(tmp_path):
         assert (tmp_path / "pairs-64x48-16-8").is_dir()
         result = Run(task, settings, parts, tmp_path / method / "seed-0", Place(CPU)).finish()
         assert 0 < result["test"]["EPE"] < 20
-    tables = task.study(tmp_path, None, CPU)
+    tables = study.study(task, tmp_path, None, CPU)
     assert len(tables) == 2  # there are no photographs
     gives, radius = tables.values()
     assert [row["flow"] for row in gives][-2:] == ["16 iterations", "converged"]
@@ -439,7 +439,7 @@ def test_generated_pairs_train_and_are_studied(tmp_path):
 
 
 def test_nothing_trained_gives_no_tables(tmp_path):
-    assert Flow().study(tmp_path, None, CPU) == {}
+    assert study.study(Flow(), tmp_path, None, CPU) == {}
 
 
 def test_the_error_of_a_picture_is_of_its_pixels(tmp_path):
@@ -469,7 +469,7 @@ def test_the_real_pairs_are_evaluated(tmp_path):
     result = Run(task, settings, parts, tmp_path / REFINED / "seed-0", Place(CPU)).finish()
     for name in ("EPE, chairs", "EPE, Middlebury"):
         assert 1 < result["test"][name] < 50
-    rows = next(iter(task.study(tmp_path, DATA, CPU).values()))
+    rows = next(iter(study.study(task, tmp_path, DATA, CPU).values()))
     assert len(rows) == 17
     # The mean lengths that the data's own page tells.
     still = {row["pair"]: float(row["no motion"]) for row in rows}

@@ -17,7 +17,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
@@ -30,8 +30,11 @@ from .. import devices, records
 from ..machine import facts
 from ..tables import text_table
 from . import checkpoint, page, timing
+from .denoising import study as of_denoising
 from .denoising.task import Denoise
+from .flow import study as of_flow
 from .flow.task import Flow
+from .multilabel import study as of_multilabel
 from .multilabel.bibtex import Multilabel
 from .task import Parts, Settings, Task
 from .trained import Trained
@@ -39,6 +42,11 @@ from .training import Place, Run, place, read
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (Multilabel("bibtex"), Multilabel("enron"), Denoise(), Flow())
+}
+STUDIES: dict[type[Task], Callable[..., Mapping[str, Any]]] = {
+    Multilabel: of_multilabel.study,
+    Denoise: of_denoising.study,
+    Flow: of_flow.study,
 }
 
 
@@ -197,7 +205,7 @@ def evaluate(task: Task, given: argparse.Namespace, where: Place) -> None:
 
 def examine(task: Task, given: argparse.Namespace, where: Place) -> None:
     """Tables about the trained nets of seed 0."""
-    tables = task.study(given.out / given.task, given.data, where.device)
+    tables = STUDIES[type(task)](task, given.out / given.task, given.data, where.device)
     if not tables:
         raise FileNotFoundError(
             f"study: {given.out / given.task} must hold seed-0/best.pt of a method that solves; "

@@ -128,12 +128,6 @@ class Task(ABC):
     def validate(self, model: nn.Module, samples: Any, device: torch.device) -> Figures:
         """Figures with the score among them, and what was chosen on the way."""
 
-    def study(
-        self, folder: Path, data: Path | None, device: torch.device
-    ) -> Mapping[str, Sequence[Mapping[str, str]]]:
-        """Tables about the trained nets under a folder of runs; none unless a task has some."""
-        return {}
-
     @abstractmethod
     def test(
         self, model: nn.Module, samples: Any, device: torch.device, validated: Figures

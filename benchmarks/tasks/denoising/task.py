@@ -200,13 +200,6 @@ class Denoise(Task):
             figures[name] = mean(values)
         return figures | counts.figures()
 
-    def study(
-        self, folder: Path, data: Path | None, device: torch.device
-    ) -> Mapping[str, Sequence[Mapping[str, str]]]:
-        from .study import study
-
-        return study(self, folder, data, device)
-
 
 def noisy(some: Mapping[str, Tensor], options: Options, seed: int) -> list[Noisy]:
     """With noise that depends on the photograph's place alone."""

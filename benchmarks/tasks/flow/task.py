@@ -139,13 +139,6 @@ class Flow(Task):
             figures[f"EPE, {name}"] = sum(found) / len(found)
         return figures | counts.figures()
 
-    def study(
-        self, folder: Path, data: Path | None, device: torch.device
-    ) -> Mapping[str, Sequence[Mapping[str, str]]]:
-        from .study import study
-
-        return study(self, folder, data, device)
-
 
 # --- the pairs -------------------------------------------------------------------------------
 

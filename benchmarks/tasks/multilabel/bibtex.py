@@ -185,14 +185,6 @@ class Multilabel(Task):
         threshold, f1 = best_threshold(probabilities(model, samples, device), samples.labels)
         return {"F1": 100 * f1, "threshold": threshold}
 
-    def study(
-        self, folder: Path, data: Path | None, device: torch.device
-    ) -> Mapping[str, Sequence[Mapping[str, str]]]:
-        from .study import study
-
-        assert data is not None
-        return study(self, folder, data)
-
     def test(
         self, model: nn.Module, samples: Samples, device: torch.device, validated: Figures
     ) -> Figures:

@@ -114,8 +114,11 @@ def radii(task: Multilabel, folder: Path, data: Path) -> Iterator[dict[str, str]
         yield row
 
 
-def study(task: Multilabel, folder: Path, data: Path) -> dict[str, Table]:
-    """The tables of the page, from seed 0 of the runs in the folder."""
+def study(
+    task: Multilabel, folder: Path, data: Path | None, device: torch.device
+) -> dict[str, Table]:
+    """The tables of the page, from seed 0 of the runs in the folder; always on the CPU."""
+    assert data is not None  # `needs_data`
     tables = {
         "Relative error of the gradient at the trained weights (256 training samples)": list(
             gradient_errors(task, folder, data)
