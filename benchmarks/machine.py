@@ -67,7 +67,9 @@ def commit() -> str:
     Where there is no repository, what COMMIT says.
     """
     name = git("rev-parse", "--short=12", "HEAD") or os.environ.get("COMMIT")
-    changed = git("status", "--porcelain", "--", "fpi_cuda", "csrc", "benchmarks/*.py")
+    changed = git(
+        "status", "--porcelain", "--", "fpi_cuda", "csrc", "benchmarks/*.py", "experiments/*.py"
+    )
     return (name or "unknown") + ("+" if changed else "")
 
 

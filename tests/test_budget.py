@@ -74,12 +74,14 @@ def call(category):
 """
 TEST = """
 import warnings
-import pytest, test_caller, fpi_cuda_caller, benchmarks_caller, other_caller
+import pytest, test_caller, fpi_cuda_caller, benchmarks_caller, experiments_caller, other_caller
 
 KINDS = [DeprecationWarning, PendingDeprecationWarning, FutureWarning]
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("caller", [test_caller, fpi_cuda_caller, benchmarks_caller])
+@pytest.mark.parametrize(
+    "caller", [test_caller, fpi_cuda_caller, benchmarks_caller, experiments_caller]
+)
 def test_ours(caller, kind):
     caller.call(kind)
 
@@ -95,11 +97,12 @@ def test_serious(kind):
 
 def test_deprecations_are_errors_where_our_code_causes_them_and_other_warnings_anywhere(tmp_path):
     """Those of another package's import are its own affair, and must not end the collection."""
-    callers = ("test_caller", "fpi_cuda_caller", "benchmarks_caller", "other_caller")
+    ours = ("test_caller", "fpi_cuda_caller", "benchmarks_caller", "experiments_caller")
+    callers = (*ours, "other_caller")
     code, output = run(
         tmp_path, "-rA", **{"other": OTHER, "test_it": TEST}, **dict.fromkeys(callers, CALLER)
     )
     assert code == pytest.ExitCode.TESTS_FAILED, output
-    assert "12 failed, 3 passed" in output, output
+    assert "15 failed, 3 passed" in output, output
     for name in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
         assert f"PASSED test_it.py::test_another_packages[{name}]" in output, output

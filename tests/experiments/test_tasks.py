@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from benchmarks.machine import ROOT
-from benchmarks.tasks import __main__ as program
-from benchmarks.tasks import checkpoint, page, training
-from benchmarks.tasks.multilabel import samples as multilabel
-from benchmarks.tasks.multilabel.bibtex import Multilabel
-from benchmarks.tasks.task import Settings
+from experiments import __main__ as program
+from experiments import checkpoint, page, training
+from experiments.multilabel import samples as multilabel
+from experiments.multilabel.bibtex import Multilabel
+from experiments.task import Settings
 
 FEATURES, LABELS = 30, 7
 DATA = ROOT.parent / "shared" / "data"
@@ -235,8 +235,8 @@ def test_a_run_with_other_settings_is_not_gone_on_with(data, tmp_path):
 
 SCRIPT = """
 import sys
-from benchmarks.tasks import __main__ as program
-from benchmarks.tasks.multilabel.bibtex import Multilabel
+from experiments import __main__ as program
+from experiments.multilabel.bibtex import Multilabel
 program.TASKS["small"] = Multilabel("small")
 sys.exit(program.main())
 """
@@ -343,7 +343,7 @@ def test_the_commands_in_turn(small, data, tmp_path, monkeypatch, capsys):
     assert printed.count("FPI_NN, seed 0") == 2
     text = page.PAGE.read_text()
     assert text.startswith("before") and text.endswith("after\n")
-    content = json.loads(next((tmp_path / "results").glob("*/tasks/small.json")).read_text())
+    content = json.loads(next((tmp_path / "results").glob("*/small.json")).read_text())
     f1 = content["runs"][0]["test"]["F1"]
     assert f"{f1:.2f}" in text
     for name in ("loss", "score", "solves"):
@@ -394,6 +394,7 @@ def test_bad_commands_say_what_must_hold(small, data, tmp_path, capsys):
         (["train", "--data", str(data), "--set", "depth=3"], "no setting is called 'depth'"),
         (["train", "--data", str(data), "--set", "depth"], "NAME=VALUE"),
         (["train", "--data", str(data), "--amp"], "is for a GPU"),
+        (["train", "--data", str(data), "--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
     ):
         with pytest.raises(SystemExit) as caught:
             program.main(["small", *given])
@@ -403,6 +404,20 @@ def test_bad_commands_say_what_must_hold(small, data, tmp_path, capsys):
     assert "train first" in capsys.readouterr().err
     assert program.main(["bibtex", "train", "--data", str(data), "--out", str(empty)]) == 1
     assert "must hold bibtex_train.npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["benchmarks.tasks", "benchmarks.tasks.flow.chairs"])
+def test_the_former_names_still_run(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0 and f"python -m {module}" not in done.stdout, done.stderr
+    assert module.replace("benchmarks.tasks", "experiments") in done.stdout
+    assert done.stderr == "benchmarks.tasks has moved: use `python -m experiments`\n"
 
 
 def test_settings_keep_their_types():

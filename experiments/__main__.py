@@ -1,12 +1,12 @@
 """The paper's experiments: train, tune, evaluate, report.
 
-    python -m benchmarks.tasks TASK train [--methods M ...] [--seeds 0 1 2 3 4] --data DIR
-    torchrun --nproc-per-node 2 -m benchmarks.tasks TASK train --data DIR
-    python -m benchmarks.tasks TASK tune --data DIR
-    python -m benchmarks.tasks TASK eval --data DIR
-    python -m benchmarks.tasks TASK study --data DIR    # of the trained nets: gradients, minima
-    python -m benchmarks.tasks TASK time --data DIR     # a training step of each method, in turns
-    python -m benchmarks.tasks TASK report
+    python -m experiments TASK train [--methods M ...] [--seeds 0 1 2 3 4] --data DIR
+    torchrun --nproc-per-node 2 -m experiments TASK train --data DIR
+    python -m experiments TASK tune --data DIR
+    python -m experiments TASK eval --data DIR
+    python -m experiments TASK study --data DIR    # of the trained nets: gradients, minima
+    python -m experiments TASK time --data DIR     # a training step of each method, in turns
+    python -m experiments TASK report
 
 A run that was interrupted goes on where it was when the same command is given again.
 """
@@ -26,9 +26,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import devices, records
-from ..machine import facts
-from ..tables import text_table
+from benchmarks import devices, records
+from benchmarks.machine import facts
+from benchmarks.tables import text_table
+
 from . import checkpoint, page, timing
 from .denoising import study as of_denoising
 from .denoising.task import Denoise
@@ -51,7 +52,7 @@ STUDIES: dict[type[Task], Callable[..., Mapping[str, Any]]] = {
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("task", choices=list(TASKS))
@@ -179,7 +180,7 @@ def tune(task: Task, given: argparse.Namespace, where: Place) -> None:
         tried.sort(key=lambda row: row[task.score], reverse=not task.lower_is_better)
         if where.rank == 0:
             path = given.out / given.task / "tune" / f"{method}.json"
-            here = facts(given.device, "benchmarks.tasks")
+            here = facts(given.device, "experiments")
             records.save(path, {"facts": here, "tried": tried})
             for row in tried:
                 print(f"{method}: {task.score} {row[task.score]:.2f}, {row['settings']}")
@@ -250,7 +251,7 @@ def report(task: Task, given: argparse.Namespace) -> None:
     for path in (given.out / task.name / name for name in ("times.json", "study.json")):
         tables |= json.loads(path.read_text()) if path.exists() else {}
     if paths:
-        here = facts(given.device, "benchmarks.tasks")
+        here = facts(given.device, "experiments")
         content: dict[str, Any] = {
             "facts": here,
             "task": task.name,
@@ -261,7 +262,7 @@ def report(task: Task, given: argparse.Namespace) -> None:
             "tables": tables,
             "tuned": {path.stem: json.loads(path.read_text())["tried"] for path in tuned},
         }
-        path = page.RESULTS / here["slug"] / "tasks" / f"{task.name}.json"
+        path = page.RESULTS / here["slug"] / f"{task.name}.json"
         content["pictures"] = page.publish(sorted(work(task, given).glob("published/*.jpg")), path)
         records.save(path, content)
         print(f"written: {path}")

@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from tqdm import tqdm
 
-from .. import records
-from ..machine import commit
+from benchmarks import records
+from benchmarks.machine import commit
+
 from . import checkpoint
 from .solves import Solves
 from .task import Batch, Figures, Parts, Settings, Task

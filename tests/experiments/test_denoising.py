@@ -9,12 +9,12 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from benchmarks.machine import ROOT
-from benchmarks.tasks import __main__ as program
-from benchmarks.tasks import checkpoint, images, page, training
-from benchmarks.tasks.denoising import photographs
-from benchmarks.tasks.denoising.photographs import Noisy, Patches, psnr
-from benchmarks.tasks.denoising.task import METHODS, Denoise, Denoiser
-from benchmarks.tasks.layers import UnrolledConvolutions
+from experiments import __main__ as program
+from experiments import checkpoint, images, page, training
+from experiments.denoising import photographs
+from experiments.denoising.photographs import Noisy, Patches, psnr
+from experiments.denoising.task import METHODS, Denoise, Denoiser
+from experiments.layers import UnrolledConvolutions
 from fpi_cuda import ConvStep, FixedPointLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -316,7 +316,7 @@ def test_the_feedforward_net_is_given_the_same_time(data, tmp_path, monkeypatch,
     for action in ("time", "study", "report"):
         assert program.main(["denoise", action, *given]) == 0
     text = page.PAGE.read_text()
-    content = json.loads(next((tmp_path / "results").glob("*/tasks/denoise.json")).read_text())
+    content = json.loads(next((tmp_path / "results").glob("*/denoise.json")).read_text())
     a, b = (results[m]["test"]["BSD68"] for m in methods[:2])
     assert f"| FPI_NN-25 | feedforward-25 | 1 | {a - b:+.2f} |" in text
     assert "Noise that was not trained on" in text

@@ -9,25 +9,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..machine import ROOT
-from ..tables import Table, markdown_table
+from benchmarks.machine import ROOT
+from benchmarks.tables import Table, markdown_table
+
 from . import pictures
 from .solves import mean
 
 PAGE = ROOT / "docs" / "experiments.md"
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "experiments" / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 Content = dict[str, Any]
 
 
 def committed() -> list[Path]:
-    return sorted(RESULTS.glob("*/tasks/*.json"))
+    return sorted(RESULTS.glob("*/*.json"))
 
 
 def prefix(path: Path) -> str:
     """Of a result's figures: its device and its task."""
-    return f"{path.parent.parent.name}-{path.stem}"
+    return f"{path.parent.name}-{path.stem}"
 
 
 def publish(found: Sequence[Path], path: Path) -> list[str]:

@@ -120,6 +120,7 @@ def scaled(pixels: object) -> Tensor:
 
 def psnr(estimate: Tensor, clean: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each image, [B] of [B, 1, H, W]; estimates are cut to
-    [0, 1], where photographs live."""
+    [0, 1], where photographs live.
+    """
     error = (estimate.clamp(0, 1) - clean).square().flatten(1).mean(1)
     return -10 * error.log10()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.tasks.multilabel.energy import ConvexNetwork, certify
+from experiments.multilabel.energy import ConvexNetwork, certify
 from fpi_cuda import FixedPointLayer, GradientStep, ImplicitAdjoint, Tolerance, fixed_point
 
 N, INPUTS, WIDTH = 5, 4, 8

@@ -15,9 +15,9 @@ import torch
 from PIL import Image, ImageFile
 
 from benchmarks.machine import ROOT
-from benchmarks.tasks import images
-from benchmarks.tasks.flow import chairs, files, scenes
-from benchmarks.tasks.flow.colour import colours, wheel
+from experiments import images
+from experiments.flow import chairs, files, scenes
+from experiments.flow.colour import colours, wheel
 
 DATA = ROOT.parent / "shared" / "data"
 SIZE = (64, 48)
@@ -599,7 +599,7 @@ def test_the_command_line(tmp_path, monkeypatch):
 
 
 def test_two_programs_may_make_one_folder_at_once(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.tasks.flow.chairs", str(tmp_path / "set")]
+    command = [sys.executable, "-m", "experiments.flow.chairs", str(tmp_path / "set")]
     command += ["--train", "12", "--test", "2", "--size", "48", "32"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     programs = [

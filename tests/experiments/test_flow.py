@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 
 from benchmarks.machine import ROOT
-from benchmarks.tasks.flow import files, flownet, study
-from benchmarks.tasks.flow import task as flow_task
-from benchmarks.tasks.flow.flownet import FlowNetS, Refined
-from benchmarks.tasks.flow.task import KINDS, NET, ONCE, REFINED, Flow
-from benchmarks.tasks.training import Place, Run
+from experiments.flow import files, flownet, study
+from experiments.flow import task as flow_task
+from experiments.flow.flownet import FlowNetS, Refined
+from experiments.flow.task import KINDS, NET, ONCE, REFINED, Flow
+from experiments.training import Place, Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = ROOT.parent / "shared" / "data"

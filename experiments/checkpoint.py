@@ -53,6 +53,6 @@ def load(path: Path) -> State:
         raise
     except Exception as error:  # a damaged file may fail anywhere in zipfile, pickle or torch
         raise ValueError(
-            f"checkpoint: {path} must be a checkpoint of `python -m benchmarks.tasks` (got "
+            f"checkpoint: {path} must be a checkpoint of `python -m experiments` (got "
             f"{type(error).__name__}: {error}); delete it to start over"
         ) from error

@@ -1,6 +1,6 @@
 """Pairs with exact flow, made in the manner of Flying Chairs, in the layout of the published set.
 
-    python -m benchmarks.tasks.flow.chairs FOLDER [--train 22232] [--test 640] [--size 512 384]
+    python -m experiments.flow.chairs FOLDER [--train 22232] [--test 640] [--size 512 384]
         [--seed 0] [--data DIR] [--workers N]
 
 The same command goes on where it was interrupted.
@@ -207,7 +207,7 @@ def by_worker(one: partial[None], job: tuple[int, int]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks.flow.chairs")
+    parser = argparse.ArgumentParser(prog="python -m experiments.flow.chairs")
     parser.description = "Make pairs with exact flow, in the manner of Flying Chairs."
     add = parser.add_argument
     add("folder", type=Path)
