@@ -244,8 +244,17 @@ def verdict_table(found: Sequence[Verdict]) -> Table:
     table = [["what", "where", "target", "measured", "met?", "note"]]
     for v in found:
         met = "no ratio" if v.met is None else "yes" if v.met else "NO"
-        table.append([v.what, v.where, v.target, v.measured, met, v.note])
+        table.append([v.what, v.where, str(v.target), v.measured, met, v.note])
     return table
+
+
+def reasons(found: Sequence[Verdict]) -> Table:
+    """A line a target, as it stands in its first verdict."""
+    first: dict[str, Verdict] = {}
+    for v in found:
+        first.setdefault(v.target.why, v)
+    lines = ([v.what, str(v.target), why] for why, v in first.items())
+    return [["for example", "target", "why"], *lines]
 
 
 def text_table(table: Table) -> str:
@@ -288,5 +297,6 @@ def render(
     found = verdicts(rows)
     if found:
         part = f"{heading}targets\n\n{table(verdict_table(found))}"
-        parts = [part, *parts] if targets_first else [*parts, part]
+        why = f"{heading}why these targets\n\n{table(reasons(found))}"
+        parts = [part, why, *parts] if targets_first else [*parts, part]
     return "\n\n".join(parts)

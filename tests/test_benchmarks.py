@@ -340,7 +340,7 @@ def test_targets_of_whole_solves():
         ]
         verdict = {v.what: v for v in targets.verdicts(rows + products)}
         fastest = verdict["fastest rival / Anderson, whole"]
-        assert (fastest.target, fastest.measured, fastest.met) == (target, "2.5", True)
+        assert (str(fastest.target), fastest.measured, fastest.met) == (target, "2.5", True)
 
 
 def test_targets_of_memory():
@@ -422,7 +422,7 @@ def test_only_long_rows_on_a_device_are_judged_against_a_copy():
         for device in ("cpu", "cuda")
         for size in (1024, 32768)
     ]
-    found = [(v.where, v.target) for v in targets.verdicts(rows)]
+    found = [(v.where, str(v.target)) for v in targets.verdicts(rows)]
     short, long = ("(8, 1024) float32", "≥ 60%"), ("(8, 32768) float32", "≥ 60%")
     assert found == [short, long, ("(8, 32768) float32", "≥ 90%")]
 
