@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.plot import COLOURS, STYLE, Look, Page, Picture, label_ends, label_room, save
+from benchmarks.figures.page import COLOURS, STYLE, Look, Page, Picture, label_ends, label_room
+from benchmarks.plot import save
 
 Content = Mapping[str, Any]
 Log = Mapping[str, Sequence[float]]  # a figure's values by epoch
