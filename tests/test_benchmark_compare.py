@@ -1,15 +1,11 @@
 """The regression check: it sees what became slower, and not what chance or the machine did."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 from helpers import write_results
 
 np = pytest.importorskip("numpy")
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import changes, compare, records  # noqa: E402
 

@@ -3,23 +3,18 @@
 import json
 import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fpi_cuda
+from benchmarks import __main__ as command
+from benchmarks import devices, methods, problems, records, suites
+from benchmarks.methods import plain
+from benchmarks.suites import cell as cells
+from benchmarks.suites import convolutions, dense, kernels, overhead, whole
 from fpi_cuda.backends import native
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import devices, methods, problems, records, suites  # noqa: E402
-from benchmarks.methods import plain  # noqa: E402
-from benchmarks.suites import cell as cells  # noqa: E402
-from benchmarks.suites import convolutions, dense, kernels, overhead, whole  # noqa: E402
 
 # --- which device ---------------------------------------------------------------------------
 

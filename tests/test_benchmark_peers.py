@@ -1,18 +1,14 @@
 """Other libraries in the harness: they solve the problems it poses, at each committed setting."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import judge, methods, problems  # noqa: E402
-from benchmarks.methods import jax as of_jax  # noqa: E402
-from benchmarks.methods import jax_runner  # noqa: E402
-from benchmarks.methods import torchdeq as of_torchdeq  # noqa: E402
+from benchmarks import judge, methods, problems
+from benchmarks.methods import jax as of_jax
+from benchmarks.methods import jax_runner
+from benchmarks.methods import torchdeq as of_torchdeq
 
 JAX = [m for m in ("jax", "jaxopt", "optimistix") if methods.absent(m)]
 needs_jax = pytest.mark.skipif(bool(JAX), reason=f"not installed: {', '.join(JAX)}")

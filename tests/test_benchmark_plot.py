@@ -11,12 +11,10 @@ from helpers import write_results
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from benchmarks import plot, records  # noqa: E402
 from benchmarks.figures import page, roofline  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
     "command": "python -m benchmarks full --json full.json",
     "timestamp": "2030-01-02T03:04:05+00:00",

@@ -15,11 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import devices, on_gpu
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import devices, on_gpu  # noqa: E402
-
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
 OPTIONS = (
     *("OUT", "PYTHON", "BUDGET", "LONGEST", "SLOW", "SMOKE", "TIMED", "REHEARSE"),
