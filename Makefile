@@ -63,6 +63,7 @@ lint: venv
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
 	$(PY) -m mypy
+	$(PY) -m benchmarks.sources
 
 # Compiles the CUDA kernels, with registers and spills, under any torch; nvcc is all it needs.
 cuda-compile: venv

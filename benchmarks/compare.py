@@ -269,6 +269,9 @@ def warnings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
                     found.append(f"{key}: {name} was {a.get(name)}, is {b.get(name)}")
         elif a != b:
             found.append(f"{key} was {a}, is {b}")
+    a, b = ({s["harness"] for s in facts.get("sources", ())} for facts in (old, new))
+    if a and b and a != b:
+        found.append("the harness was another")
     return found
 
 

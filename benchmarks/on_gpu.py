@@ -8,7 +8,6 @@ seal: ends `make gpu-carry`.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shutil
@@ -18,7 +17,8 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from .sources import ROOT, digest
+
 CARRY = ROOT / "gpu-carry"
 PACKAGE = ROOT / "fpi_cuda"
 TOOLKIT = Path("/usr/local/cuda/bin")  # where it is often, without being in PATH
@@ -84,11 +84,8 @@ def find(tool: str) -> str | None:
 
 def sources() -> str:
     """A hash of all that the libraries are built from."""
-    found = hashlib.sha256()
     files = [*(ROOT / "csrc").rglob("*"), ROOT / "CMakeLists.txt"]
-    for path in sorted(path for path in files if path.is_file()):
-        found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
-    return found.hexdigest()
+    return digest((str(p.relative_to(ROOT)), p.read_bytes()) for p in files if p.is_file())
 
 
 def carried() -> int:

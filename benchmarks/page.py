@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from .machine import ROOT
+from . import sources
 from .methods import HISTORY
 from .records import Row, load
+from .sources import ROOT
 from .suites.kernels import working_set
 from .tables import markdown_table, render
 
@@ -42,7 +43,7 @@ def device(paths: Sequence[Path]) -> str:
             f"- `{facts['command']}` at commit `{facts['commit']}`, {facts['timestamp']}, "
             f"{threads} thread{'s' if threads != 1 else ''}, "
             f"{facts['build']['cpu_capability']} kernels; {versions}; load average at the start "
-            f"{facts['load_average'][0]:.1f}"
+            f"{facts['load_average'][0]:.1f}.{sources.said(path, facts)}"
         )
     tables = render(rows, markdown_table, "### ", targets_first=True)
     return "\n\n".join([f"## {name}", "\n".join(runs), *stale(rows), tables])

@@ -251,14 +251,15 @@ def report(task: Task, given: argparse.Namespace) -> None:
     for path in (given.out / task.name / name for name in ("times.json", "study.json")):
         tables |= json.loads(path.read_text()) if path.exists() else {}
     if paths:
-        here = facts(given.device, "experiments")
+        results = [read(path) for path in paths]
+        here = facts(given.device, "experiments") | {"sources": page.sources_of(results)}
         content: dict[str, Any] = {
             "facts": here,
             "task": task.name,
             "groups": task.groups,
             "pairs": task.pairs,
             "curves": task.curves,
-            "runs": [page.summary(read(path)) for path in paths],
+            "runs": [page.summary(result) for result in results],
             "tables": tables,
             "tuned": {path.stem: json.loads(path.read_text())["tried"] for path in tuned},
         }

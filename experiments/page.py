@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
+from benchmarks import sources
+from benchmarks.sources import ROOT
 from benchmarks.tables import Table, markdown_table
 
 from . import pictures
@@ -51,8 +52,19 @@ def summary(result: Content) -> Content:
     if "iterations" in log[0]:
         epochs["iterations"] = [mean(entry["iterations"]) for entry in log]
     solves = {name: value for name, value in log[-1].items() if isinstance(value, dict)}
-    kept = {name: value for name, value in result.items() if name != "log"}
+    kept = {name: value for name, value in result.items() if name not in ("log", "sources")}
     return kept | {"epochs": epochs, "solves": solves}
+
+
+def sources_of(results: Sequence[Content]) -> list[dict[str, str]]:
+    """What the runs were trained with, each once; of older runs only the commit is known."""
+    found = []
+    for result in results:
+        unknown = {"commit": result.get("commit", "unknown"), "library": "", "harness": ""}
+        measured = result.get("sources", unknown)
+        if measured not in found:
+            found.append(measured)
+    return found
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
@@ -150,6 +162,7 @@ def sections(content: Content, path: Path) -> Iterator[str]:
         f"{facts['threads']} threads, torch {facts['versions']['torch']}. Mean ± standard "
         "deviation over the seeds."
         + (f" Trained at {', '.join(f'`{commit}`' for commit in trained)}." if trained else "")
+        + sources.said(path, facts)
     )
     yield markdown_table(results_table(content))
     compared = pairs_table(content)

@@ -20,8 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from tqdm import tqdm
 
-from benchmarks import records
-from benchmarks.machine import commit
+from benchmarks import records, sources
 
 from . import checkpoint
 from .solves import Solves
@@ -254,6 +253,7 @@ class Run:
         test = self.task.test(
             model, self.parts.test, self.where.device, state["best"]["validation"]
         )
+        measured = sources.here()
         result = {
             "task": self.task.name,
             "settings": asdict(self.settings),
@@ -262,7 +262,8 @@ class Run:
             "parameters": sum(p.numel() for p in model.parameters()),
             "processes": self.where.world,
             "threads": torch.get_num_threads(),
-            "commit": commit(),
+            "commit": measured["commit"],
+            "sources": measured,
             "log": self.log,
         }
         if self.first:

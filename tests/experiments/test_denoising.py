@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from benchmarks.machine import ROOT
+from benchmarks.sources import ROOT
 from experiments import __main__ as program
 from experiments import checkpoint, images, page, training
 from experiments.denoising import photographs

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.machine import ROOT
+from benchmarks.sources import ROOT
 from experiments.flow import files, flownet, study
 from experiments.flow import task as flow_task
 from experiments.flow.task import KINDS, NET, REFINED, Flow

@@ -10,7 +10,7 @@ import torch
 from flow_pairs import NAMES, a_pair, flow_of, picture
 from PIL import Image, ImageFile
 
-from benchmarks.machine import ROOT
+from benchmarks.sources import ROOT
 from experiments.flow import files
 from experiments.flow.colour import colours, wheel
 

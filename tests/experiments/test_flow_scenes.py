@@ -12,7 +12,7 @@ import torch
 from flow_pairs import NAMES, a_pair, picture
 from PIL import Image
 
-from benchmarks.machine import ROOT
+from benchmarks.sources import ROOT
 from experiments import images
 from experiments.flow import chairs, files, scenes
 
