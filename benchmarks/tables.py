@@ -286,17 +286,8 @@ def sections(rows: Sequence[Row]) -> list[tuple[str, Table]]:
     return [(name, table) for name, table in found if len(table) > 1]
 
 
-def render(
-    rows: Sequence[Row],
-    table: Callable[[Table], str],
-    heading: str,
-    *,
-    targets_first: bool = False,
-) -> str:
-    parts = [f"{heading}{name}\n\n{table(content)}" for name, content in sections(rows)]
+def render(rows: Sequence[Row]) -> str:
+    """For the terminal, the targets last."""
     found = verdicts(rows)
-    if found:
-        part = f"{heading}targets\n\n{table(verdict_table(found))}"
-        why = f"{heading}why these targets\n\n{table(reasons(found))}"
-        parts = [part, why, *parts] if targets_first else [*parts, part]
-    return "\n\n".join(parts)
+    parts = [*sections(rows), *([("targets", verdict_table(found))] if found else [])]
+    return "\n\n".join(f"\n{name}\n\n{text_table(content)}" for name, content in parts)

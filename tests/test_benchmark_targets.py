@@ -156,14 +156,14 @@ def test_targets_of_an_iteration_on_a_device():
         (f"2.00 ({concatenating})", True),
         ("0.50", True),
     ]
-    assert "16 → 32 → 16" in tables.render(rows, tables.text_table, "")
+    assert "16 → 32 → 16" in tables.render(rows)
     for row in rows:
         if row["method"] == convolutions.OURS:
             row["refused"] = "g(x) is off by 0.1"
             del row["median_s"]
     (wrong,) = targets.verdicts(rows)
     assert (wrong.measured, wrong.met, wrong.note) == ("wrong", False, "g(x) is off by 0.1")
-    assert "is off by" in tables.render(rows, tables.text_table, "")
+    assert "is off by" in tables.render(rows)
 
 
 def test_only_long_rows_on_a_device_are_judged_against_a_copy():
