@@ -1,6 +1,7 @@
 """The bound on processor time, and which warnings are errors, by small suites of their own."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,11 @@ def test_over_the_budget_a_green_run_fails_and_names_what_cost_most(tmp_path):
         seconds = float(line.partition(f"::{name} ")[2].partition(" s")[0])
         assert seconds > 0.5, line
     assert float(line.partition("::test_idle ")[2].partition(" s")[0]) < 0.5, line
+
+
+def test_ci_shares_1500_seconds_among_all_tests():
+    shares = re.findall(r"test\S* BUDGET=(\d+)$", (HERE.parent / ".ci" / "run").read_text(), re.M)
+    assert len(shares) == 2 and sum(map(int, shares)) == 1500
 
 
 def test_time_asleep_is_not_counted(tmp_path):
