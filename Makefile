@@ -19,9 +19,10 @@ CONSTRAINTS := $(wildcard requirements/$(subst ==,-,$(TORCH)).txt)
 STAMP_CUDA := $(VENV_CUDA)/.installed-$(subst ==,-,$(TORCH_CUDA))
 PY_CARRY := $(VENV_CARRY)/bin/python
 STAMP_CARRY := $(VENV_CARRY)/.installed-$(subst ==,-,$(TORCH_CUDA))
+EXPERIMENTS := tests/experiments
 NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv build test matrix bench soak lint cuda-compile cuda-link-check gpu-carry clean
+.PHONY: venv build test test-experiments matrix bench soak lint cuda-compile cuda-link-check gpu-carry clean
 
 venv: $(STAMP)
 
@@ -36,22 +37,25 @@ build: venv
 	$(PY) -m pip install $(QUIET) --no-build-isolation --no-deps --editable .
 	@$(PY) -c "import fpi_cuda; print('built:', fpi_cuda.build_info())"
 
-# BUDGET: the processor seconds that it may cost.
+# The library's and the benchmarks'; BUDGET: the processor seconds that they may cost.
 test: build
-	$(PY) -m pytest $(addprefix --processor-budget ,$(BUDGET))
+	$(PY) -m pytest --ignore=$(EXPERIMENTS) $(addprefix --processor-budget ,$(BUDGET))
 
-# The tests under each torch that is supported, and without triton. Long, and a download of gigabytes.
+test-experiments: build
+	$(PY) -m pytest $(EXPERIMENTS) $(addprefix --processor-budget ,$(BUDGET))
+
+# All tests under each torch that is supported, and without triton. Long, and a download of gigabytes.
 matrix:
 	PYTHON=$(PYTHON) .ci/matrix
 
-# The long tests too, with many more examples.
+# All tests, the long ones too, with many more examples.
 soak: build
 	HYPOTHESIS_PROFILE=soak $(PY) -m pytest -m "slow or not slow"
 
 bench: build
 	$(PY) -m benchmarks quick
 	rm -rf build/denoise
-	$(PY) -m benchmarks.tasks denoise train --methods FPI_NN-25 feedforward-25 --seeds 0 --set epochs=2 \
+	$(PY) -m experiments denoise train --methods FPI_NN-25 feedforward-25 --seeds 0 --set epochs=2 \
 		--threads 1 --out build/denoise
 
 lint: venv
@@ -59,6 +63,7 @@ lint: venv
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
 	$(PY) -m mypy
+	$(PY) -m benchmarks.sources
 
 # Compiles the CUDA kernels, with registers and spills, under any torch; nvcc is all it needs.
 cuda-compile: venv

@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def finish(harness: Harness, given: argparse.Namespace) -> int:
     rows: list[Row] = harness.rows
-    print(tables.render(rows, tables.text_table, "\n"))
+    print(tables.render(rows))
     if given.json:
         print(f"\nwritten: {given.json}")
     wrong = failures(rows)

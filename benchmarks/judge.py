@@ -1,8 +1,7 @@
-"""What must be right before a time counts: judged in float64 against a solve of our own making."""
+"""What must be right before a time counts: judged in float64 against `methods.truth`."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .methods import plain
-from .methods.runner import Runner, gradients
-from .problems import Instance, Problem, Rule
+from .methods.runner import Runner
+from .methods.truth import truth
+from .problems import Instance, Problem
 
 FACTOR = 2.0  # residuals and gradient errors may differ by this and still be compared
 
@@ -59,29 +58,6 @@ def incomparable(ours: Mapping[str, Any], rival: Mapping[str, Any]) -> str | Non
         if a is not None and b is not None and a > FACTOR * b:
             return f"{what} {a / b:.1f} times the rival's"
     return None
-
-
-@dataclass(frozen=True)
-class Exact:
-    """The answer in float64, to 1e-12, by a plain loop that shares no code with the library."""
-
-    x: Tensor
-    du: Tensor
-    dweights: tuple[Tensor, ...]
-
-
-@functools.lru_cache(maxsize=2)
-def truth(problem: Problem) -> tuple[Exact, ...]:
-    return tuple(exact(problem, instance) for instance in problem.instances)
-
-
-def exact(problem: Problem, instance: Instance) -> Exact:
-    rule = Rule(rtol=1e-12, atol=0.0, adjoint_rtol=1e-12, max_iterations=40_000)
-    # Where iterations are dear or many Anderson needs fewer.
-    dear = problem.kind in ("denoise", "stiff", "linear")
-    solve = plain.plain(plain.anderson if dear else plain.picard_compacted, (0.8, 0.5))(rule)
-    x, du, *dweights = gradients(solve, problem.g, instance.to(torch.float64))
-    return Exact(x, du, tuple(dweights))
 
 
 def judge(runner: Runner, *, backward: bool) -> Correctness:

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -15,13 +14,14 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import sources
 
 
 def facts(device: str, program: str = "benchmarks") -> dict[str, Any]:
     """What a reader must know to believe or repeat a run."""
     import fpi_cuda  # a device has its name before there is a library
 
+    measured = sources.here()
     packages = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("torchdeq", "jax", "jaxopt", "optimistix"):
         version = installed(name)
@@ -31,7 +31,8 @@ def facts(device: str, program: str = "benchmarks") -> dict[str, Any]:
     return {
         "command": f"python -m {program} " + shlex.join(sys.argv[1:]),
         "timestamp": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": measured["commit"],
+        "sources": [measured],
         "device": device,
         "device_name": device_name(device),
         "slug": slug(device),
@@ -49,26 +50,6 @@ def installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-    except OSError:  # there is no git
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def commit() -> str:
-    """The commit, with '+' where tracked files of the library or the harness differ from it.
-
-    Where there is no repository, what COMMIT says.
-    """
-    name = git("rev-parse", "--short=12", "HEAD") or os.environ.get("COMMIT")
-    changed = git("status", "--porcelain", "--", "fpi_cuda", "csrc", "benchmarks/*.py")
-    return (name or "unknown") + ("+" if changed else "")
 
 
 def cpu_name() -> str:

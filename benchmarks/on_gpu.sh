@@ -6,7 +6,7 @@
 #                                   parts, CUDA tests, short timings, memory checks
 #   benchmarks/on_gpu.sh bench      what is left then: convolutions, training, peers, scaling
 #   benchmarks/on_gpu.sh build tests sanitize      of first, some alone
-#   DATA=DIR benchmarks/on_gpu.sh tasks            the experiments; no timeout
+#   DATA=DIR benchmarks/on_gpu.sh experiments            the experiments; no timeout
 #
 # In OUT (default: the device's folder under benchmarks/results), brought up to date after each part:
 # summary (a line a part: name, exit code or why it was skipped, seconds, the end of what it said),
@@ -294,7 +294,7 @@ with_tool() {
 
 # The experiments; DATA: the folder of data sets, from the repository's root. Resumable: what is done
 # is not done again. TASKS: some of them. PAIRS: of optical flow; the paper's count by default.
-tasks() {
+experiments() {
   local task out=runs/cuda size pairs
   for task in ${TASKS:-denoise flow bibtex}; do
     set -- --data "${DATA:?names the folder of data sets}" --device cuda --out "$out"
@@ -304,18 +304,18 @@ tasks() {
       flow)
         size="width=1 columns=512 rows=384" pairs=${PAIRS:-22232}
         # shellcheck disable=SC2086 # words
-        "$PYTHON" -m benchmarks.tasks flow time "$@" --set $size pairs=64 test_pairs=8
+        "$PYTHON" -m experiments flow time "$@" --set $size pairs=64 test_pairs=8
         # The training would make them too, with one process.
-        "$PYTHON" -m benchmarks.tasks.flow.chairs "$out/flow/pairs-512x384-$pairs-640" \
+        "$PYTHON" -m experiments.flow.chairs "$out/flow/pairs-512x384-$pairs-640" \
           --train "$pairs" --test 640 --size 512 384 --data "$DATA" --workers "$(nproc)"
         # shellcheck disable=SC2086
         set -- "$@" --seeds 0 --set $size pairs="$pairs" test_pairs=640
         ;;
     esac
-    "$PYTHON" -m benchmarks.tasks "$task" train "$@"
-    "$PYTHON" -m benchmarks.tasks "$task" study "$@"
-    [ "$task" = bibtex ] || "$PYTHON" -m benchmarks.tasks "$task" time "$@"
-    "$PYTHON" -m benchmarks.tasks "$task" report --device cuda --out "$out"
+    "$PYTHON" -m experiments "$task" train "$@"
+    "$PYTHON" -m experiments "$task" study "$@"
+    [ "$task" = bibtex ] || "$PYTHON" -m experiments "$task" time "$@"
+    "$PYTHON" -m experiments "$task" report --device cuda --out "$out"
   done
 }
 
@@ -330,14 +330,14 @@ stage() {
     timings) timings ;;
     sanitize) sanitize ;;
     bench) bench ;;
-    tasks)
-      (set -euo pipefail; tasks)
-      ended tasks $? "$SECONDS" ""
+    experiments | tasks) # the stage had that name
+      (set -euo pipefail; experiments)
+      ended experiments $? "$SECONDS" ""
       ;;
   esac
 }
 
-STAGES="first build smoke tests timings sanitize bench tasks"
+STAGES="first build smoke tests timings sanitize bench experiments tasks"
 for name in "${@:-none}"; do
   if [[ " $STAGES " != *" $name "* ]]; then
     echo "on_gpu.sh: each argument must be one of: $STAGES (got ${*:-none})" >&2

@@ -1,17 +1,20 @@
-"""docs/benchmarks.md: its results are made from the committed JSON."""
+"""docs/benchmarks.md and its tables, a page a result file: made from the committed JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .machine import ROOT
+from . import sources, targets
 from .methods import HISTORY
 from .records import Row, load
+from .sources import ROOT
 from .suites.kernels import working_set
-from .tables import markdown_table, render
+from .tables import markdown_table, reasons, sections, verdict_table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,22 +33,54 @@ def committed() -> list[Path]:
     ]
 
 
+def run(path: Path, facts: Mapping[str, Any]) -> str:
+    """How a file was made, and whether the library has changed since."""
+    threads = facts["threads"]
+    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    return (
+        f"`{facts['command']}` at commit `{facts['commit']}`, {facts['timestamp']}, "
+        f"{threads} thread{'s' if threads != 1 else ''}, "
+        f"{facts['build']['cpu_capability']} kernels; {versions}; load average at the start "
+        f"{facts['load_average'][0]:.1f}.{sources.said(path, facts)}"
+    )
+
+
 def device(paths: Sequence[Path]) -> str:
-    """A section: the runs on one device, their targets, all tables."""
+    """A section: the runs on one device, with links to their tables, and their targets."""
     runs, rows, name = [], [], ""
     for path in paths:
         facts, found = load(path)
         rows += found
-        name, threads = facts["device_name"], facts["threads"]
-        versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
-        runs.append(
-            f"- `{facts['command']}` at commit `{facts['commit']}`, {facts['timestamp']}, "
-            f"{threads} thread{'s' if threads != 1 else ''}, "
-            f"{facts['build']['cpu_capability']} kernels; {versions}; load average at the start "
-            f"{facts['load_average'][0]:.1f}"
-        )
-    tables = render(rows, markdown_table, "### ", targets_first=True)
-    return "\n\n".join([f"## {name}", "\n".join(runs), *stale(rows), tables])
+        name = facts["device_name"]
+        suites = ", ".join(dict.fromkeys(row["suite"] for row in found))
+        runs.append(f"- [{suites}]({own_page(path).relative_to(PAGE.parent)}): {run(path, facts)}")
+    found = targets.verdicts(rows)
+    parts = [f"## {name}", "\n".join(runs), *stale(rows)]
+    if found:
+        parts += ["### Targets", markdown_table(verdict_table(found))]
+        parts += ["### Why these targets", markdown_table(reasons(found))]
+    return "\n\n".join(parts)
+
+
+def own_page(path: Path) -> Path:
+    """Of a result file's tables."""
+    return PAGE.with_suffix("") / path.parent.name / f"{path.stem}.md"
+
+
+def tables(path: Path) -> str:
+    """That page."""
+    facts, rows = load(path)
+    found = sections(rows)
+    names = [f"- [{name}](#{anchor(name)})" for name, _ in found]
+    parts = [f"## {name}\n\n{markdown_table(content)}" for name, content in found]
+    head = [f"# {path.stem}: {facts['device_name']}", run(path, facts)]
+    why = "What the columns mean and how it was measured: [benchmarks](../../benchmarks.md)."
+    return "\n\n".join([*head, why, "\n".join(names), *stale(rows), *parts]) + "\n"
+
+
+def anchor(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def stale(rows: Sequence[Row]) -> list[str]:
@@ -73,15 +108,23 @@ def results() -> str:
     return "\n\n".join(parts) or "No results are committed yet."
 
 
-def rebuild(page: Path = PAGE) -> bool:
-    """Rewrite the page's results.
+def pages(page: Path = PAGE) -> dict[Path, str]:
+    """What each page should hold."""
+    before, rest = page.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    whole = f"{before}{BEGIN}\n\n{results()}\n\n{END}{after}"
+    return {page: whole} | {own_page(path): tables(path) for path in committed()}
+
+
+def rebuild() -> bool:
+    """Rewrite the results' pages.
 
     Returns:
         Whether anything changed.
     """
-    old = page.read_text()
-    before, rest = old.split(BEGIN)
-    _, after = rest.split(END)
-    new = f"{before}{BEGIN}\n\n{results()}\n\n{END}{after}"
-    page.write_text(new)
-    return new != old
+    changed = False
+    for page, text in pages().items():
+        changed |= not page.exists() or page.read_text() != text
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text)
+    return changed

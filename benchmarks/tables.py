@@ -244,8 +244,17 @@ def verdict_table(found: Sequence[Verdict]) -> Table:
     table = [["what", "where", "target", "measured", "met?", "note"]]
     for v in found:
         met = "no ratio" if v.met is None else "yes" if v.met else "NO"
-        table.append([v.what, v.where, v.target, v.measured, met, v.note])
+        table.append([v.what, v.where, str(v.target), v.measured, met, v.note])
     return table
+
+
+def reasons(found: Sequence[Verdict]) -> Table:
+    """A line a target, as it stands in its first verdict."""
+    first: dict[str, Verdict] = {}
+    for v in found:
+        first.setdefault(v.target.why, v)
+    lines = ([v.what, str(v.target), why] for why, v in first.items())
+    return [["for example", "target", "why"], *lines]
 
 
 def text_table(table: Table) -> str:
@@ -277,16 +286,8 @@ def sections(rows: Sequence[Row]) -> list[tuple[str, Table]]:
     return [(name, table) for name, table in found if len(table) > 1]
 
 
-def render(
-    rows: Sequence[Row],
-    table: Callable[[Table], str],
-    heading: str,
-    *,
-    targets_first: bool = False,
-) -> str:
-    parts = [f"{heading}{name}\n\n{table(content)}" for name, content in sections(rows)]
+def render(rows: Sequence[Row]) -> str:
+    """For the terminal, the targets last."""
     found = verdicts(rows)
-    if found:
-        part = f"{heading}targets\n\n{table(verdict_table(found))}"
-        parts = [part, *parts] if targets_first else [*parts, part]
-    return "\n\n".join(parts)
+    parts = [*sections(rows), *([("targets", verdict_table(found))] if found else [])]
+    return "\n\n".join(f"\n{name}\n\n{text_table(content)}" for name, content in parts)

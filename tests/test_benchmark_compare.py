@@ -1,20 +1,16 @@
 """The regression check: it sees what became slower, and not what chance or the machine did."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 from helpers import write_results
 
 np = pytest.importorskip("numpy")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import compare, records  # noqa: E402
+from benchmarks import changes, compare, records  # noqa: E402
 
 FACTS = {"device_name": "a machine", "threads": 2, "versions": {"torch": "2.13.0"}}
-ALIKE = compare.Between(0.0)  # runs that differ by nothing but their rounds
+ALIKE = changes.Between(0.0)  # runs that differ by nothing but their rounds
 
 
 def timed(seconds, rounds=None):
@@ -67,15 +63,15 @@ def test_no_change_is_flagged_no_more_often_than_it_says(correlation):
     flagged = alone = 0
     for _ in range(runs):
         old, new = (run(rng, cells, rounds=15, correlation=correlation) for _ in range(2))
-        changes = [
-            compare.change(cell, "Picard", was, now, 200)
+        moved = [
+            changes.change(cell, "Picard", was, now, 200)
             for (cell, was), now in zip(
                 compare.cells(old[1]).items(), compare.cells(new[1]).values(), strict=True
             )
         ]
-        assert all(c.enough for c in changes)
-        flagged += any(f.verdict != "same" for f in compare.judged(changes, 0.0, ALIKE))
-        alone += sum(compare.judged([c], 0.0, ALIKE)[0].verdict != "same" for c in changes)
+        assert all(c.enough for c in moved)
+        flagged += any(f.verdict != "same" for f in compare.judged(moved, 0.0, ALIKE))
+        alone += sum(compare.judged([c], 0.0, ALIKE)[0].verdict != "same" for c in moved)
     assert flagged <= 7  # of 60; more than 7 has a chance of 2 % at the nominal rate
     # Each cell alone at 95 % is no rarer than that by much: the intervals are not merely wide.
     assert 0.01 <= alone / (runs * cells) <= 0.07
@@ -86,11 +82,11 @@ def test_no_change_of_a_method_is_flagged_no_more_often_than_it_says():
     rng = np.random.default_rng(2)
     flagged = 0
     for _ in range(400):
-        changes = [
-            compare.Change(("solve",) * 10, "Picard", "plain loop", (15, 15), value)
+        moved = [
+            changes.Change(("solve",) * 10, "Picard", "plain loop", (15, 15), value)
             for value in rng.normal(scale=0.04, size=8)
         ]
-        (f,) = compare.over_cells(changes, 0.0, 0.0)
+        (f,) = compare.over_cells(moved, 0.0, 0.0)
         flagged += f.verdict != "same"
     assert 8 <= flagged <= 34  # 20 of 400, give or take three deviations
 
@@ -187,7 +183,7 @@ def test_what_slows_the_machine_down_for_both_is_not_flagged():
 def test_pairs_are_of_the_same_round():
     ours = row("Picard", "ours", "p", [1.0, 2.0, 8.0], rounds=[0, 2, 5])
     loop = row("plain loop", "plain", "p", [7.0, 1.0, 4.0, 1.0], rounds=[1, 2, 5, 0])
-    assert np.exp(compare.log_ratios(ours, loop)).tolist() == pytest.approx([1.0, 2.0, 2.0])
+    assert np.exp(changes.log_ratios(ours, loop)).tolist() == pytest.approx([1.0, 2.0, 2.0])
 
 
 def test_few_pairs_are_not_judged():
@@ -221,8 +217,8 @@ def test_the_loop_is_the_fastest_old_one_that_both_have():
 def test_students_quantiles():
     """From printed tables."""
     for tail, freedom, t in ((0.025, 1.0, 12.706), (0.025, 10.0, 2.2281), (0.0005, 4.0, 8.610)):
-        assert compare.student(tail, freedom) == pytest.approx(t, rel=1e-4)
-    assert compare.student(0.025, 1e4) == pytest.approx(1.9602, rel=1e-4)
+        assert changes.student(tail, freedom) == pytest.approx(t, rel=1e-4)
+    assert changes.student(0.025, 1e4) == pytest.approx(1.9602, rel=1e-4)
 
 
 def test_verdicts():
@@ -238,7 +234,7 @@ def test_verdicts():
 
 
 def test_blocks_are_of_successive_rounds():
-    found = compare.block_indices(np.random.default_rng(0), 9, 3, 50).reshape(50, 3, 3)
+    found = changes.block_indices(np.random.default_rng(0), 9, 3, 50).reshape(50, 3, 3)
     assert ((found[:, :, 1:] - found[:, :, :-1]) % 9 == 1).all()
     assert set(found.ravel().tolist()) == set(range(9))
 

@@ -1,17 +1,14 @@
 """Other libraries in the harness: they solve the problems it poses, at each committed setting."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import judge, methods, problems  # noqa: E402
-from benchmarks.methods import jax as of_jax  # noqa: E402
-from benchmarks.methods import torchdeq as of_torchdeq  # noqa: E402
+from benchmarks import judge, methods, problems
+from benchmarks.methods import jax as of_jax
+from benchmarks.methods import jax_runner
+from benchmarks.methods import torchdeq as of_torchdeq
 
 JAX = [m for m in ("jax", "jaxopt", "optimistix") if methods.absent(m)]
 needs_jax = pytest.mark.skipif(bool(JAX), reason=f"not installed: {', '.join(JAX)}")
@@ -31,20 +28,20 @@ def tiny():
 
 @needs_jax
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", of_jax.KINDS)
+@pytest.mark.parametrize("kind", jax_runner.KINDS)
 def test_a_map_in_jax_is_the_map_in_torch(kind, dtype):
     problem = problems.make(kind, 5, SIZES.get(kind, 12), dtype=dtype, instances=1)
-    i, jax = problem.instances[0], of_jax.jax()
+    i, jax = problem.instances[0], jax_runner.jax()
     x = torch.randn_like(i.x0)
     wanted = problem.g(x, i.u, i.s, *i.weights)
     with jax.enable_x64(dtype == torch.float64):
-        x, u, s, *weights = (of_jax.to_jax(t) for t in (x, i.u, i.s, *i.weights))
-        g = of_jax.STEPS[problem.g]
+        x, u, s, *weights = (jax_runner.to_jax(t) for t in (x, i.u, i.s, *i.weights))
+        g = jax_runner.STEPS[problem.g]
         batched = g(x, u, s, *weights)
         one_by_one = jax.vmap(g, in_axes=(0, 0, 0, *(None for _ in weights)))(x, u, s, *weights)
         for y in (batched, one_by_one):
             close = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else {}
-            torch.testing.assert_close(of_jax.to_torch(y), wanted, **close)
+            torch.testing.assert_close(jax_runner.to_torch(y), wanted, **close)
 
 
 def test_names_are_unique_and_every_peer_has_a_default_and_a_grid():
@@ -115,7 +112,7 @@ def test_second_derivatives_in_jax(setting):
     problem = problems.make("hard", 4, 5, dtype=torch.float64, instances=1)
     i = problem.instances[0]
     rule = problems.Rule(1e-12, 0.0, 1e-10, max_iterations=5000)
-    runner = of_jax.Jax(problems.Problem("hard", problem.g, 4, 5, (i,), rule), setting)
+    runner = jax_runner.Jax(problems.Problem("hard", problem.g, 4, 5, (i,), rule), setting)
     u, weight = (t.clone().requires_grad_() for t in (i.u, i.weights[0]))
     x = i.x0
     for _ in range(600):
@@ -127,8 +124,8 @@ def test_second_derivatives_in_jax(setting):
 
 @needs_jax
 def test_a_dense_adjoint_that_is_too_large_is_an_error_not_a_crash(monkeypatch, tiny):
-    monkeypatch.setattr(of_jax, "MOST_BYTES", 1000)
-    runner = of_jax.Jax(tiny, of_jax.optimistix())
+    monkeypatch.setattr(jax_runner, "MOST_BYTES", 1000)
+    runner = jax_runner.Jax(tiny, of_jax.optimistix())
     runner.forward(0)
     with pytest.raises(MemoryError, match="Jacobians of the samples"):
         runner.gradients(0)
@@ -136,7 +133,7 @@ def test_a_dense_adjoint_that_is_too_large_is_an_error_not_a_crash(monkeypatch, 
 
 @needs_jax
 def test_memory_is_that_of_the_plan(tiny):
-    runner = of_jax.Jax(tiny, of_jax.jaxopt(of_jax.PICARD))
+    runner = jax_runner.Jax(tiny, of_jax.jaxopt(of_jax.PICARD))
     forward, backward = (runner.peak_bytes(backward=b) for b in (False, True))
     assert tiny.instances[0].x0.nbytes < forward < backward
     assert runner.compile_s > 0

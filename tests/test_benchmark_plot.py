@@ -11,11 +11,10 @@ from helpers import write_results
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from benchmarks import plot, records  # noqa: E402
+from benchmarks.figures import page, roofline  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
     "command": "python -m benchmarks full --json full.json",
     "timestamp": "2030-01-02T03:04:05+00:00",
@@ -216,13 +215,13 @@ def test_the_roofline_says_how_near(drawn):
 
 
 def test_roofs():
-    bound = plot.roofs(kernels())
+    bound = roofline.roofs(kernels())
     row = {"dtype": "float32", "bytes": 10, "flops": 1, "working_set": 9 << 20}
     assert bound.over(row) == pytest.approx(31e9 / 10)
     assert bound.over(row | {"working_set": None}) == pytest.approx(14e9 / 10)
     assert bound.over(row | {"copy_bytes_per_s": 20e9}) == pytest.approx(20e9 / 10)
     assert bound.over(row | {"flops": 1000}) == 142e9
-    assert plot.Roofs({}, {}).over(row) is None
+    assert roofline.Roofs({}, {}).over(row) is None
 
 
 def test_values_are_drawn_where_they_are():
@@ -244,11 +243,11 @@ def test_values_are_drawn_where_they_are():
 
 
 def test_a_method_looks_the_same_everywhere():
-    assert plot.look("Picard", "ours").colour == plot.look("Picard step", "ours").colour
-    assert plot.look("Picard, whole", "ours").colour == plot.look("Picard", "ours").colour
-    looks = [plot.look(m, f) for m, (_, f) in TIMES.items()]
+    assert page.look("Picard", "ours").colour == page.look("Picard step", "ours").colour
+    assert page.look("Picard, whole", "ours").colour == page.look("Picard", "ours").colour
+    looks = [page.look(m, f) for m, (_, f) in TIMES.items()]
     assert len({(s.colour, s.marker, s.dashes) for s in looks}) == len(looks)
-    assert plot.look("x", "torchdeq") == plot.look("x", "torchdeq")
+    assert page.look("x", "torchdeq") == page.look("x", "torchdeq")
 
 
 def test_the_same_json_gives_the_same_bytes(tmp_path, drawn):
@@ -300,17 +299,17 @@ def test_optional_keys_may_be_missing():
 
 
 def test_labels_move_apart_and_no_further():
-    assert plot.apart([1.0, 3.0], 0.5, 4.0) == [1.0, 3.0]
-    assert plot.apart([1.0, 1.0], 0.5, 4.0) == [0.75, 1.25]
-    assert plot.apart([0.0, 0.0, 3.9, 4.0], 0.5, 4.0) == [0.0, 0.5, 3.5, 4.0]
-    places = plot.apart([2.0, 0.1, 2.1, 2.2], 0.4, 4.0)
+    assert page.apart([1.0, 3.0], 0.5, 4.0) == [1.0, 3.0]
+    assert page.apart([1.0, 1.0], 0.5, 4.0) == [0.75, 1.25]
+    assert page.apart([0.0, 0.0, 3.9, 4.0], 0.5, 4.0) == [0.0, 0.5, 3.5, 4.0]
+    places = page.apart([2.0, 0.1, 2.1, 2.2], 0.4, 4.0)
     assert np.diff(sorted(places)).min() >= 0.4 - 1e-12
     assert np.argsort(places).tolist() == [1, 0, 2, 3]
 
 
 def test_numbers_as_people_write_them():
     values = {0.02: "0.02", 500: "500", 1e-5: "10⁻⁵", 3e-6: "3·10⁻⁶", 1e6: "10⁶", 16384: "16384"}
-    assert {v: plot.number(v) for v in values} == values
+    assert {v: page.number(v) for v in values} == values
 
 
 def test_results_of_one_name_do_not_overwrite_each_other(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The bound on processor time, and which warnings are errors, by small suites of their own."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,11 @@ def test_over_the_budget_a_green_run_fails_and_names_what_cost_most(tmp_path):
     assert float(line.partition("::test_idle ")[2].partition(" s")[0]) < 0.5, line
 
 
+def test_ci_shares_1500_seconds_among_all_tests():
+    shares = re.findall(r"test\S* BUDGET=(\d+)$", (HERE.parent / ".ci" / "run").read_text(), re.M)
+    assert len(shares) == 2 and sum(map(int, shares)) == 1500
+
+
 def test_time_asleep_is_not_counted(tmp_path):
     options = ("-p", "budget", "--processor-budget", "1", "-k", "idle")
     code, output = run(tmp_path, *options, test_busy=BUSY)
@@ -74,12 +80,14 @@ def call(category):
 """
 TEST = """
 import warnings
-import pytest, test_caller, fpi_cuda_caller, benchmarks_caller, other_caller
+import pytest, test_caller, fpi_cuda_caller, benchmarks_caller, experiments_caller, other_caller
 
 KINDS = [DeprecationWarning, PendingDeprecationWarning, FutureWarning]
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("caller", [test_caller, fpi_cuda_caller, benchmarks_caller])
+@pytest.mark.parametrize(
+    "caller", [test_caller, fpi_cuda_caller, benchmarks_caller, experiments_caller]
+)
 def test_ours(caller, kind):
     caller.call(kind)
 
@@ -95,11 +103,12 @@ def test_serious(kind):
 
 def test_deprecations_are_errors_where_our_code_causes_them_and_other_warnings_anywhere(tmp_path):
     """Those of another package's import are its own affair, and must not end the collection."""
-    callers = ("test_caller", "fpi_cuda_caller", "benchmarks_caller", "other_caller")
+    ours = ("test_caller", "fpi_cuda_caller", "benchmarks_caller", "experiments_caller")
+    callers = (*ours, "other_caller")
     code, output = run(
         tmp_path, "-rA", **{"other": OTHER, "test_it": TEST}, **dict.fromkeys(callers, CALLER)
     )
     assert code == pytest.ExitCode.TESTS_FAILED, output
-    assert "12 failed, 3 passed" in output, output
+    assert "15 failed, 3 passed" in output, output
     for name in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
         assert f"PASSED test_it.py::test_another_packages[{name}]" in output, output

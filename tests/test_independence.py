@@ -115,7 +115,7 @@ def test_row_sums_in_a_fixed_order_give_the_same_bits_alone(name, b):
 
 @pytest.mark.parametrize("kind", ["gemm", "convolution"])
 def test_library_gemms_and_convolutions_agree_to_tolerance_in_any_batch(kind, backend, solver):
-    """DESIGN.md 6: values within tolerance, counts within 1, status equal off the threshold."""
+    """Values within tolerance, counts within 1, status equal off the threshold."""
     if kind == "gemm":
         z, w = torch.randn(33, 32), contraction(32, 0.9, dtype=torch.float32)
 

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fpi_cuda
+from benchmarks import devices, on_gpu
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import devices, on_gpu  # noqa: E402
-
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
 OPTIONS = (
     *("OUT", "PYTHON", "BUDGET", "LONGEST", "SLOW", "SMOKE", "TIMED", "REHEARSE"),
@@ -284,6 +283,15 @@ def test_libraries_without_cuda_do_not_pass(capsys):
         pytest.skip("this build has CUDA")
     assert on_gpu.loaded("carried") == 1
     assert "the carried libraries don't load: " in capsys.readouterr().out
+
+
+def test_libraries_must_solve_to_pass(capsys, monkeypatch):
+    monkeypatch.setattr(fpi_cuda, "build_info", lambda: {"cuda_loaded": True})
+    assert on_gpu.loaded("carried", "cpu") == 0
+    wrong = types.SimpleNamespace(x=torch.full((4, 250), 3.0))
+    monkeypatch.setattr(fpi_cuda, "fixed_point", lambda *_, **__: wrong)
+    assert on_gpu.loaded("carried", "cpu") == 1
+    assert "x = x / 2 + 1 at 3.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("nvcc", [None, "/opt/nvcc"])

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from ..clock import Times
-from ..machine import ROOT
 from ..records import Row
+from ..sources import ROOT
 from .cell import Cell, Options
 
 IMPORT = """
