@@ -7,6 +7,7 @@ from functools import partial as part
 import torch
 from replay_record import account, each, grid
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
 from fpi_cuda import (
@@ -89,7 +90,8 @@ MODULES = {
     "energy-learnt": lambda: GradientStep(DenseEnergy(5, 3, 4), nn.Parameter(torch.tensor(0.2))),
     "spectral": spectral,
     "spectral-dense": lambda: contraction.spectral_normalize(DenseStep(5, 3), 0.7),
-    "certified": lambda: contraction.spectral_normalize(DenseStep(5, 3), 0.7, certified=True),
+    "certified": lambda: contraction.Certified(contraction.spectral_normalize(DenseStep(5, 3))),
+    "certified-conv": lambda: contraction.spectral_normalize(ConvStep(2, 1), 0.7, certified=True),
     "norm-train": lambda: Net(norm=nn.BatchNorm1d(4)),
     "norm-eval": lambda: Net(norm=nn.BatchNorm1d(4)).eval(),
     "conv": lambda: ConvStep(2, 1, hidden=(4,)),
@@ -111,7 +113,7 @@ def problem(kind, dtype=F64, b=6):
     rate = torch.linspace(0.1, 0.9, b, dtype=F64)[:, None].to(dtype).requires_grad_()
     w = leaf(5, 5, dtype=dtype, scale=0.25)
     inputs, params = (z, rate) if kind in ("rows", "gain") else (z,), ()
-    if kind.startswith("conv"):
+    if "conv" in kind:
         inputs, x0 = (leaf(b, 1, 5, 4, dtype=dtype),), torch.zeros(b, 2, 5, 4, dtype=dtype)
     elif kind == "tuple":
         x0 = (x0[:, :3], x0[:, :4].reshape(b, 2, 2))
@@ -149,7 +151,7 @@ def solve(
     b=6,
     x0=None,
     context=torch.enable_grad,
-    inside=False,
+    backward=torch.enable_grad,
     change=None,
     **options,
 ):
@@ -161,7 +163,7 @@ def solve(
         solution = fixed_point(g, start, *inputs, params=params, **options)
     y = loss(solution.x)
     found = {"forward": account(solution, solution.x), "node": str(y.grad_fn)}
-    with context() if inside else torch.enable_grad():
+    with backward():
         found["orders"] = derivatives(y, leaves, order) if y.requires_grad else None
     found["adjoint"] = account(solution)
     return found | {"buffers": dict(g.named_buffers()) if isinstance(g, nn.Module) else {}}
@@ -172,6 +174,7 @@ grid("backend", solve, KINDS, TWO, each(backend=("native", "reference")), dtype=
 HALF = (torch.float16, torch.bfloat16)
 grid("half", solve, ("rows", "net", "dense", "energy", "tuple"), HALF, TWO)
 SOME = ("rows", "net", "dense", "dense2", "energy", "gain", "conv", "neural-dense", "tuple")
+DRIVERS = each(driver=("auto", "eager"))
 grid("driver", solve, SOME, each(driver=("eager", "whole")), TWO)
 grid("driver", solve, ("rows", "dense"), each(driver=("graph",)))
 ORDERS = each(order=(2, 3))
@@ -182,8 +185,8 @@ grid(
 PER_SAMPLE = each(per_sample=("auto", True, False))
 grid("per_sample", solve, ("rows", "coupled", "norm-train", "dense"), PER_SAMPLE, b=12)
 grid("batch", solve, ("rows", "net", "dense", "energy", "conv", "tuple"), each(b=(0, 1, 40)))
-grid("zero-tolerance", solve, ("rows", "dense", "conv"), TWO,
-     each(backend=("auto", "reference")), tolerance=Tolerance(0, 0), max_iterations=7)  # fmt: skip
+COUNT, BACKENDS = each(max_iterations=(7, 60)), each(backend=("auto", "reference"))
+grid("count", solve, ("rows", "dense", "conv"), TWO, BACKENDS, COUNT, tolerance=Tolerance(0, 0))
 ADJOINTS = {
     "picard": ImplicitAdjoint(Picard()),
     "loose": ImplicitAdjoint(tolerance=Tolerance(1e-2)),
@@ -211,7 +214,16 @@ def autocast():
 
 UNDER = {c.__name__: {"context": c} for c in (torch.no_grad, torch.inference_mode, autocast)}
 grid("under", solve, ("rows", "net", "dense", "conv", "energy", "norm-train", "captured"), UNDER)
-grid("backward-under", solve, ("rows", "net", "dense", "conv", "energy"), UNDER, inside=True, b=40)
+AFTER = {"one": {"backward": autocast}, "both": {"context": autocast, "backward": autocast}}
+grid(
+    "backward",
+    solve,
+    ("rows", "net", "dense", "gain", "conv", "energy"),
+    AFTER,
+    DRIVERS,
+    b=40,
+    dtype=F32,
+)
 
 
 def shaped(shape, form=torch.contiguous_format, **options):
@@ -223,7 +235,7 @@ def shaped(shape, form=torch.contiguous_format, **options):
 
 
 SHAPES = ((7,), (7, 3), (4, 3, 2), (3, 2, 4, 5), (2, 0), (0, 3))
-grid("shape", shaped, SHAPES, TWO, each(driver=("auto", "eager")))
+grid("shape", shaped, SHAPES, TWO, DRIVERS)
 grid("shape", shaped, ((3, 2, 4, 5),), (torch.channels_last,), TWO)
 
 
@@ -265,6 +277,7 @@ def noisy(**options):
 
 FAILS = ("diverged", "some", "all", "stalled", "max")
 MASK = {name: {"adjoint": ImplicitAdjoint(failed=name)} for name in ("mask", "use")}
+MASK_PICARD = {m: {"adjoint": ImplicitAdjoint(Picard(), failed=m)} for m in ("mask", "use")}
 grid("fail", failing, FAILS, FAILURE, MASK, TWO)
 grid("fail", failing, FAILS, each(backend=("native", "reference")), PER_SAMPLE)
 
@@ -282,9 +295,25 @@ def grown(g, inputs):
         next(g.parameters()).mul_(9)
 
 
+def steep(g, inputs):
+    """Derivatives above 1 for some samples: there Anderson converges, and Picard's adjoint not."""
+    with torch.no_grad():
+        inputs[0].mul_(0.03), inputs[1].mul_(8 if isinstance(g, DenseStep) else 2)
+
+
 CHANGE = {f.__name__: {"change": f} for f in (broken, grown)}
 STEPS = ("net", "dense", "dense2", "energy", "conv")
 grid("fail-step", solve, STEPS, CHANGE, MASK, max_iterations=40)
+grid(
+    "fail-adjoint",
+    solve,
+    ("rows", "gain"),
+    MASK_PICARD,
+    DRIVERS,
+    each(order=(1, 2)),
+    b=12,
+    change=steep,
+)
 grid("fail-step", solve, (*FUNCTIONS, "norm-train"), MASK, change=broken)
 
 
@@ -336,6 +365,23 @@ def transformed(kind, how):
     return {"value": ways[how]()}
 
 
+def forward_mode(hidden):
+    x0, z = torch.zeros(4, 3), torch.randn(4, 3)
+    with forward_ad.dual_level():
+        z = forward_ad.make_dual(z, torch.ones_like(z))
+        g = (lambda x: x.cos() / 2 + z) if hidden else (lambda x, z: x.cos() / 2 + z)
+        return {"x": fixed_point(g, x0, *(() if hidden else (z,))).x}
+
+
+def hidden(transform):
+    def f(z):
+        return loss(fixed_point(lambda x: x.cos() / 2 + z.sum(), torch.zeros(4, 3)).x)
+
+    return {"value": transform(f)(torch.ones(4, 3))}
+
+
+grid("forward-mode", forward_mode, (False, True))
+grid("hidden", hidden, {"grad": grad, "vmap": vmap})
 WAYS = ["grad", "grad-grad", "vjp", "jacrev", "jvp", "vmap", "vmap-grad", "named", "batched"]
 grid("zero-cotangents", zero_cotangents, ("rows", "product", *STEPS, "captured"), TWO)
 grid("func", transformed, ("rows", "product", "net", "dense", "conv", "captured"), WAYS)
