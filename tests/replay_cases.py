@@ -215,15 +215,8 @@ def autocast():
 UNDER = {c.__name__: {"context": c} for c in (torch.no_grad, torch.inference_mode, autocast)}
 grid("under", solve, ("rows", "net", "dense", "conv", "energy", "norm-train", "captured"), UNDER)
 AFTER = {"one": {"backward": autocast}, "both": {"context": autocast, "backward": autocast}}
-grid(
-    "backward",
-    solve,
-    ("rows", "net", "dense", "gain", "conv", "energy"),
-    AFTER,
-    DRIVERS,
-    b=40,
-    dtype=F32,
-)
+WIDE = ("rows", "net", "dense", "gain", "conv", "energy", "spectral", "spectral-dense")
+grid("backward", solve, WIDE, AFTER, DRIVERS, b=40, dtype=F32)
 
 
 def shaped(shape, form=torch.contiguous_format, **options):
