@@ -36,7 +36,7 @@ def transforming() -> bool:
 def forward_mode() -> bool:
     """Whether a level of forward-mode derivatives is open. No public one.
 
-    A tensor that carries a tangent may be hidden in g, so looking at the arguments is not enough.
+    Only a node can refuse a tangent, so there must be one even where nothing needs gradients.
     """
     return forward_ad._current_level >= 0
 

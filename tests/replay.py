@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import replay_cases  # noqa: F401 - its import makes the cases
+import replay_compat  # noqa: F401
 import replay_refusals  # noqa: F401
 import torch
 from replay_record import CASES, run

@@ -7,9 +7,9 @@ from functools import partial as part
 import torch
 from replay_record import account, each, grid
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
-import fpi_cuda as fpi
 from fpi_cuda import (
     Anderson,
     ConvStep,
@@ -21,10 +21,8 @@ from fpi_cuda import (
     NeuralStep,
     Picard,
     Tolerance,
-    compat,
     contraction,
     fixed_point,
-    operators,
 )
 
 F64, F32 = torch.float64, torch.float32
@@ -48,15 +46,6 @@ class Net(nn.Module):
 
     def forward(self, x, z):
         return self.c(torch.tanh(self.norm(self.a(x)) + self.b(z)))
-
-
-class OfTuples(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = Net(4, 4).double()
-
-    def forward(self, x, y):
-        return (self.net(x[0], y[0]),)
 
 
 def spectral(norm=nn.utils.parametrizations.spectral_norm):
@@ -101,7 +90,8 @@ MODULES = {
     "energy-learnt": lambda: GradientStep(DenseEnergy(5, 3, 4), nn.Parameter(torch.tensor(0.2))),
     "spectral": spectral,
     "spectral-dense": lambda: contraction.spectral_normalize(DenseStep(5, 3), 0.7),
-    "certified": lambda: contraction.spectral_normalize(DenseStep(5, 3), 0.7, certified=True),
+    "certified": lambda: contraction.Certified(contraction.spectral_normalize(DenseStep(5, 3))),
+    "certified-conv": lambda: contraction.spectral_normalize(ConvStep(2, 1), 0.7, certified=True),
     "norm-train": lambda: Net(norm=nn.BatchNorm1d(4)),
     "norm-eval": lambda: Net(norm=nn.BatchNorm1d(4)).eval(),
     "conv": lambda: ConvStep(2, 1, hidden=(4,)),
@@ -123,7 +113,7 @@ def problem(kind, dtype=F64, b=6):
     rate = torch.linspace(0.1, 0.9, b, dtype=F64)[:, None].to(dtype).requires_grad_()
     w = leaf(5, 5, dtype=dtype, scale=0.25)
     inputs, params = (z, rate) if kind in ("rows", "gain") else (z,), ()
-    if kind.startswith("conv"):
+    if "conv" in kind:
         inputs, x0 = (leaf(b, 1, 5, 4, dtype=dtype),), torch.zeros(b, 2, 5, 4, dtype=dtype)
     elif kind == "tuple":
         x0 = (x0[:, :3], x0[:, :4].reshape(b, 2, 2))
@@ -161,7 +151,7 @@ def solve(
     b=6,
     x0=None,
     context=torch.enable_grad,
-    inside=False,
+    backward=torch.enable_grad,
     change=None,
     **options,
 ):
@@ -173,7 +163,7 @@ def solve(
         solution = fixed_point(g, start, *inputs, params=params, **options)
     y = loss(solution.x)
     found = {"forward": account(solution, solution.x), "node": str(y.grad_fn)}
-    with context() if inside else torch.enable_grad():
+    with backward():
         found["orders"] = derivatives(y, leaves, order) if y.requires_grad else None
     found["adjoint"] = account(solution)
     return found | {"buffers": dict(g.named_buffers()) if isinstance(g, nn.Module) else {}}
@@ -184,6 +174,7 @@ grid("backend", solve, KINDS, TWO, each(backend=("native", "reference")), dtype=
 HALF = (torch.float16, torch.bfloat16)
 grid("half", solve, ("rows", "net", "dense", "energy", "tuple"), HALF, TWO)
 SOME = ("rows", "net", "dense", "dense2", "energy", "gain", "conv", "neural-dense", "tuple")
+DRIVERS = each(driver=("auto", "eager"))
 grid("driver", solve, SOME, each(driver=("eager", "whole")), TWO)
 grid("driver", solve, ("rows", "dense"), each(driver=("graph",)))
 ORDERS = each(order=(2, 3))
@@ -194,8 +185,8 @@ grid(
 PER_SAMPLE = each(per_sample=("auto", True, False))
 grid("per_sample", solve, ("rows", "coupled", "norm-train", "dense"), PER_SAMPLE, b=12)
 grid("batch", solve, ("rows", "net", "dense", "energy", "conv", "tuple"), each(b=(0, 1, 40)))
-grid("zero-tolerance", solve, ("rows", "dense", "conv"), TWO,
-     each(backend=("auto", "reference")), tolerance=Tolerance(0, 0), max_iterations=7)  # fmt: skip
+COUNT, BACKENDS = each(max_iterations=(7, 60)), each(backend=("auto", "reference"))
+grid("count", solve, ("rows", "dense", "conv"), TWO, BACKENDS, COUNT, tolerance=Tolerance(0, 0))
 ADJOINTS = {
     "picard": ImplicitAdjoint(Picard()),
     "loose": ImplicitAdjoint(tolerance=Tolerance(1e-2)),
@@ -223,7 +214,9 @@ def autocast():
 
 UNDER = {c.__name__: {"context": c} for c in (torch.no_grad, torch.inference_mode, autocast)}
 grid("under", solve, ("rows", "net", "dense", "conv", "energy", "norm-train", "captured"), UNDER)
-grid("backward-under", solve, ("rows", "net", "dense", "conv", "energy"), UNDER, inside=True, b=40)
+AFTER = {"one": {"backward": autocast}, "both": {"context": autocast, "backward": autocast}}
+WIDE = ("rows", "net", "dense", "gain", "conv", "energy", "spectral", "spectral-dense")
+grid("backward", solve, WIDE, AFTER, DRIVERS, b=40, dtype=F32)
 
 
 def shaped(shape, form=torch.contiguous_format, **options):
@@ -235,7 +228,7 @@ def shaped(shape, form=torch.contiguous_format, **options):
 
 
 SHAPES = ((7,), (7, 3), (4, 3, 2), (3, 2, 4, 5), (2, 0), (0, 3))
-grid("shape", shaped, SHAPES, TWO, each(driver=("auto", "eager")))
+grid("shape", shaped, SHAPES, TWO, DRIVERS)
 grid("shape", shaped, ((3, 2, 4, 5),), (torch.channels_last,), TWO)
 
 
@@ -277,6 +270,7 @@ def noisy(**options):
 
 FAILS = ("diverged", "some", "all", "stalled", "max")
 MASK = {name: {"adjoint": ImplicitAdjoint(failed=name)} for name in ("mask", "use")}
+MASK_PICARD = {m: {"adjoint": ImplicitAdjoint(Picard(), failed=m)} for m in ("mask", "use")}
 grid("fail", failing, FAILS, FAILURE, MASK, TWO)
 grid("fail", failing, FAILS, each(backend=("native", "reference")), PER_SAMPLE)
 
@@ -294,9 +288,25 @@ def grown(g, inputs):
         next(g.parameters()).mul_(9)
 
 
+def steep(g, inputs):
+    """Derivatives above 1 for some samples: there Anderson converges, and Picard's adjoint not."""
+    with torch.no_grad():
+        inputs[0].mul_(0.03), inputs[1].mul_(8 if isinstance(g, DenseStep) else 2)
+
+
 CHANGE = {f.__name__: {"change": f} for f in (broken, grown)}
 STEPS = ("net", "dense", "dense2", "energy", "conv")
 grid("fail-step", solve, STEPS, CHANGE, MASK, max_iterations=40)
+grid(
+    "fail-adjoint",
+    solve,
+    ("rows", "gain"),
+    MASK_PICARD,
+    DRIVERS,
+    each(order=(1, 2)),
+    b=12,
+    change=steep,
+)
 grid("fail-step", solve, (*FUNCTIONS, "norm-train"), MASK, change=broken)
 
 
@@ -348,6 +358,23 @@ def transformed(kind, how):
     return {"value": ways[how]()}
 
 
+def forward_mode(hidden):
+    x0, z = torch.zeros(4, 3), torch.randn(4, 3)
+    with forward_ad.dual_level():
+        z = forward_ad.make_dual(z, torch.ones_like(z))
+        g = (lambda x: x.cos() / 2 + z) if hidden else (lambda x, z: x.cos() / 2 + z)
+        return {"x": fixed_point(g, x0, *(() if hidden else (z,))).x}
+
+
+def hidden(transform):
+    def f(z):
+        return loss(fixed_point(lambda x: x.cos() / 2 + z.sum(), torch.zeros(4, 3)).x)
+
+    return {"value": transform(f)(torch.ones(4, 3))}
+
+
+grid("forward-mode", forward_mode, (False, True))
+grid("hidden", hidden, {"grad": grad, "vmap": vmap})
 WAYS = ["grad", "grad-grad", "vjp", "jacrev", "jvp", "vmap", "vmap-grad", "named", "batched"]
 grid("zero-cotangents", zero_cotangents, ("rows", "product", *STEPS, "captured"), TWO)
 grid("func", transformed, ("rows", "product", "net", "dense", "conv", "captured"), WAYS)
@@ -392,68 +419,6 @@ grid("layer/own", lambda make, move: layer(make, (5,), move), OWN, MOVES)
 grid("layer/no-input", FixedPointLayer(Net()))
 grid("layer/compiled", layer_compiled)
 
-
-# ---- compat, operators, contraction ----
-
-
-def compatible(how, m, order, **options):
-    y, w = leaf(3, 4, dtype=F64), leaf(4, 4, dtype=F64, scale=0.2)
-    x0 = (torch.zeros(3, 4, dtype=F64), torch.ones(2, dtype=F64))
-    g, leaves = (lambda x, y: (torch.tanh(x[0] @ w + y[0]), 0.5 * x[1].cos() + y[0].sum())), (y, w)
-    if how == "module":
-        g, x0 = OfTuples(), x0[:1]
-        leaves = (y, *g.parameters())
-    elif how == "nan":
-        g = lambda x, y: (x[0] * float("nan") + y[0] @ w, x[1])  # noqa: E731
-    elif how == "growing":
-        g, options = (
-            (lambda x, y: (3 * x[0] + y[0] @ w, x[1])),
-            {"forward_cond": lambda k, *_: k < 60},
-        )
-    f = compat.FixedPointIteration(g, m_anderson=m, param=(w,) if how == "param" else (), **options)
-    x = f((y,), x0)
-    return {"x": x, "orders": derivatives(loss(x), leaves, order)}
-
-
-tight = part(compat.default_term_cond, threshold=1e-20)
-TIGHT = {"forward_cond": tight, "backward_cond": tight, "eps": 1e-10}
-grid("compat", compatible, ("module", "param", "captured", "nan", "growing"), (0, 5), (1, 2))
-grid("compat-tight", compatible, ("module", "param"), (0, 5), (1, 2), **TIGHT)
-grid("compat-vmap", lambda m: {"x": vmap(lambda y: compat.fixed_point_iteration(
-    (y,), (torch.zeros(3),), lambda x, y: (0.5 * x[0].cos() + y[0],), m_anderson=m))(
-    torch.randn(4, 3))}, (0, 5))  # fmt: skip
-
-
-def condition(value, **options):
-    x, old = torch.tensor([value, 1.0], dtype=F64), torch.ones(2, dtype=F64)
-    return {"go": compat.default_term_cond(3, (x,), (old,), **options)}
-
-
-TERMS = ({}, {"threshold": 0.1}, {"normalized": False}, {"minIter": 9}, {"maxIter": 3})
-grid("compat-cond", condition, (1.0, 1.001, float("nan"), 1e200), {str(t): t for t in TERMS})
-
-
-def partials():
-    x, z = leaf(3, 4, dtype=F64), leaf(3, 4, dtype=F64)
-    (d,) = operators.partial(lambda x, z: (x * z).sin().sum(), x, z, which=(0,))
-    (e,) = compat.partial(lambda x, y: (x[0].square() * y[0]).sum(), (x,), (z,))
-    h = operators.inner_product((x, z), lambda a, b: (a * b, a + b))
-    return {"d": d, "e": e, "h": h(z, x), "orders": derivatives(d.sum() + e.sum(), (x, z), 2)}
-
-
-def contractions():
-    g, x0, inputs, _, _ = problem("dense")
-    x, conv = fixed_point(g, x0, *inputs).x.detach(), ConvStep(2, 1, hidden=(4,)).double()
-    ways = (contraction.jacobian_norm, contraction.jacobian_radius, contraction.jacobian_penalty)
-    found, w = {f.__name__: f(g, x, *inputs) for f in ways}, conv.layers[0].weight
-    found["norms"] = contraction.convolution_norm(w, (5, 4)), contraction.convolution_bound(w)
-    found["lipschitz"] = [contraction.lipschitz(s) for s in (g, conv, MODULES["energy"]())]
-    return found | {"kept": contraction.spectral_normalize(conv, 0.5).layers[0].weight}
-
-
-grid("operators", partials)
-grid("contraction", contractions)
-grid("names", lambda: {"backends": fpi.backends.NAMES, "status": [s.message for s in fpi.Status]})
 
 # These run in a process of their own, where Triton interprets.
 grid("triton", solve, ("rows", "conv", "net"), TWO, dtype=F32, b=2, backend="triton")

@@ -42,7 +42,8 @@ def account(record, x=None):
 def leaves_of(prefix, value):
     """(name, leaf) of nested findings; tensors as plain copies, objects' addresses left out."""
     if isinstance(value, torch.Tensor):
-        return [(prefix, value.detach().clone()), (f"{prefix}.stride", str(value.stride()))]
+        form = f"stride {value.stride()}{', attached' * value.requires_grad}"
+        return [(prefix, value.detach().clone()), (f"{prefix}.form", form)]
     if value is None or isinstance(value, (int, float)):
         return [(prefix, value)]
     if not isinstance(value, (dict, tuple, list)):
