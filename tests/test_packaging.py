@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fpi_cuda.backends.progress import Limits, Progress
+from fpi_cuda.record import Limits, Progress
 
 import fpi_cuda
 from fpi_cuda.backends import native
