@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -25,7 +24,7 @@ from ...forms.conv import ConvForm
 from .. import triton as STEPS  # whose Picard step reads the sums that the kernels leave
 from ..progress import accumulate_dtype
 from . import configs
-from .conv_kernels import active_kernel, chain_kernel, conv_kernel, pack_kernel
+from .conv_kernels import Layer, active_kernel, chain_kernel, conv_kernel, pack_kernel
 from .language import INTERPRETED
 
 __all__ = ["STEPS", "Chain", "active_samples", "pack_bits", "refusal"]
@@ -123,28 +122,6 @@ _PRECISION_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer as the kernels take it; per-sample tensors are [B, H, W, ...]."""
-
-    weight: Tensor  # [rows, padded outputs]; see _convolve
-    bias: Tensor | None
-    u: Tensor | None
-    slope: Tensor | None  # int32: bits
-    kernel: int
-    inputs: int  # channels its input has in memory
-    outputs: int
-    block_k: int
-
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def padded_outputs(self) -> int:
-        return self.weight.shape[1]
-
-
 class Chain:
     """The step of a `ConvForm` by these kernels.
 
@@ -206,24 +183,23 @@ class Chain:
             programs = min(self._programs, b * places)
             self._workspace = [torch.empty(programs, values, dtype=like.dtype, device=like.device)]
         else:
-            self._parts = [triton.cdiv(y.outputs, self._block_o(y)) for y in self._layers]
+            padded = [configs.padded(o) for o in self._shape.channels[1:]]
+            self._blocks = [min(config.outputs, o) for o in padded]
+            self._parts = [
+                triton.cdiv(o, block)
+                for o, block in zip(self._shape.channels[1:], self._blocks, strict=True)
+            ]
             # Hidden layers take turns: each reads the one before.
+            hidden = self._shape.channels[1:-1]
             self._workspace = [
-                torch.empty(
-                    b * height * width * max(y.outputs for y in taking),
-                    dtype=like.dtype,
-                    device=like.device,
-                )
-                for taking in (self._layers[:-1][::2], self._layers[:-1][1::2])
+                torch.empty(b * height * width * max(taking), dtype=like.dtype, device=like.device)
+                for taking in (hidden[::2], hidden[1::2])
                 if taking
             ]
         self._places = places
         self.tiles = places * self._parts[-1]
 
-    def _block_o(self, layer: _Layer) -> int:
-        return min(self.config.outputs, configs.padded(layer.outputs))
-
-    def _layer(self, form: ConvForm, at: int) -> _Layer:
+    def _layer(self, form: ConvForm, at: int) -> Layer:
         weight = form.weights[at].detach()
         outputs, inputs, kernel, _ = weight.shape
         block_k = min(configs.padded(inputs), self.config.inputs)
@@ -244,15 +220,14 @@ class Chain:
             slope = form.slopes[at]
             slope = pack_bits(slope) if slope.dtype == torch.bool else _rows(slope, "slopes")
         bias, u = form.biases[at], form.u[at]
-        return _Layer(
-            weight=rows.reshape(-1, rows.shape[2]).contiguous(),
-            bias=None if bias is None else bias.detach().contiguous(),
-            u=None if u is None else _rows(u, "u"),
-            slope=slope,
-            kernel=kernel,
-            inputs=in_memory,
-            outputs=outputs,
-            block_k=block_k,
+        weight = rows.reshape(-1, rows.shape[2]).contiguous()
+        constants = (kernel, in_memory, outputs, *weight.shape, block_k)
+        return Layer(
+            weight,
+            None if bias is None else bias.detach().contiguous(),
+            None if u is None else _rows(u, "u"),
+            slope,
+            *map(tl.constexpr, constants),
         )
 
     def __call__(
@@ -284,53 +259,16 @@ class Chain:
     def _fused(
         self, x: Tensor, out: Tensor, index: Tensor, count: Tensor, norms: Tensor | None
     ) -> None:
-        b, height, width, c = x.shape
-        first, last = self._layers[0], self._layers[-1]
-        middle = self._layers[1] if len(self._layers) == 3 else None
-        slopes = [y.slope for y in self._layers]
+        b, height, width, _ = x.shape
+        first, *middle, last = self._layers
         chain_kernel[(min(self._programs, b * self._places),)](
-            x,
-            out,
-            self._scale,
-            self._alpha,
-            norms,
-            index,
-            count,
-            self._workspace[0],
-            first.weight,
-            first.bias,
-            first.u,
-            first.slope,
-            *((middle.weight, middle.bias, middle.u, middle.slope) if middle else (None,) * 4),
-            last.weight,
-            last.bias,
-            last.u,
-            height,
-            width,
-            self._across,
-            self._places,
-            C=c,
-            BLOCK_C=last.padded_outputs,
-            K_1=first.kernel,
-            ROWS_1=first.rows,
-            BLOCK_K_1=first.block_k,
-            O_1=first.outputs,
-            BLOCK_O_1=first.padded_outputs,
-            # Without a middle layer the first one's channels are what the last reads.
-            K_2=middle.kernel if middle else 1,
-            ROWS_2=middle.rows if middle else 0,
-            BLOCK_K_2=middle.block_k if middle else 16,
-            O_2=middle.outputs if middle else 0,
-            BLOCK_O_2=(middle or first).padded_outputs,
-            K_3=last.kernel,
-            ROWS_3=last.rows,
-            BLOCK_K_3=last.block_k,
+            x, out, self._scale, self._alpha, norms, index, count, self._workspace[0],
+            first, middle[0] if middle else None, last, height, width, self._across, self._places,
             BLOCK_P=self.config.pixels,
-            BITS=slopes[0] is not None and slopes[0].dtype == torch.int32,
             HIDDEN_ACTIVATION=self._hidden_activation,
             ACTIVATION=self._activation,
             **self._options,
-        )
+        )  # fmt: skip
 
     def _by_layer(
         self, x: Tensor, out: Tensor, index: Tensor, count: Tensor, norms: Tensor | None
@@ -341,41 +279,15 @@ class Chain:
             final = at + 1 == len(self._layers)
             dst = out if final else self._workspace[at % 2]
             tiles = self._places * self._parts[at]
+            hidden = self._hidden_activation if layer.slope is None else "identity"
             conv_kernel[(min(self._programs, b * tiles),)](
-                src,
-                self._scale if at == 0 else None,
-                dst,
-                layer.weight,
-                layer.bias,
-                layer.u,
-                layer.slope,
-                x if final else None,
-                self._scale if final else None,
-                self._alpha if final else None,
-                norms if final else None,
-                index,
-                count,
-                height,
-                width,
-                self._across,
-                tiles,
-                K=layer.kernel,
-                CHANNELS=layer.inputs,
-                ROWS=layer.rows,
-                BLOCK_K=layer.block_k,
-                OUTPUTS=layer.outputs,
-                PADDED_O=layer.padded_outputs,
-                BLOCK_O=self._block_o(layer),
-                BITS=layer.slope is not None and layer.slope.dtype == torch.int32,
-                ACTIVATION=(
-                    self._activation
-                    if final
-                    else "identity"
-                    if layer.slope is not None
-                    else self._hidden_activation
-                ),
+                src, self._scale if at == 0 else None, dst, layer,
+                *((x, self._scale, self._alpha, norms) if final else (None,) * 4),
+                index, count, height, width, self._across, tiles,
+                BLOCK_O=self._blocks[at],
+                ACTIVATION=self._activation if final else hidden,
                 **self._options,
-            )
+            )  # fmt: skip
             src = dst
 
 

@@ -18,13 +18,31 @@ number of programs. How many samples are listed is read on the device.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..progress import ACTIVE
 from .language import INTERPRETED, bound
 
 _ACTIVE = tl.constexpr(ACTIVE)
+
+
+class Layer(NamedTuple):
+    """A layer as the kernels take it; per-sample tensors are [B, H, W, ...]."""
+
+    weight: Tensor  # [ROWS, PADDED]; see _convolve
+    bias: Tensor | None
+    u: Tensor | None
+    slope: Tensor | None  # int32: bits
+    K: tl.constexpr  # its kernel's size
+    CHANNELS: tl.constexpr  # that its input has in memory
+    OUTPUTS: tl.constexpr
+    ROWS: tl.constexpr
+    PADDED: tl.constexpr  # outputs
+    BLOCK_K: tl.constexpr
 
 
 @triton.jit
@@ -69,26 +87,14 @@ def _activate(x, NAME: tl.constexpr):
 
 @triton.jit
 def _operands(
-    step,
-    src,
-    scale,
-    weight,
-    y,
-    x,
-    inside,
-    height,
-    width,
-    o,
-    K: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    step, src, scale, layer, pixels, o, BOUNDED: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
     """What a step of `_convolve` multiplies: pixels × BLOCK_K and BLOCK_K × outputs."""
-    PACKED: tl.constexpr = ROWS < K * K * BLOCK_K
+    y, x, inside, height, width = pixels
+    K: tl.constexpr = layer.K
+    CHANNELS: tl.constexpr = layer.CHANNELS
+    BLOCK_K: tl.constexpr = layer.BLOCK_K
+    PACKED: tl.constexpr = layer.ROWS < K * K * BLOCK_K
     row = step * BLOCK_K + tl.arange(0, BLOCK_K)
     pixel = y * width + x
     if PACKED:
@@ -103,9 +109,10 @@ def _operands(
             mask &= (at_y >= 0) & (at_y < height) & (at_x >= 0) & (at_x < width)
         at = pixel[:, None] * CHANNELS + ((dy * width + dx) * CHANNELS + c)[None, :]
     else:
-        BLOCKS: tl.constexpr = ROWS // (BLOCK_K * K * K)
+        BLOCKS: tl.constexpr = layer.ROWS // (BLOCK_K * K * K)
         tap = step // BLOCKS
-        c = step % BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
+        # As a tensor, because a constant of the interpreter's can't be what an int is divided by.
+        c = tl.full([], step, tl.int32) % BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
         dy = tap // K
         dx = tap % K
         reached = inside
@@ -119,7 +126,7 @@ def _operands(
     if scale is not None:
         s = tl.load(scale + at, mask=mask, other=0)
         a = (a.to(ACC) * s.to(ACC)).to(src.dtype.element_ty)
-    return a, tl.load(weight + row[:, None] * PADDED + o[None, :])
+    return a, tl.load(layer.weight + row[:, None] * layer.PADDED + o[None, :])
 
 
 @triton.jit
@@ -132,140 +139,85 @@ def _multiply(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _convolve(
-    src,
-    scale,
-    weight,
-    y,
-    x,
-    inside,
-    height,
-    width,
-    o,
-    K: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    src, scale, layer, pixels, o, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+    BOUNDED: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The convolution at a block of pixels, [BLOCK_P, BLOCK_O].
 
-    src is [height, width, CHANNELS]; y and x are where each pixel's first tap lies in it. Rows of
-    the weight are (tap, channel): channels padded to BLOCK_K's multiple, or, where that would be
-    mostly padding, all taps' channels one after another and padded once.
+    src is [height, width, CHANNELS]. pixels: y and x of each pixel's first tap in it, whether the
+    pixel counts, height, width. Rows of the weight are (tap, channel): channels padded to BLOCK_K's
+    multiple, or, where that would be mostly padding, all taps' channels one after another and
+    padded once.
 
     AHEAD: each step's operands are loaded into registers while the step before is multiplied, so
     that what nine taps read nine times comes from L1. The compiler's own pipeline would copy it to
     shared memory past L1.
     """
+    STEPS: tl.constexpr = layer.ROWS // layer.BLOCK_K
     acc = tl.zeros((BLOCK_P, BLOCK_O), dtype=ACC)
     if AHEAD:
-        a, b = _operands(
-            0, src, scale, weight, y, x, inside, height, width, o,
-            K, CHANNELS, ROWS, PADDED, BLOCK_K, BOUNDED, ACC,
-        )  # fmt: skip
-        for step in range(1, ROWS // BLOCK_K):
-            next_a, next_b = _operands(
-                step, src, scale, weight, y, x, inside, height, width, o,
-                K, CHANNELS, ROWS, PADDED, BLOCK_K, BOUNDED, ACC,
-            )  # fmt: skip
+        a, b = _operands(0, src, scale, layer, pixels, o, BOUNDED, ACC)
+        for step in range(1, STEPS):
+            next_a, next_b = _operands(step, src, scale, layer, pixels, o, BOUNDED, ACC)
             acc = _multiply(a, b, acc, PRECISION)
             a = next_a
             b = next_b
         acc = _multiply(a, b, acc, PRECISION)
     else:
-        for step in range(0, ROWS // BLOCK_K):
-            a, b = _operands(
-                step, src, scale, weight, y, x, inside, height, width, o,
-                K, CHANNELS, ROWS, PADDED, BLOCK_K, BOUNDED, ACC,
-            )  # fmt: skip
+        for step in range(0, STEPS):
+            a, b = _operands(step, src, scale, layer, pixels, o, BOUNDED, ACC)
             acc = _multiply(a, b, acc, PRECISION)
     return acc
 
 
 @triton.jit
-def _add(acc, bias, u, sample, pixel, inside, o, OUTPUTS: tl.constexpr):
-    if bias is not None:
-        acc += tl.load(bias + o, mask=o < OUTPUTS, other=0).to(acc.dtype)[None, :]
-    if u is not None:
+def _add(acc, layer, sample, pixel, inside, o):
+    OUTPUTS: tl.constexpr = layer.OUTPUTS
+    if layer.bias is not None:
+        acc += tl.load(layer.bias + o, mask=o < OUTPUTS, other=0).to(acc.dtype)[None, :]
+    if layer.u is not None:
         at = pixel[:, None] * OUTPUTS + o[None, :]
         mask = inside[:, None] & (o < OUTPUTS)[None, :]
-        acc += tl.load(u + sample * OUTPUTS + at, mask=mask, other=0).to(acc.dtype)
+        acc += tl.load(layer.u + sample * OUTPUTS + at, mask=mask, other=0).to(acc.dtype)
     return acc
 
 
 @triton.jit
 def _slope_or_activation(
-    acc,
-    slope,
-    sample,
-    pixel,
-    inside,
-    o,
-    first_word,
-    OUTPUTS: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BITS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    if slope is None:
+    acc, layer, sample, pixel, inside, o, first_word,
+    BLOCK_O: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    OUTPUTS: tl.constexpr = layer.OUTPUTS
+    if layer.slope is None:
         acc = _activate(acc, ACTIVATION)
-    elif BITS:
+    elif layer.slope.dtype.element_ty == tl.int32:
         WORDS: tl.constexpr = (OUTPUTS + 31) // 32
         bit = tl.zeros_like(acc).to(tl.int32)
+        words = layer.slope + sample * WORDS + pixel * WORDS
         for word in tl.static_range((BLOCK_O + 31) // 32):
             j = first_word + word
-            bits = tl.load(
-                slope + sample * WORDS + pixel * WORDS + j, mask=inside & (j < WORDS), other=0
-            )
+            bits = tl.load(words + j, mask=inside & (j < WORDS), other=0)
             bit = tl.where((o // 32 == j)[None, :], bits[:, None] >> (o % 32)[None, :], bit)
         acc *= (bit & 1).to(acc.dtype)
     else:
         at = pixel[:, None] * OUTPUTS + o[None, :]
         mask = inside[:, None] & (o < OUTPUTS)[None, :]
-        acc *= tl.load(slope + sample * OUTPUTS + at, mask=mask, other=0).to(acc.dtype)
+        acc *= tl.load(layer.slope + sample * OUTPUTS + at, mask=mask, other=0).to(acc.dtype)
     return acc
 
 
 @triton.jit
 def _hidden(
-    src,
-    scale,
-    weight,
-    bias,
-    u,
-    slope,
-    dst,
-    sample,
-    y0,
-    x0,
-    height,
-    width,
-    K: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    FROM_IMAGE: tl.constexpr,
-    BITS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """A hidden layer on a tile whose first pixel is (y0, x0), into dst, [TILE_H, TILE_W, BLOCK_O].
+    src, scale, layer, dst, sample, y0, x0, height, width,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_P: tl.constexpr, FROM_IMAGE: tl.constexpr,
+    ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A hidden layer on a tile whose first pixel is (y0, x0), into dst, [TILE_H, TILE_W, PADDED].
 
     src is the sample's image, or the layer before on this tile and K // 2 pixels around it.
     """
+    K: tl.constexpr = layer.K
+    BLOCK_O: tl.constexpr = layer.PADDED
     o = tl.arange(0, BLOCK_O)
     for start in range(0, TILE_H * TILE_W, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
@@ -276,20 +228,15 @@ def _hidden(
         kept = p < TILE_H * TILE_W
         inside = kept & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         if FROM_IMAGE:
-            acc = _convolve(
-                src, scale, weight, y - K // 2, x - K // 2, inside, height, width, o,
-                K, CHANNELS, ROWS, BLOCK_O, BLOCK_P, BLOCK_K, BLOCK_O, True, AHEAD, PRECISION, ACC,
-            )  # fmt: skip
+            pixels = (y - K // 2, x - K // 2, inside, height, width)
         else:
-            acc = _convolve(
-                src, None, weight, row, column, kept, TILE_H + K - 1, TILE_W + K - 1, o,
-                K, CHANNELS, ROWS, BLOCK_O, BLOCK_P, BLOCK_K, BLOCK_O, False, AHEAD, PRECISION, ACC,
-            )  # fmt: skip
-        pixel = y * width + x
-        acc = _add(acc, bias, u, sample, pixel, inside, o, OUTPUTS)
-        acc = _slope_or_activation(
-            acc, slope, sample, pixel, inside, o, 0, OUTPUTS, BLOCK_O, BITS, ACTIVATION
+            pixels = (row, column, kept, TILE_H + K - 1, TILE_W + K - 1)
+        acc = _convolve(
+            src, scale, layer, pixels, o, BLOCK_P, BLOCK_O, FROM_IMAGE, AHEAD, PRECISION, ACC
         )
+        pixel = y * width + x
+        acc = _add(acc, layer, sample, pixel, inside, o)
+        acc = _slope_or_activation(acc, layer, sample, pixel, inside, o, 0, BLOCK_O, ACTIVATION)
         # What lies outside the image is the next layer's padding.
         acc = tl.where(inside[:, None], acc, 0)
         at = p[:, None] * BLOCK_O + o[None, :]
@@ -298,19 +245,9 @@ def _hidden(
 
 @triton.jit
 def _store(
-    acc,
-    dst,
-    state,
-    scale,
-    alpha,
-    sample,
-    pixel,
-    inside,
-    o,
-    OUTPUTS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    NORMS: tl.constexpr,
-):
+    acc, dst, state, scale, alpha, sample, pixel, inside, o,
+    OUTPUTS: tl.constexpr, ACTIVATION: tl.constexpr, NORMS: tl.constexpr,
+):  # fmt: skip
     """φ(acc + α·scale ∘ state) into dst, and by pixel the squares of what changed and what is.
 
     α or the activation may be none; the squares are of the values as stored.
@@ -335,41 +272,15 @@ def _store(
 
 @triton.jit(do_not_specialize=["height", "width", "across", "tiles"])
 def conv_kernel(
-    src,
-    src_scale,
-    dst,
-    weight,
-    bias,
-    u,
-    slope,
-    state,
-    state_scale,
-    alpha,
-    norms,
-    index,
-    count,
-    height,
-    width,
-    across,
-    tiles,
-    K: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    PADDED_O: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BITS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    src, src_scale, dst, layer, state, state_scale, alpha, norms, index, count,
+    height, width, across, tiles,
+    BLOCK_O: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, ACTIVATION: tl.constexpr,
+    AHEAD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """One layer of the listed samples; a tile is TILE_H × TILE_W pixels × BLOCK_O outputs."""
     BLOCK_P: tl.constexpr = TILE_H * TILE_W
-    PARTS: tl.constexpr = PADDED_O // BLOCK_O
+    PARTS: tl.constexpr = layer.PADDED // BLOCK_O
+    K: tl.constexpr = layer.K
     p = tl.arange(0, BLOCK_P)
     items, programs = tl.load(count) * tiles, tl.num_programs(0)
     for item in range(bound(tl.program_id(0)), bound(items), bound(programs)):
@@ -383,32 +294,21 @@ def conv_kernel(
         pixel = y * width + x
         sample = b.to(tl.int64) * (height * width)
         o = part * BLOCK_O + tl.arange(0, BLOCK_O)
-        at_source = sample * CHANNELS
+        at_source = sample * layer.CHANNELS
         scale = None
         if src_scale is not None:
             scale = src_scale + at_source
         acc = _convolve(
-            src + at_source, scale, weight, y - K // 2, x - K // 2, inside, height, width, o,
-            K, CHANNELS, ROWS, PADDED_O, BLOCK_P, BLOCK_K, BLOCK_O, True, AHEAD, PRECISION, ACC,
+            src + at_source, scale, layer, (y - K // 2, x - K // 2, inside, height, width), o,
+            BLOCK_P, BLOCK_O, True, AHEAD, PRECISION, ACC,
         )  # fmt: skip
-        acc = _add(acc, bias, u, sample, pixel, inside, o, OUTPUTS)
-        if slope is not None:
-            acc = _slope_or_activation(
-                acc,
-                slope,
-                sample,
-                pixel,
-                inside,
-                o,
-                part * BLOCK_O // 32,
-                OUTPUTS,
-                BLOCK_O,
-                BITS,
-                "",
-            )
+        acc = _add(acc, layer, sample, pixel, inside, o)
+        if layer.slope is not None:
+            word = part * BLOCK_O // 32
+            acc = _slope_or_activation(acc, layer, sample, pixel, inside, o, word, BLOCK_O, "")
         changed, value = _store(
-            acc, dst, state, state_scale, alpha, sample, pixel, inside, o, OUTPUTS, ACTIVATION,
-            norms is not None,
+            acc, dst, state, state_scale, alpha, sample, pixel, inside, o,
+            layer.OUTPUTS, ACTIVATION, norms is not None,
         )  # fmt: skip
         if norms is not None:
             pair = norms + (b * tiles + tile) * 2
@@ -418,71 +318,33 @@ def conv_kernel(
 
 @triton.jit(do_not_specialize=["height", "width", "across", "tiles"])
 def chain_kernel(
-    x,
-    out,
-    scale,
-    alpha,
-    norms,
-    index,
-    count,
-    scratch,
-    weight_1,
-    bias_1,
-    u_1,
-    slope_1,
-    weight_2,
-    bias_2,
-    u_2,
-    slope_2,
-    weight_3,
-    bias_3,
-    u_3,
-    height,
-    width,
-    across,
-    tiles,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    K_1: tl.constexpr,
-    ROWS_1: tl.constexpr,
-    BLOCK_K_1: tl.constexpr,
-    O_1: tl.constexpr,
-    BLOCK_O_1: tl.constexpr,
-    K_2: tl.constexpr,
-    ROWS_2: tl.constexpr,
-    BLOCK_K_2: tl.constexpr,
-    O_2: tl.constexpr,
-    BLOCK_O_2: tl.constexpr,
-    K_3: tl.constexpr,
-    ROWS_3: tl.constexpr,
-    BLOCK_K_3: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BITS: tl.constexpr,
-    HIDDEN_ACTIVATION: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """All layers of the listed samples; weight_2 None: there are two, called 1 and 3.
+    x, out, scale, alpha, norms, index, count, scratch, first, middle, last,
+    height, width, across, tiles,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_P: tl.constexpr,
+    HIDDEN_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr,
+    AHEAD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """All layers of the listed samples, two or three.
 
     scratch, [programs, ...]: a program's hidden layers on a tile and its halo, one after the other.
     """
-    MIDDLE: tl.constexpr = weight_2 is not None
+    MIDDLE: tl.constexpr = middle is not None
+    K_2: tl.constexpr = middle.K if MIDDLE else 1
+    K_3: tl.constexpr = last.K
+    C: tl.constexpr = last.OUTPUTS
+    BLOCK_C: tl.constexpr = last.PADDED
     # Tiles of the layer before the last, and of the first.
     TILE_H_2: tl.constexpr = TILE_H + K_3 - 1
     TILE_W_2: tl.constexpr = TILE_W + K_3 - 1
     TILE_H_1: tl.constexpr = TILE_H_2 + K_2 - 1
     TILE_W_1: tl.constexpr = TILE_W_2 + K_2 - 1
-    SIZE_1: tl.constexpr = TILE_H_1 * TILE_W_1 * BLOCK_O_1
-    SIZE_2: tl.constexpr = TILE_H_2 * TILE_W_2 * BLOCK_O_2 if MIDDLE else 0
+    SIZE_1: tl.constexpr = TILE_H_1 * TILE_W_1 * first.PADDED
+    SIZE_2: tl.constexpr = TILE_H_2 * TILE_W_2 * middle.PADDED if MIDDLE else 0
     program = tl.program_id(0)
-    first = scratch + program.to(tl.int64) * (SIZE_1 + SIZE_2)
-    last = first
+    hidden = scratch + program.to(tl.int64) * (SIZE_1 + SIZE_2)
+    before = hidden  # the last
     if MIDDLE:
-        last = first + SIZE_1
+        before = hidden + SIZE_1
     o = tl.arange(0, BLOCK_C)
     items, programs = tl.load(count) * tiles, tl.num_programs(0)
     for item in range(bound(program), bound(items), bound(programs)):
@@ -495,18 +357,16 @@ def chain_kernel(
         if scale is not None:
             own_scale = scale + sample * C
         _hidden(
-            x + sample * C, own_scale, weight_1, bias_1, u_1, slope_1, first, sample,
+            x + sample * C, own_scale, first, hidden, sample,
             y0 - K_3 // 2 - K_2 // 2, x0 - K_3 // 2 - K_2 // 2, height, width,
-            K_1, C, ROWS_1, BLOCK_K_1, O_1, BLOCK_O_1, TILE_H_1, TILE_W_1, BLOCK_P,
-            True, BITS, HIDDEN_ACTIVATION, AHEAD, PRECISION, ACC,
+            TILE_H_1, TILE_W_1, BLOCK_P, True, HIDDEN_ACTIVATION, AHEAD, PRECISION, ACC,
         )  # fmt: skip
         tl.debug_barrier()
         if MIDDLE:
             _hidden(
-                first, None, weight_2, bias_2, u_2, slope_2, last, sample,
+                hidden, None, middle, before, sample,
                 y0 - K_3 // 2, x0 - K_3 // 2, height, width,
-                K_2, BLOCK_O_1, ROWS_2, BLOCK_K_2, O_2, BLOCK_O_2, TILE_H_2, TILE_W_2, BLOCK_P,
-                False, BITS, HIDDEN_ACTIVATION, AHEAD, PRECISION, ACC,
+                TILE_H_2, TILE_W_2, BLOCK_P, False, HIDDEN_ACTIVATION, AHEAD, PRECISION, ACC,
             )  # fmt: skip
             tl.debug_barrier()
         changed = tl.zeros((BLOCK_P,), dtype=ACC)
@@ -518,12 +378,11 @@ def chain_kernel(
             kept = p < TILE_H * TILE_W
             inside = kept & (y0 + row < height) & (x0 + column < width)
             pixel = (y0 + row) * width + x0 + column
+            pixels = (row, column, kept, TILE_H_2, TILE_W_2)
             acc = _convolve(
-                last, None, weight_3, row, column, kept, TILE_H_2, TILE_W_2, o,
-                K_3, BLOCK_O_2 if MIDDLE else BLOCK_O_1, ROWS_3, BLOCK_C, BLOCK_P, BLOCK_K_3,
-                BLOCK_C, False, AHEAD, PRECISION, ACC,
-            )  # fmt: skip
-            acc = _add(acc, bias_3, u_3, sample, pixel, inside, o, C)
+                before, None, last, pixels, o, BLOCK_P, BLOCK_C, False, AHEAD, PRECISION, ACC
+            )
+            acc = _add(acc, last, sample, pixel, inside, o)
             squares = _store(
                 acc, out, x, scale, alpha, sample, pixel, inside, o, C, ACTIVATION,
                 norms is not None,
