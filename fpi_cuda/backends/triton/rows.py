@@ -70,9 +70,9 @@ kernel = triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=
 
 
 class Record(NamedTuple):
-    """The per-sample record, as kernels take it.
+    """The per-sample record, as kernels take it: tensors that begin where torch allocates one.
 
-    Tensors only. In a tuple Triton takes a float for float32 and compiles in what it finds of an
+    No numbers. In a tuple Triton takes a float for float32 and compiles in what it finds of an
     integer (that it is 1, that 16 divides it), asked not to or not; so numbers are arguments of
     their own.
     """
