@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fpi_cuda.record import Limits, Progress
 
 import fpi_cuda
 from fpi_cuda.backends import native
+from fpi_cuda.record import Limits, Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ("FPI_CUDA_BUILD", "FPI_CPU_CAPABILITY", "TORCH_CUDA_ARCH_LIST", "CUDACXX", "DEBUG")

@@ -39,7 +39,6 @@ def launch(n, dtype, beta, rows=2, samples=None, max_iterations=10):
     x, gx = torch.zeros(rows, n, dtype=dtype), torch.zeros(rows, n, dtype=dtype)
     memory = [torch.zeros(b, HISTORY, n, dtype=dtype), torch.zeros(b, HISTORY, n, dtype=dtype)]
     gram = torch.zeros(b, HISTORY, HISTORY, dtype=p.dtype)
-    triton.damped_update(x, gx, beta)
     triton.picard_step(p, x, gx, beta)
     triton.anderson_step(p, x, gx, beta, 1e-3, 10.0, *memory, gram)
 

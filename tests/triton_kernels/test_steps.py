@@ -48,18 +48,6 @@ def window(b, m, n, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 257), (0, 4), (3, 0)], ids=str)
-@pytest.mark.parametrize("beta", [1.0, 0.3])
-def test_damped_update_matches_the_formula(plan, shape, dtype, beta):
-    x, gx = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    expected = x.double() + beta * (gx.double() - x.double())
-    triton.damped_update(x, gx, beta)
-    close(x, expected, dtype)
-    if beta == 1.0:
-        assert torch.equal(x, gx)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (2, 7), (2, 33), (1, 64), (2, 129)], ids=str)
 @pytest.mark.parametrize("beta", [1.0, 0.6])
 def test_picard_step_matches_the_oracle(plan, shape, dtype, beta):
@@ -306,7 +294,7 @@ def test_operators_say_what_a_tensor_must_be():
     with pytest.raises(ValueError, match=r"gx must have shape \[2, 3\] .*\(got shape \[2, 4\]"):
         triton.picard_step(p, x, torch.zeros(2, 4), 1.0)
     with pytest.raises(ValueError, match=r"gx must be torch.float32 .*\(got torch.float64"):
-        triton.damped_update(x, x.double(), 1.0)
+        triton.picard_step(p, x, x.double(), 1.0)
     with pytest.raises(ValueError, match=r"x must be .* contiguous"):
         triton.picard_step(p, x.mT, x.mT, 1.0)
     with pytest.raises(ValueError, match="index must be given"):

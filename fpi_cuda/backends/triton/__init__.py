@@ -17,7 +17,7 @@ import torch
 NAME = "triton"
 NOT_INSTALLED = "triton is not installed (pip install triton)"
 
-_OPERATORS = {"damped_update": "rows", "picard_step": "picard", "anderson_step": "anderson"}
+_OPERATORS = {"picard_step": "picard", "anderson_step": "anderson"}
 
 
 def interpreted() -> bool:

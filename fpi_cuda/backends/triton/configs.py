@@ -170,7 +170,7 @@ def choose(shape: Shape, precision: str, capability: int | None) -> Config:
     return _table().get(key) or rule(shape, precision)
 
 
-@cache
+@cache  # one entry; whoever writes the table in this process calls _table.cache_clear()
 def _table() -> dict[tuple[Shape, str, int | None], Config]:
     return read(TABLE)
 

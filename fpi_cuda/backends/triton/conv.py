@@ -183,17 +183,13 @@ class Chain:
             programs = min(self._programs, b * places)
             self._workspace = [torch.empty(programs, values, dtype=like.dtype, device=like.device)]
         else:
-            padded = [configs.padded(o) for o in self._shape.channels[1:]]
-            self._blocks = [min(config.outputs, o) for o in padded]
-            self._parts = [
-                triton.cdiv(o, block)
-                for o, block in zip(self._shape.channels[1:], self._blocks, strict=True)
-            ]
+            outputs = self._shape.channels[1:]
+            self._blocks = [min(config.outputs, configs.padded(o)) for o in outputs]
+            self._parts = list(map(triton.cdiv, outputs, self._blocks))
             # Hidden layers take turns: each reads the one before.
-            hidden = self._shape.channels[1:-1]
             self._workspace = [
                 torch.empty(b * height * width * max(taking), dtype=like.dtype, device=like.device)
-                for taking in (hidden[::2], hidden[1::2])
+                for taking in (outputs[:-1][::2], outputs[:-1][1::2])
                 if taking
             ]
         self._places = places
@@ -302,7 +298,7 @@ def _rows(t: Tensor, name: str, view: bool = False) -> Tensor:
     return rows.contiguous()
 
 
-@cache
+@cache  # an entry a device, whose hardware never changes; a test may clear it, nobody has to
 def machine(device: torch.device) -> tuple[int | None, int]:
     """A device's capability, as 90 for 9.0, and multiprocessors; the interpreter has two."""
     if device.type != "cuda":

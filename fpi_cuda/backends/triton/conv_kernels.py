@@ -112,7 +112,7 @@ def _operands(
         BLOCKS: tl.constexpr = layer.ROWS // (BLOCK_K * K * K)
         tap = step // BLOCKS
         # As a tensor, because a constant of the interpreter's can't be what an int is divided by.
-        c = tl.to_tensor(step) % BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
+        c = tl.full([], step, tl.int32) % BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
         dy = tap // K
         dx = tap % K
         reached = inside

@@ -34,7 +34,7 @@ from ... import record as progress
 from ...record import Progress, Status
 from .language import bound
 
-__all__ = ["Plan", "damped_update", "plan_of"]
+__all__ = ["Plan", "plan_of"]
 
 COUNTERS = tl.constexpr(5)  # columns of the record; the names of `progress`
 SCALARS = tl.constexpr(2 + progress.RING)
@@ -69,9 +69,9 @@ kernel = triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=
 
 
 class Record(NamedTuple):
-    """The per-sample record, as kernels take it.
+    """The per-sample record, as kernels take it: tensors that begin where torch allocates one.
 
-    Tensors only. In a tuple Triton takes a float for float32 and compiles in what it finds of an
+    No numbers. In a tuple Triton takes a float for float32 and compiles in what it finds of an
     integer (that it is 1, that 16 divides it), asked not to or not; so numbers are arguments of
     their own.
     """
@@ -314,46 +314,7 @@ def entry(vector, i, SIZE: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, SIZE) == i, vector, 0))
 
 
-@kernel
-def _damp(
-    x,
-    gx,
-    n,
-    parts,
-    beta: tl.float64,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DAMPED: tl.constexpr,
-):
-    place = tl.program_id(0)
-    offset = (place // parts).to(tl.int64) * n
-    i = place % parts * BLOCK + tl.arange(0, BLOCK)
-    gs = tl.load(gx + offset + i, mask=i < n)
-    xs = gs
-    if DAMPED:
-        xs = tl.load(x + offset + i, mask=i < n)
-    tl.store(x + offset + i, _damped(xs, gs, beta, ACC, DAMPED), mask=i < n)
-
-
 # --- launches -------------------------------------------------------------------------------------
-
-
-def damped_update(x: Tensor, gx: Tensor, beta: float) -> None:
-    """x ← x + β (g(x) − x), in place. x, gx: [R, N], contiguous.
-
-    Raises:
-        ValueError: gx is not like x, or one of them not contiguous.
-    """
-    check("damped_update", x, gx)
-    if x.numel() == 0:
-        return
-    rows, n = x.shape
-    plan = plan_of(n, x.dtype)
-    parts = plan.parts * plan.chunks
-    with torch.cuda.device_of(x):
-        _damp[(rows * parts,)](
-            x, aligned(gx), n, parts, float(beta), ACC=acc_of(x), DAMPED=beta != 1, **plan.options
-        )
 
 
 def launched(p: Progress, x: Tensor) -> tuple[Record, tuple[int, int, int], tuple[float, ...]]:
