@@ -3,15 +3,15 @@
 // package: none is differentiable, and each refuses tensors that require grad.
 #include <torch/csrc/stable/library.h>
 
+// clang-format off: it joins and breaks the lines of tables
 STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   // One step of every active row of x, and the end of those that finish. R rows hold the samples
   // index[R] of B; Acc is float64 for float64 states, else float32.
   //   x, gx      [R, N]  iterates, moved in place; g at them
   //   out        [B, N]  results of finished samples
   //   counters   [B, 5]  int32, scalars [B, 7] Acc: csrc/math/progress.h
-  //   tally      [3]     int32: set to the rows still active; grows by those that failed; grows by
-  //   1:
-  //                      the iterations made, so that a device needs no host to count them
+  //   tally      [3]     int32: set to the rows still active; grows by those that failed; grows
+  //                      by 1, the iterations made, so that a device needs no host to count them
   //   index      [R]     int64; none: row r holds sample r
   //   floor      [B]     Acc; none: 0
   // offset is atol √N.
@@ -47,7 +47,8 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
       "bool tf32, int slots) -> ()");
   // Whether a device solves rows like x0's whole, with H values in the hidden layer (−1: none).
   m.def("_dense_fits(Tensor x0, int hidden, int history) -> bool");
-  // out = x Wᵀ + u by the same products in the same order;  x [B, K], weight [N, K], u [N], out [B,
-  // N]
+  // out = x Wᵀ + u by the same products in the same order:
+  //   x [B, K], weight [N, K], u [N], out [B, N]
   m.def("_dense_map(Tensor x, Tensor weight, Tensor? u, Tensor(a!) out, bool tf32) -> ()");
 }
+// clang-format on

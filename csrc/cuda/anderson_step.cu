@@ -17,9 +17,9 @@ struct AndersonOnCuda {
     const Launch<T> launch(x, call, anderson_sums(window.m), window.m,
                            {window.values, window.residuals});
     with_groups(window.m, [&](auto groups) {
-      launch.run(AndersonStep<T, groups.value>{launch.step(), window, static_cast<Acc>(ridge),
+      launch.run(AndersonStep<T, groups.value>{launch.batch(), window, static_cast<Acc>(ridge),
                                                static_cast<Acc>(restart)},
-                 AndersonMove<T>{launch.step(), window});
+                 AndersonMove<T>{launch.batch(), window});
     });
   }
 };

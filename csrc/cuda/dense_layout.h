@@ -85,7 +85,7 @@ bool dense_solve(const DenseCall<T>& call, const Machine& machine) {
   with_product<T>(call.tf32, [&](auto matrix) {
     using Acc = accumulate_t<T>;
     const auto solve = [&](auto solver_of) {
-      using Solver = decltype(solver_of(Step<T>{}, Window<T>{}));
+      using Solver = decltype(solver_of(Batch<T>{}, Window<T>{}));
       using Body = DenseSolve<T, decltype(matrix)::value, Solver>;
       const bool copies_hidden = call.dense.has_hidden && needs_copy(call.dense.hidden);
       const bool copies_output = needs_copy(call.dense.output);
@@ -102,18 +102,18 @@ bool dense_solve(const DenseCall<T>& call, const Machine& machine) {
       }
       dense.output =
           padded_layer(dense.output, copies_output, memory + work.weight_output, machine);
-      Step<T> step = {};
-      step.n = plan.rows.span;
-      step.beta = static_cast<Acc>(call.beta);
-      step.record.limits = call.record.limits;
-      step.aligned = true;
-      step.plan = plan.rows;
-      step.desk = plan.desk;
-      step.sums = shape.sums;
+      Batch<T> batch = {};
+      batch.n = plan.rows.span;
+      batch.beta = static_cast<Acc>(call.beta);
+      batch.record.limits = call.record.limits;
+      batch.aligned = true;
+      batch.plan = plan.rows;
+      batch.shared = plan.shared;
+      batch.sums = shape.sums;
       const Window<T> window = {reinterpret_cast<T*>(memory + work.values),
                                 reinterpret_cast<T*>(memory + work.residuals),
                                 reinterpret_cast<Acc*>(memory + work.gram), call.history, true};
-      machine.start(Body{.solver = solver_of(step, window),
+      machine.start(Body{.solver = solver_of(batch, window),
                          .dense = dense,
                          .plan = plan,
                          .samples = call.samples,
@@ -127,12 +127,12 @@ bool dense_solve(const DenseCall<T>& call, const Machine& machine) {
                     blocks, static_cast<size_t>(plan.bytes));
     };
     if (call.history == 1) {
-      solve([](const Step<T>& step, const Window<T>&) { return PicardStep<T>{step}; });
+      solve([](const Batch<T>& batch, const Window<T>&) { return PicardStep<T>{batch}; });
     } else {
       with_groups(call.history, [&](auto groups) {
-        solve([&](const Step<T>& step, const Window<T>& window) {
+        solve([&](const Batch<T>& batch, const Window<T>& window) {
           return AndersonStep<T, decltype(groups)::value>{
-              step, window, static_cast<Acc>(call.ridge), static_cast<Acc>(call.restart)};
+              batch, window, static_cast<Acc>(call.ridge), static_cast<Acc>(call.restart)};
         });
       });
     }

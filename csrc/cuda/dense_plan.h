@@ -17,7 +17,7 @@ constexpr int kDenseThreads = 256;  // of a block
 constexpr int kDenseWarps = kDenseThreads / kWarpThreads;
 constexpr int kMostSlots = 64;
 
-// Longer rows are a block's. Two vectors a row are kept on each team's desk.
+// Longer rows are a block's. Two vectors a row are in each team's shared memory.
 constexpr int64_t kDenseWarpRowBytes = 2048;
 
 // Tiles are zero from a row's end to the next multiple of this: what an instruction of a tensor
@@ -82,15 +82,15 @@ struct DenseShape {
 struct DensePlan {
   int slots;  // 0: the shape does not fit
   Plan rows;  // of a step; rows_per_block teams work at a time
-  Desk desk;
-  bool is_shared;                    // x and g(x) lie in shared memory
-  int64_t kept_hidden, kept_output;  // rows of W₁ and of W that stay in shared memory
-  // Shared memory, offsets in bytes; behind the desks, which come first.
-  int64_t notes;     // DenseNotes
-  int64_t active;    // int32 [slots]: the slots that hold a sample, ascending
-  int64_t samples;   // int32 [slots]: the sample of a slot, or −1
-  int64_t fresh;     // int32 [slots]: whether a slot's sample has yet to be read
-  int64_t counters;  // the slots' records
+  TeamShared shared;
+  bool is_shared;                        // x and g(x) lie in shared memory
+  int64_t shared_hidden, shared_output;  // rows of W₁ and of W that stay in shared memory
+  // Shared memory, offsets in bytes; behind a step's, which comes first.
+  int64_t block_shared;  // DenseShared
+  int64_t active;        // int32 [slots]: the slots that hold a sample, ascending
+  int64_t samples;       // int32 [slots]: the sample of a slot, or −1
+  int64_t fresh;         // int32 [slots]: whether a slot's sample has yet to be read
+  int64_t counters;      // the slots' records
   int64_t scalars;
   int64_t floor;
   int64_t x, gx;    // [slots][padded n], if is_shared
@@ -101,7 +101,7 @@ struct DensePlan {
   int64_t bytes;
 };
 
-constexpr int64_t kDenseNoteBytes = 16;
+constexpr int64_t kDenseSharedBytes = 16;
 
 // With as many rows of the weights as fit; slots 0 if not even the rest does.
 constexpr DensePlan dense_layout(const DenseShape& s, int slots, bool is_shared, int64_t limit) {
@@ -113,10 +113,10 @@ constexpr DensePlan dense_layout(const DenseShape& s, int slots, bool is_shared,
   }
   p.rows = row_bytes <= kDenseWarpRowBytes ? Plan{kWarpThreads, kDenseWarps, 1, padded}
                                            : Plan{kDenseThreads, 1, 1, padded};
-  p.desk = desk_of(p.rows, padded, s.value_bytes, s.acc_bytes, s.sums, s.history);
+  p.shared = team_shared_of(p.rows, padded, s.value_bytes, s.acc_bytes, s.sums, s.history);
   p.is_shared = is_shared;
 
-  int64_t end = static_cast<int64_t>(shared_bytes(p.rows, p.desk));
+  int64_t end = static_cast<int64_t>(shared_bytes(p.rows, p.shared));
   const auto take = [&](int64_t bytes) {
     const int64_t begin = end;
     end = round_up(end + bytes, kPackBytes);
@@ -125,7 +125,7 @@ constexpr DensePlan dense_layout(const DenseShape& s, int slots, bool is_shared,
   const int64_t has_hidden = s.hidden >= 0, hidden = has_hidden ? s.hidden : 0;
   const int64_t stride = stride_of(s.n, s.value_bytes) * s.value_bytes;
   const int64_t hidden_stride = stride_of(hidden, s.value_bytes) * s.value_bytes;
-  p.notes = take(kDenseNoteBytes);
+  p.block_shared = take(kDenseSharedBytes);
   p.active = take(slots * 4);
   p.samples = take(slots * 4);
   p.fresh = take(slots * 4);
@@ -139,8 +139,8 @@ constexpr DensePlan dense_layout(const DenseShape& s, int slots, bool is_shared,
 
   const int64_t output_stride = has_hidden ? hidden_stride : stride;
   int64_t room = limit - end;
-  p.kept_hidden = hidden;
-  p.kept_output = s.n;
+  p.shared_hidden = hidden;
+  p.shared_output = s.n;
   if (hidden * stride + s.n * output_stride > room) {  // a unit of a warp is 32 columns wide
     p.panels = take(2 * kPanelBytes);
     room = limit - end;
@@ -148,12 +148,12 @@ constexpr DensePlan dense_layout(const DenseShape& s, int slots, bool is_shared,
       return p;
     }
     const int64_t first = room / stride;
-    p.kept_hidden = first < hidden ? first / 32 * 32 : hidden;
-    const int64_t second = (room - p.kept_hidden * stride) / output_stride;
-    p.kept_output = second < s.n ? second / 32 * 32 : s.n;
+    p.shared_hidden = first < hidden ? first / 32 * 32 : hidden;
+    const int64_t second = (room - p.shared_hidden * stride) / output_stride;
+    p.shared_output = second < s.n ? second / 32 * 32 : s.n;
   }
-  p.weight_hidden = take(p.kept_hidden * stride);
-  p.weight_output = take(p.kept_output * output_stride);
+  p.weight_hidden = take(p.shared_hidden * stride);
+  p.weight_output = take(p.shared_output * output_stride);
   p.bytes = end;
   p.slots = slots;
   return p;
@@ -209,8 +209,8 @@ struct DenseWork {
 
 // A product alone.
 struct DenseMapPlan {
-  int slots;     // rows of a tile; 0: the shape does not fit
-  int64_t kept;  // rows of W that stay in shared memory
+  int slots;            // rows of a tile; 0: the shape does not fit
+  int64_t shared_rows;  // rows of W that stay in shared memory
   // Shared memory, offsets in bytes.
   int64_t operand, weight, panels;
   int64_t bytes;
@@ -228,10 +228,10 @@ constexpr DenseMapPlan dense_map_plan(int64_t k, int64_t n, int value_bytes, int
     const int64_t room = limit - operand - (all ? 0 : 2 * kPanelBytes);
     if (room >= 0) {
       p.slots = slots;
-      p.kept = all ? n : room / stride / 32 * 32;
+      p.shared_rows = all ? n : room / stride / 32 * 32;
       p.panels = operand;
       p.weight = operand + (all ? 0 : 2 * kPanelBytes);
-      p.bytes = p.weight + p.kept * stride;
+      p.bytes = p.weight + p.shared_rows * stride;
       return p;
     }
   }

@@ -16,7 +16,7 @@ struct Layout {
   int64_t rows, n;
   int sums;  // of a row
   Plan plan;
-  Desk desk;
+  TeamShared shared;
   Scratch scratch;
 
   // m: Anderson's history, 1 if none.
@@ -25,13 +25,13 @@ struct Layout {
         n(n),
         sums(sums),
         plan(plan_of(n, sizeof(T))),
-        desk(desk_of(plan, n, sizeof(T), sizeof(Acc), sums, m)),
+        shared(team_shared_of(plan, n, sizeof(T), sizeof(Acc), sums, m)),
         scratch(scratch_of(plan, rows, sizeof(Acc), sums, m)) {}
 
   // memory: scratch.bytes, the first scratch.zeroed of them zero. vectors: those of n values a row
   // that the step touches beside x, gx and out.
-  Step<T> step(T* x, const T* gx, T* out, Acc beta, const Record<Acc>& record, int32_t* tally,
-               unsigned char* memory, std::initializer_list<const T*> vectors) const {
+  Batch<T> batch(T* x, const T* gx, T* out, Acc beta, const Record<Acc>& record, int32_t* tally,
+                 unsigned char* memory, std::initializer_list<const T*> vectors) const {
     bool aligned = n % kWidth<T> == 0 && is_aligned(x) && is_aligned(gx) && is_aligned(out);
     for (const T* v : vectors) {
       aligned = aligned && is_aligned(v);
@@ -46,7 +46,7 @@ struct Layout {
             .tally = tally,
             .aligned = aligned,
             .plan = plan,
-            .desk = desk,
+            .shared = shared,
             .sums = sums,
             .counts = reinterpret_cast<int32_t*>(memory),
             .arrivals = reinterpret_cast<int32_t*>(memory + scratch.arrivals),
@@ -60,7 +60,7 @@ struct Layout {
   template <typename First, typename Second, typename Start>
   void run(const First& first, const Second& second, const Start& start) const {
     const int64_t blocks = blocks_of(plan, rows);
-    start(first, blocks, shared_bytes(plan, desk));
+    start(first, blocks, shared_bytes(plan, shared));
     if (plan.parts > 1 && rows > 0) {
       start(second, blocks, size_t{0});
     }

@@ -11,7 +11,7 @@ struct PicardOnCuda {
   template <typename T>
   static void run(const Tensor& x, const StepCall<T>& call) {
     const Launch<T> launch(x, call, kPicardSums, 1, {});
-    launch.run(PicardStep<T>{launch.step()}, PicardMove<T>{launch.step()});
+    launch.run(PicardStep<T>{launch.batch()}, PicardMove<T>{launch.batch()});
   }
 };
 

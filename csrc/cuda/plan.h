@@ -67,36 +67,37 @@ FPI_HOST_DEVICE constexpr int anderson_sums(int m) {
   return 4 + 2 * kGroup * static_cast<int>(divide_up(m - 1, kGroup));
 }
 
-// Shared memory: what the block's teams tell each other, then each team's desk. Offsets in bytes
-// from the desk's begin.
-struct Desk {
-  int sums;    // of the row or part, Acc
-  int stage;   // of each warp, Acc [warps][2 kGroup]
-  int gamma;   // Acc [m − 1], the right-hand side first
-  int system;  // Acc [m − 1][m − 1]
-  int kept;    // two vectors that the second pass would read again, in a and b
-  int bytes;   // of a desk
+// A block's shared memory: BlockShared of rows.cuh, then each team's part, of which these are the
+// offsets in bytes.
+struct TeamShared {
+  int sums;     // of the row or part, Acc
+  int stage;    // of each warp, Acc [warps][2 kGroup]
+  int gamma;    // Acc [m − 1], the right-hand side first
+  int system;   // Acc [m − 1][m − 1]
+  int vectors;  // two that the second pass would read again, in a and b
+  int bytes;    // of the part
 };
 
-constexpr int kNoteBytes = 64;  // Notes of rows.cuh
+constexpr int kBlockSharedBytes = 64;
 
-constexpr Desk desk_of(const Plan& plan, int64_t n, int value_bytes, int acc_bytes, int sums,
-                       int m) {
+constexpr TeamShared team_shared_of(const Plan& plan, int64_t n, int value_bytes, int acc_bytes,
+                                    int sums, int m) {
   constexpr int kMoveBytes = 16;  // Move of rows.cuh
-  Desk desk = {};
-  desk.sums = kMoveBytes;
-  desk.stage = static_cast<int>(round_up(desk.sums + sums * acc_bytes, kPackBytes));
+  TeamShared shared = {};
+  shared.sums = kMoveBytes;
+  shared.stage = static_cast<int>(round_up(shared.sums + sums * acc_bytes, kPackBytes));
   const int warps = plan.team / kWarpThreads;
-  desk.gamma = desk.stage + warps * 2 * kGroup * acc_bytes;
-  desk.system = static_cast<int>(round_up(desk.gamma + (m - 1) * acc_bytes, kPackBytes));
-  desk.kept = static_cast<int>(round_up(desk.system + (m - 1) * (m - 1) * acc_bytes, kPackBytes));
+  shared.gamma = shared.stage + warps * 2 * kGroup * acc_bytes;
+  shared.system = static_cast<int>(round_up(shared.gamma + (m - 1) * acc_bytes, kPackBytes));
+  shared.vectors =
+      static_cast<int>(round_up(shared.system + (m - 1) * (m - 1) * acc_bytes, kPackBytes));
   const int64_t vector = plan.parts == 1 ? round_up(n * value_bytes, kPackBytes) : 0;
-  desk.bytes = static_cast<int>(desk.kept + 2 * vector);
-  return desk;
+  shared.bytes = static_cast<int>(shared.vectors + 2 * vector);
+  return shared;
 }
 
-constexpr size_t shared_bytes(const Plan& plan, const Desk& desk) {
-  return static_cast<size_t>(kNoteBytes + plan.rows_per_block * desk.bytes);
+constexpr size_t shared_bytes(const Plan& plan, const TeamShared& shared) {
+  return static_cast<size_t>(kBlockSharedBytes + plan.rows_per_block * shared.bytes);
 }
 
 // Device memory that a step needs between its blocks and launches. Offsets in bytes.

@@ -45,11 +45,11 @@ class Launch {
     memory_ = torch::stable::new_empty(x, size, torch::headeronly::ScalarType::Byte);
     auto* memory = static_cast<unsigned char*>(memory_.mutable_data_ptr());
     STD_CUDA_CHECK(cudaMemsetAsync(memory, 0, layout_.scratch.zeroed, stream_));
-    step_ = layout_.step(call.x, call.gx, call.out, static_cast<Acc>(call.beta), call.record,
-                         call.tally, memory, vectors);
+    batch_ = layout_.batch(call.x, call.gx, call.out, static_cast<Acc>(call.beta), call.record,
+                           call.tally, memory, vectors);
   }
 
-  const Step<T>& step() const { return step_; }
+  const Batch<T>& batch() const { return batch_; }
 
   template <typename First, typename Second>
   void run(const First& first, const Second& second) const {
@@ -61,7 +61,7 @@ class Launch {
   cudaStream_t stream_;
   Layout<T> layout_;
   Tensor memory_;  // back to the stream's pool with this object; the kernels run in its order
-  Step<T> step_;
+  Batch<T> batch_;
 };
 
 }  // namespace fpi::cuda

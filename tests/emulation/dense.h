@@ -90,7 +90,8 @@ void dense_solve(const Request& r) {
   }
 }
 
-// plan: slots, rows of W₁ and W kept, whether the state is shared, bytes, rows at a time.
+// plan: slots, rows of W₁ and W in shared memory, whether the state is shared, bytes, rows at a
+// time.
 inline const Operator dense_plan_of("dense_plan", [](const Request& r) {
   const auto size = static_cast<int>(r.integer("value_bytes"));
   const auto history = static_cast<int>(r.integer("history"));
@@ -104,8 +105,8 @@ inline const Operator dense_plan_of("dense_plan", [](const Request& r) {
       dense_plan(shape, r.integer("samples"), static_cast<int>(r.integer("slots")),
                  static_cast<int>(r.integer("multiprocessors")), r.integer("shared_limit"),
                  history == 1 && (size == 2 || r.number("tf32") != 0));
-  const int64_t values[] = {p.slots,     p.kept_hidden, p.kept_output,
-                            p.is_shared, p.bytes,       p.rows.rows_per_block};
+  const int64_t values[] = {p.slots,     p.shared_hidden, p.shared_output,
+                            p.is_shared, p.bytes,         p.rows.rows_per_block};
   std::copy(std::begin(values), std::end(values), r.array<int64_t>("plan"));
 });
 

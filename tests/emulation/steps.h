@@ -40,10 +40,10 @@ class Run {
 
   Run(const Request& r, int sums, int m)
       : layout_(r.integer("rows"), r.integer("n"), sums, m), memory_(layout_.scratch) {
-    step = layout_.step(r.array<T>("x"), r.array<T>("gx"), r.array<T>("out"),
-                        static_cast<Acc>(r.number("beta")), emulation::record_of<Acc>(r),
-                        r.array<int32_t>("tally"), memory_.bytes(),
-                        {r.array<T>("values"), r.array<T>("residuals")});
+    batch = layout_.batch(r.array<T>("x"), r.array<T>("gx"), r.array<T>("out"),
+                          static_cast<Acc>(r.number("beta")), emulation::record_of<Acc>(r),
+                          r.array<int32_t>("tally"), memory_.bytes(),
+                          {r.array<T>("values"), r.array<T>("residuals")});
   }
 
   template <typename First, typename Second>
@@ -53,7 +53,7 @@ class Run {
     });
   }
 
-  Step<T> step;
+  Batch<T> batch;
 
  private:
   Layout<T> layout_;
@@ -63,7 +63,7 @@ class Run {
 template <typename T>
 void picard_step(const Request& r) {
   const Run<T> run(r, kPicardSums, 1);
-  run(PicardStep<T>{run.step}, PicardMove<T>{run.step});
+  run(PicardStep<T>{run.batch}, PicardMove<T>{run.batch});
 }
 
 template <typename T>
@@ -73,9 +73,9 @@ void anderson_step(const Request& r) {
   const Run<T> run(r, anderson_sums(m), m);
   const Window<T> window{r.array<T>("values"), r.array<T>("residuals"), r.array<Acc>("gram"), m};
   with_groups(m, [&](auto groups) {
-    run(AndersonStep<T, groups.value>{run.step, window, static_cast<Acc>(r.number("ridge")),
+    run(AndersonStep<T, groups.value>{run.batch, window, static_cast<Acc>(r.number("ridge")),
                                       static_cast<Acc>(r.number("restart"))},
-        AndersonMove<T>{run.step, window});
+        AndersonMove<T>{run.batch, window});
   });
 }
 

@@ -239,7 +239,7 @@ def dtype(run):
 
 def plan(solver: Solver, dense: Dense, b: int, dtype: torch.dtype) -> dict[str, int]:
     """What csrc/cuda/dense_plan.h decides."""
-    names = ("slots", "kept_hidden", "kept_output", "is_shared", "bytes", "teams")
+    names = ("slots", "shared_hidden", "shared_output", "is_shared", "bytes", "teams")
     values = torch.zeros(6, dtype=torch.int64)
     machine_of("sanitized").call(
         "dense_plan",
@@ -336,7 +336,7 @@ def limits_of(solver: Solver, dense: Dense, b: int, dtype: torch.dtype) -> list[
     for limit in range(41_000, min(whole["bytes"], SHARED) + 1, 500):
         p = plan(dataclasses.replace(solver, limit=limit), dense, b, dtype)
         if p["slots"] == solver.slots:
-            limits.setdefault((p["kept_output"] + p["kept_hidden"], p["is_shared"]), limit)
+            limits.setdefault((p["shared_output"] + p["shared_hidden"], p["is_shared"]), limit)
     kept = sorted(limits)
     assert len(kept) >= 2, "some rows of the weights stream"
     chosen = {kept[0], kept[len(kept) // 2], kept[-1]}

@@ -103,44 +103,44 @@ struct AndersonStep {
     Acc dots[kGroups][2 * kGroup];
   };
 
-  Step<T> step;
+  Batch<T> batch;
   Window<T> window;
   Acc ridge, restart;
 
   FPI_DEVICE void operator()() const {
-    step.each_row([&](const Team& team, const Row<T>& row) { return advance(team, row); });
+    batch.each_row([&](const Team& team, const Row<T>& row) { return advance(team, row); });
   }
 
   FPI_DEVICE Outcome advance(const Team& team, const Row<T>& row) const {
-    const bool one_launch = step.plan.parts == 1;
+    const bool one_launch = batch.plan.parts == 1;
     const int m = window.m;
-    const int seen = step.counters(row)[kWindow];  // iterates in the window, before this one
-    const Ring<T> ring = ring_of(window, row, step.n, (step.counters(row)[kHead] + 1) % m);
+    const int seen = batch.counters(row)[kWindow];  // iterates in the window, before this one
+    const Ring<T> ring = ring_of(window, row, batch.n, (batch.counters(row)[kHead] + 1) % m);
     const int count = seen < m ? seen : m - 1;  // differences, if the window is not restarted
 
     gather(team, row, ring, count);
     push(team, row, ring, seen, count);
-    if (!one_launch && !step.all_arrived(team, row, anderson_sums(count + 1))) {
+    if (!one_launch && !batch.all_arrived(team, row, anderson_sums(count + 1))) {
       return {};
     }
-    const Acc* sums = step.sums_on_desk(team);
-    const Acc residual = step.residual_norm(team, row, sums[kResidualSquares]);
-    const Acc value = step.value_norm(team, row, sums[kValueSquares]);
+    const Acc* sums = batch.shared_sums(team);
+    const Acc residual = batch.residual_norm(team, row, sums[kResidualSquares]);
+    const Acc value = batch.value_norm(team, row, sums[kValueSquares]);
     if (team.rank == 0) {
-      step.announce(team, row, decision(team, row, ring, residual, value));
+      batch.announce(team, row, decision(team, row, ring, residual, value));
     }
     team.barrier();
-    const Move move = *step.move_on_desk(team);
-    Acc* gamma = step.template on_desk<Acc>(team, step.desk.gamma);
+    const Move move = *batch.shared_move(team);
+    Acc* gamma = batch.template team_shared<Acc>(team, batch.shared.gamma);
     if (!one_launch) {
       for (int j = team.rank; j < move.differences; j += team.size) {
-        step.gamma[row.number * (m - 1) + j] = gamma[j];
+        batch.gamma[row.number * (m - 1) + j] = gamma[j];
       }
     } else if (move.differences > 0) {
-      mix(team, row, ring, step.kept(team, 0), step.kept(team, 1), move.differences, gamma,
-          step.beta, step.aligned);
+      mix(team, row, ring, batch.shared_vector(team, 0), batch.shared_vector(team, 1),
+          move.differences, gamma, batch.beta, batch.aligned);
     } else {
-      step.damp_or_end(team, row, row.x, step.kept(team, 0), move.status);
+      batch.damp_or_end(team, row, row.x, batch.shared_vector(team, 0), move.status);
     }
     return {1, move.status == kActive, move.status > kConverged};
   }
@@ -149,11 +149,11 @@ struct AndersonStep {
     return window.gram + window.place(row.number, row.sample) * window.m * window.m;
   }
 
-  // The older rows of the Gram matrix, to the desk: its row of this iterate is yet to come.
+  // The older rows of the Gram matrix, to shared memory: its row of this iterate is yet to come.
   FPI_DEVICE void gather(const Team& team, const Row<T>& row, const Ring<T>& ring,
                          int count) const {
     const Acc* gram = gram_of(row);
-    Acc* system = step.template on_desk<Acc>(team, step.desk.system);
+    Acc* system = batch.template team_shared<Acc>(team, batch.shared.system);
     for (int e = team.rank; e < count * count; e += team.size) {
       const int i = e / count, j = e % count;
       if (0 < j && j <= i) {
@@ -165,20 +165,20 @@ struct AndersonStep {
   // Stores g(x) and its residual, and takes the sums that need them.
   FPI_DEVICE void push(const Team& team, const Row<T>& row, const Ring<T>& ring, int seen,
                        int count) const {
-    const bool one_launch = step.plan.parts == 1;
+    const bool one_launch = batch.plan.parts == 1;
     // Where there is none before, anything that can be read will do: those sums are not used.
     const T* previous_value = seen > 0 ? ring.value(1 % window.m) : row.gx;
     T* new_value = ring.value(0);
     T* new_residual = ring.residual(0);
-    T* kept_new = step.kept(team, 0);
-    T* kept_previous = step.kept(team, 1);
+    T* shared_new = batch.shared_vector(team, 0);
+    T* shared_previous = batch.shared_vector(team, 1);
     const auto residual_of = [&](int age) -> const T* {
       const int last = count > 0 ? count : 1 % window.m;
       return seen > 0 ? ring.residual(age < last ? age : last) : row.x;
     };
 
     Sums sums = {};
-    for_packs<T>(team, row.begin, row.end, step.aligned, [&](int64_t i, auto access) {
+    for_packs<T>(team, row.begin, row.end, batch.aligned, [&](int64_t i, auto access) {
       constexpr int kValues = access.kValues;
       const auto xs = access.load(row.x + i);
       const auto gs = access.load(row.gx + i);
@@ -205,17 +205,17 @@ struct AndersonStep {
       access.store(new_value + i, gs);
       access.store(new_residual + i, rs);
       if (one_launch) {
-        access.store(kept_new + i, gs);
-        access.store(kept_previous + i, before);
+        access.store(shared_new + i, gs);
+        access.store(shared_previous + i, before);
       }
     });
-    Acc* all = step.sums_on_desk(team);
-    team.reduce(sums.squares, step.stage(team), all, Add{});
+    Acc* all = batch.shared_sums(team);
+    team.reduce(sums.squares, batch.stage(team), all, Add{});
     reduce_dots(team, sums, 0, count);
 
     for (int first = kGroups * kGroup; first < count; first += kGroups * kGroup) {
       sums = {};
-      for_packs<T>(team, row.begin, row.end, step.aligned, [&](int64_t i, auto access) {
+      for_packs<T>(team, row.begin, row.end, batch.aligned, [&](int64_t i, auto access) {
         constexpr int kValues = access.kValues;
         Differences<kValues> d;
         d.newest = widened<Acc>(access.load(new_residual + i));
@@ -282,11 +282,11 @@ struct AndersonStep {
   }
 
   FPI_DEVICE void reduce_dots(const Team& team, const Sums& sums, int first, int count) const {
-    Acc* all = step.sums_on_desk(team) + kAndersonNorms + 2 * first;
+    Acc* all = batch.shared_sums(team) + kAndersonNorms + 2 * first;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       if (first + group * kGroup < count) {
-        team.reduce(sums.dots[group], step.stage(team), all + group * 2 * kGroup, Add{});
+        team.reduce(sums.dots[group], batch.stage(team), all + group * 2 * kGroup, Add{});
       }
     }
   }
@@ -294,15 +294,15 @@ struct AndersonStep {
   // The record after this step, the new row of the Gram matrix, and the weights, by one thread.
   FPI_DEVICE Move decision(const Team& team, const Row<T>& row, const Ring<T>& ring, Acc residual,
                            Acc value) const {
-    const Acc* sums = step.sums_on_desk(team);
+    const Acc* sums = batch.shared_sums(team);
     const auto [status, used] =
-        decide(residual, value, sums, restart, window.m, row.sample, step.record);
+        decide(residual, value, sums, restart, window.m, row.sample, batch.record);
     if (status != kActive) {
       return {status, 0};
     }
     Acc* gram = gram_of(row);
-    Acc* gamma = step.template on_desk<Acc>(team, step.desk.gamma);
-    Acc* system = step.template on_desk<Acc>(team, step.desk.system);
+    Acc* gamma = batch.template team_shared<Acc>(team, batch.shared.gamma);
+    Acc* system = batch.template team_shared<Acc>(team, batch.shared.system);
     for (int j = 0; j < used; ++j) {
       const Acc* group = sums + kAndersonNorms + j / kGroup * 2 * kGroup;
       const Acc dot = group[j % kGroup];
@@ -313,7 +313,7 @@ struct AndersonStep {
       gamma[j] = group[kGroup + j % kGroup];
     }
     const bool is_solved = used > 0 && solve(used, system, gamma, noise_of<T>(value));
-    return {status, update_window(step.counters(row), ring.head, used, is_solved)};
+    return {status, update_window(batch.counters(row), ring.head, used, is_solved)};
   }
 
   // gamma from the right-hand side; see ridge_solve.
@@ -353,19 +353,19 @@ struct AndersonMove {
   static constexpr int kThreads = kStepThreads;
   static constexpr int kBlocks = 5;
 
-  Step<T> step;
+  Batch<T> batch;
   Window<T> window;
 
   FPI_DEVICE void operator()() const {
-    const Team team = step.team();
-    const Row<T> row = step.row_of(team, grid_size() - 1 - block_index());
-    const Move move = step.moves[row.number];
+    const Team team = batch.team();
+    const Row<T> row = batch.row_of(team, grid_size() - 1 - block_index());
+    const Move move = batch.moves[row.number];
     if (move.differences > 0) {
-      const Ring<T> ring = ring_of(window, row, step.n, step.counters(row)[kHead]);
+      const Ring<T> ring = ring_of(window, row, batch.n, batch.counters(row)[kHead]);
       mix(team, row, ring, row.gx, ring.value(1), move.differences,
-          step.gamma + row.number * (window.m - 1), step.beta, step.aligned);
+          batch.gamma + row.number * (window.m - 1), batch.beta, batch.aligned);
     } else if (move.status != kFrozen) {
-      step.damp_or_end(team, row, row.x, row.gx, move.status);
+      batch.damp_or_end(team, row, row.x, row.gx, move.status);
     }
   }
 };

@@ -20,16 +20,16 @@ struct DenseMap {
   FPI_DEVICE void operator()() const {
     const int stride = static_cast<int>(stride_of(layer.in, static_cast<int>(sizeof(T))));
     T* const operand = reinterpret_cast<T*>(shared_memory() + plan.operand);
-    T* const kept = reinterpret_cast<T*>(shared_memory() + plan.weight);
+    T* const shared = reinterpret_cast<T*>(shared_memory() + plan.weight);
     T* const panels = reinterpret_cast<T*>(shared_memory() + plan.panels);
-    keep_rows(layer, plan.kept, kept);
+    share_rows(layer, plan.shared_rows, shared);
     async_wait<0>();
     const Weight<T> weight = {.source = layer.weight,
-                              .shared = kept,
+                              .shared = shared,
                               .padded = static_cast<int>(layer.out_stride),
                               .stride = stride,
                               .rows = static_cast<int>(layer.out),
-                              .kept = static_cast<int>(plan.kept)};
+                              .shared_rows = static_cast<int>(plan.shared_rows)};
     const int in = static_cast<int>(layer.in);
     for (int64_t first = block_index() * plan.slots; first < rows;
          first += grid_size() * plan.slots) {

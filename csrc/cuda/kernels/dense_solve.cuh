@@ -24,13 +24,13 @@ struct DenseCounts {
 static_assert(sizeof(DenseCounts) <= kPackBytes);
 
 // Of a block, in its shared memory.
-struct DenseNotes {
+struct DenseShared {
   int32_t active;   // slots that hold a sample
   int32_t waiting;  // whether samples may be left to take
   int32_t failed;   // samples that ended otherwise than converged
   int32_t most;     // iterations of a sample
 };
-static_assert(sizeof(DenseNotes) <= kDenseNoteBytes);
+static_assert(sizeof(DenseShared) <= kDenseSharedBytes);
 
 template <typename Acc>
 FPI_DEVICE Acc activated(Activation activation, Acc value) {
@@ -86,7 +86,7 @@ struct DenseSolve {
   FPI_DEVICE int32_t* samples_of_slots() const { return at<int32_t>(plan.samples); }
   FPI_DEVICE int32_t* fresh_slots() const { return at<int32_t>(plan.fresh); }
 
-  FPI_DEVICE DenseNotes* notes() const { return at<DenseNotes>(plan.notes); }
+  FPI_DEVICE DenseShared* block_shared() const { return at<DenseShared>(plan.block_shared); }
 
   // Made anew where it is used, and with constants where the host gave the same: registers are
   // scarce.
@@ -95,12 +95,12 @@ struct DenseSolve {
     const int padded = static_cast<int>(plan.rows.span);
     Tile tile = {solver, plan.is_shared ? at<T>(plan.x) : x + slots * padded,
                  plan.is_shared ? at<T>(plan.gx) : gx + slots * padded, padded};
-    tile.solver.step.aligned = true;
-    tile.solver.step.plan.parts = 1;
+    tile.solver.batch.aligned = true;
+    tile.solver.batch.plan.parts = 1;
     if constexpr (Solver::kHasWindow) {
       tile.solver.window.by_row = true;
     }
-    Record<Acc>& mine = tile.solver.step.record;
+    Record<Acc>& mine = tile.solver.batch.record;
     mine.index = nullptr;
     mine.counters = at<int32_t>(plan.counters);
     mine.scalars = at<Acc>(plan.scalars);
@@ -115,7 +115,7 @@ struct DenseSolve {
         refill();
       }
       block_barrier();
-      const int active = notes()->active;
+      const int active = block_shared()->active;
       if (active == 0) {
         break;
       }
@@ -138,7 +138,7 @@ struct DenseSolve {
   FPI_DEVICE void begin() const {
     const Tile tile = this->tile();
     if (thread_index() == 0) {
-      *notes() = {0, 1, 0, 0};
+      *block_shared() = {0, 1, 0, 0};
     }
     for (int slot = thread_index(); slot < plan.slots; slot += kThreads) {
       samples_of_slots()[slot] = -1;
@@ -155,9 +155,9 @@ struct DenseSolve {
           at<T>(plan.hidden)[i] = T(0.0f);
         }
       }
-      keep_rows(dense.hidden, plan.kept_hidden, at<T>(plan.weight_hidden));
+      share_rows(dense.hidden, plan.shared_hidden, at<T>(plan.weight_hidden));
     }
-    keep_rows(dense.output, plan.kept_output, at<T>(plan.weight_output));
+    share_rows(dense.output, plan.shared_output, at<T>(plan.weight_output));
     async_wait<0>();
     block_barrier();
   }
@@ -171,7 +171,7 @@ struct DenseSolve {
   FPI_DEVICE void refill() const {
     const int lane = thread_index() % kWarp;
     const int32_t* counters = at<int32_t>(plan.counters);
-    bool waiting = notes()->waiting != 0;
+    bool waiting = block_shared()->waiting != 0;
     int active = 0;
     do {
       active = 0;
@@ -197,8 +197,8 @@ struct DenseSolve {
     } while (active == 0 && waiting);  // all those taken had their results already
     warp_barrier();
     if (lane == 0) {
-      notes()->active = active;
-      notes()->waiting = waiting;
+      block_shared()->active = active;
+      block_shared()->waiting = waiting;
     }
   }
 
@@ -239,7 +239,7 @@ struct DenseSolve {
     constexpr int kPack = kWidth<T>;
     const Access<T, kPack> access;
     const int lane = thread_index() % kWarp, n = static_cast<int>(dense.n);
-    const Record<Acc>& mine = tile.solver.step.record;
+    const Record<Acc>& mine = tile.solver.batch.record;
     for (int i = thread_index() / kWarp; i < active; i += kDenseWarps) {
       const int slot = active_slots()[i];
       const int64_t sample = samples_of_slots()[slot];
@@ -288,13 +288,13 @@ struct DenseSolve {
     const Tile tile = this->tile();
     const DenseLayer<T>& layer = is_hidden ? dense.hidden : dense.output;
     const T* operand = is_hidden || !dense.has_hidden ? at<T>(plan.operand) : at<T>(plan.hidden);
-    const int kept = static_cast<int>(is_hidden ? plan.kept_hidden : plan.kept_output);
-    const Weight<T> weight = {.source = layer.weight,
-                              .shared = at<T>(is_hidden ? plan.weight_hidden : plan.weight_output),
-                              .padded = static_cast<int>(layer.out_stride),
-                              .stride = stride_of_k(layer.in),
-                              .rows = static_cast<int>(layer.out),
-                              .kept = kept};
+    const Weight<T> weight = {
+        .source = layer.weight,
+        .shared = at<T>(is_hidden ? plan.weight_hidden : plan.weight_output),
+        .padded = static_cast<int>(layer.out_stride),
+        .stride = stride_of_k(layer.in),
+        .rows = static_cast<int>(layer.out),
+        .shared_rows = static_cast<int>(is_hidden ? plan.shared_hidden : plan.shared_output)};
     const Acc residual = is_hidden ? Acc(0) : static_cast<Acc>(dense.residual);
     const int stride = stride_of_k(dense.n), hidden_stride = stride_of_k(dense.output.in);
     const auto take = [&](int i, int j, Acc value) {
@@ -323,7 +323,7 @@ struct DenseSolve {
   // The solver's step of every sample, and the end of those that finish.
   FPI_DEVICE void advance(int active) const {
     const Tile tile = this->tile();
-    const Team team = tile.solver.step.team();
+    const Team team = tile.solver.batch.team();
     for (int i = team.number; i < active; i += plan.rows.rows_per_block) {
       const int slot = active_slots()[i];
       T* state = tile.x_of(slot);
@@ -359,15 +359,15 @@ struct DenseSolve {
           at<Acc>(plan.scalars)[slot * kScalars + team.rank];
     }
     if (team.rank == 0) {
-      atomic_add(&notes()->failed, counters[kStatus] != kConverged);
-      atomic_max(&notes()->most, counters[kIterations]);
+      atomic_add(&block_shared()->failed, counters[kStatus] != kConverged);
+      atomic_max(&block_shared()->most, counters[kIterations]);
     }
   }
 
   // Brings the tally up to date: each block its failures, the last one the rest. By one thread.
   FPI_DEVICE void finish() const {
-    atomic_add(tally + kFailed, notes()->failed);
-    atomic_max(&counts->most, notes()->most);
+    atomic_add(tally + kFailed, block_shared()->failed);
+    atomic_max(&counts->most, block_shared()->most);
     device_fence();
     if (atomic_add(&counts->done, 1) == grid_size() - 1) {
       device_fence();

@@ -19,19 +19,19 @@ struct PicardStep {
   static constexpr bool kHasWindow = false;
   using Acc = accumulate_t<T>;
 
-  Step<T> step;
+  Batch<T> batch;
 
   FPI_DEVICE void operator()() const {
-    step.each_row([&](const Team& team, const Row<T>& row) { return advance(team, row); });
+    batch.each_row([&](const Team& team, const Row<T>& row) { return advance(team, row); });
   }
 
   FPI_DEVICE Outcome advance(const Team& team, const Row<T>& row) const {
-    const bool one_launch = step.plan.parts == 1;
-    T* kept_x = step.kept(team, 0);
-    T* kept_g = step.kept(team, 1);
+    const bool one_launch = batch.plan.parts == 1;
+    T* shared_x = batch.shared_vector(team, 0);
+    T* shared_g = batch.shared_vector(team, 1);
 
     Acc squares[kPicardSums] = {};  // ‖g(x) − x‖², ‖g(x)‖²
-    for_packs<T>(team, row.begin, row.end, step.aligned, [&](int64_t i, auto access) {
+    for_packs<T>(team, row.begin, row.end, batch.aligned, [&](int64_t i, auto access) {
       const auto xs = access.load(row.x + i);
       const auto gs = access.load(row.gx + i);
 #pragma unroll
@@ -42,27 +42,27 @@ struct PicardStep {
         squares[1] += g * g;
       }
       if (one_launch) {
-        access.store(kept_x + i, xs);
-        access.store(kept_g + i, gs);
+        access.store(shared_x + i, xs);
+        access.store(shared_g + i, gs);
       }
     });
-    Acc* sums = step.sums_on_desk(team);
-    team.reduce(squares, step.stage(team), sums, Add{});
-    if (!one_launch && !step.all_arrived(team, row, kPicardSums)) {
+    Acc* sums = batch.shared_sums(team);
+    team.reduce(squares, batch.stage(team), sums, Add{});
+    if (!one_launch && !batch.all_arrived(team, row, kPicardSums)) {
       return {};
     }
 
-    const Acc residual = step.residual_norm(team, row, sums[0]);
-    const Acc value = step.value_norm(team, row, sums[1]);
+    const Acc residual = batch.residual_norm(team, row, sums[0]);
+    const Acc value = batch.value_norm(team, row, sums[1]);
     if (team.rank == 0) {
-      const int32_t k = iteration_of(row.sample, step.record);
-      step.scalars(row)[kRing + (k - 1) % kRingLength] = residual;
-      step.announce(team, row, {stop(residual, value, row.sample, step.record), 0});
+      const int32_t k = iteration_of(row.sample, batch.record);
+      batch.scalars(row)[kRing + (k - 1) % kRingLength] = residual;
+      batch.announce(team, row, {stop(residual, value, row.sample, batch.record), 0});
     }
     team.barrier();
-    const int32_t status = step.move_on_desk(team)->status;
+    const int32_t status = batch.shared_move(team)->status;
     if (one_launch) {
-      step.damp_or_end(team, row, kept_x, kept_g, status);
+      batch.damp_or_end(team, row, shared_x, shared_g, status);
     }
     return {1, status == kActive, status > kConverged};
   }
@@ -75,14 +75,14 @@ struct PicardMove {
   static constexpr int kThreads = kStepThreads;
   static constexpr int kBlocks = 8;
 
-  Step<T> step;
+  Batch<T> batch;
 
   FPI_DEVICE void operator()() const {
-    const Team team = step.team();
-    const Row<T> row = step.row_of(team, grid_size() - 1 - block_index());
-    const Move move = step.moves[row.number];
+    const Team team = batch.team();
+    const Row<T> row = batch.row_of(team, grid_size() - 1 - block_index());
+    const Move move = batch.moves[row.number];
     if (move.status != kFrozen) {
-      step.damp_or_end(team, row, row.x, row.gx, move.status);
+      batch.damp_or_end(team, row, row.x, row.gx, move.status);
     }
   }
 };

@@ -26,23 +26,23 @@ struct Rows {
 };
 
 // W as the product sees it. Rows of `source`, in device memory, are padded with zeros to whole
-// chunks; the first `kept` are in shared memory too.
+// chunks; the first `shared_rows` are in shared memory too.
 template <typename T>
 struct Weight {
   const T* source;
   const T* shared;
   int padded;  // k, in whole chunks
   int stride;  // of shared
-  int rows, kept;
+  int rows, shared_rows;
 };
 
 // Starts to copy the first rows of a weight to shared memory.
 template <typename T>
-FPI_DEVICE void keep_rows(const DenseLayer<T>& layer, int64_t kept, T* shared) {
+FPI_DEVICE void share_rows(const DenseLayer<T>& layer, int64_t count, T* shared) {
   constexpr int kPack = kWidth<T>;
   const int packs = static_cast<int>(layer.out_stride) / kPack;
   const int stride = static_cast<int>(stride_of(layer.in, static_cast<int>(sizeof(T))));
-  for (int i = thread_index(); i < kept * packs; i += kDenseThreads) {
+  for (int i = thread_index(); i < count * packs; i += kDenseThreads) {
     const int row = i / packs, p = i % packs;
     async_copy_16(shared + row * stride + p * kPack, layer.weight + int64_t{i} * kPack);
   }
@@ -212,7 +212,7 @@ struct Panels {
   int which = 0;
 
   FPI_DEVICE Panels(const Weight<T>& w, T* memory, int rows_at_a_time)
-      : weight(w), buffers(memory), slab(rows_at_a_time), row(w.kept), k(0) {
+      : weight(w), buffers(memory), slab(rows_at_a_time), row(w.shared_rows), k(0) {
     int spread = kPanelRows / slab;
     spread = spread >= 8 ? 8 : spread >= 4 ? 4 : spread >= 2 ? 2 : 1;
     depth = spread * (kPanelDepthBytes / static_cast<int>(sizeof(T)));
@@ -265,18 +265,18 @@ FPI_DEVICE void product_by(const Rows<T>& rows, const Weight<T>& weight, T* pane
   Tile tile;
   tile.place_a(rows.values + top * rows.stride, rows.stride, rows.count - 1 - top);
   for (int first = 0; first < weight.rows;) {
-    const bool is_kept = first < weight.kept;
-    const int limit = is_kept ? weight.kept : weight.rows;
+    const bool is_shared = first < weight.shared_rows;
+    const int limit = is_shared ? weight.shared_rows : weight.rows;
     const int end = first + slab < limit ? first + slab : limit;
     const bool is_mine = first + left < end;
     const int last = end - 1 - first - left;
     tile.clear();
-    if (is_kept && is_mine) {
+    if (is_shared && is_mine) {
       tile.place_b(weight.shared + (first + left) * weight.stride, weight.stride, last);
     }
-    const int depth = is_kept ? weight.padded : coming.depth;
+    const int depth = is_shared ? weight.padded : coming.depth;
     for (int k = 0; k < weight.padded; k += depth) {
-      if (!is_kept) {
+      if (!is_shared) {
         const T* panel = coming.buffer(coming.which ^ 1);
         async_wait<0>();
         block_barrier();  // the panel is there, and the one before is no longer read

@@ -19,12 +19,12 @@ struct Outcome {
   int32_t rows, active, failed;
 };
 
-// First in a block's shared memory.
-struct Notes {
+// What the teams of a block tell each other, in its shared memory.
+struct BlockShared {
   Outcome outcomes[kStepWarps];
   int32_t is_last;
 };
-static_assert(sizeof(Notes) <= kNoteBytes);
+static_assert(sizeof(BlockShared) <= kBlockSharedBytes);
 
 // A row, and the part of it that this team works on.
 template <typename T>
@@ -38,9 +38,9 @@ struct Row {
   int64_t begin, end;
 };
 
-// The arguments that the step operators share, on the device.
+// The rows that a step operator works on, and how they are laid over blocks and memory.
 template <typename T>
-struct Step {
+struct Batch {
   using Acc = accumulate_t<T>;
 
   T* x;         // [rows, n]
@@ -52,8 +52,8 @@ struct Step {
   int32_t* tally;
   bool aligned;  // every vector begins at a multiple of 16 bytes and ends with a whole pack
   Plan plan;
-  Desk desk;
-  int sums;  // of a row
+  TeamShared shared;  // offsets
+  int sums;           // of a row
   // Scratch of plan.h
   int32_t* counts;  // rows done, still active, failed
   int32_t* arrivals;
@@ -101,20 +101,25 @@ struct Step {
     return record.scalars + row.sample * kScalars;
   }
 
-  FPI_DEVICE static Notes* notes() { return reinterpret_cast<Notes*>(shared_memory()); }
+  FPI_DEVICE static BlockShared* block_shared() {
+    return reinterpret_cast<BlockShared*>(shared_memory());
+  }
 
   template <typename Item>
-  FPI_DEVICE Item* on_desk(const Team& team, int offset) const {
-    return reinterpret_cast<Item*>(shared_memory() + kNoteBytes + team.number * desk.bytes +
-                                   offset);
+  FPI_DEVICE Item* team_shared(const Team& team, int offset) const {
+    return reinterpret_cast<Item*>(shared_memory() + kBlockSharedBytes +
+                                   team.number * shared.bytes + offset);
   }
-  FPI_DEVICE Move* move_on_desk(const Team& team) const { return on_desk<Move>(team, 0); }
-  FPI_DEVICE Acc* sums_on_desk(const Team& team) const { return on_desk<Acc>(team, desk.sums); }
-  FPI_DEVICE Acc* stage(const Team& team) const { return on_desk<Acc>(team, desk.stage); }
+  FPI_DEVICE Move* shared_move(const Team& team) const { return team_shared<Move>(team, 0); }
+  FPI_DEVICE Acc* shared_sums(const Team& team) const {
+    return team_shared<Acc>(team, shared.sums);
+  }
+  FPI_DEVICE Acc* stage(const Team& team) const { return team_shared<Acc>(team, shared.stage); }
 
   // In one launch, the copies of two of the row's vectors.
-  FPI_DEVICE T* kept(const Team& team, int which) const {
-    return on_desk<T>(team, desk.kept) + which * ((desk.bytes - desk.kept) / 2 / sizeof(T));
+  FPI_DEVICE T* shared_vector(const Team& team, int which) const {
+    return team_shared<T>(team, shared.vectors) +
+           which * ((shared.bytes - shared.vectors) / 2 / sizeof(T));
   }
 
   // Leaves a row alone that ended in an earlier step. Its first block counts it.
@@ -126,9 +131,9 @@ struct Step {
   }
 
   // With several blocks a row: hands in the sums of this part. The last block to do so gets true,
-  // and has the sums of the whole row on its desk; parts are added in their order.
+  // and has the sums of the whole row in its shared memory; parts are added in their order.
   FPI_DEVICE bool all_arrived(const Team& team, const Row<T>& row, int used) const {
-    Acc* mine = sums_on_desk(team);
+    Acc* mine = shared_sums(team);
     Acc* all = partials + row.number * sums * plan.parts;
     for (int i = team.rank; i < used; i += team.size) {
       all[i * plan.parts + row.part] = mine[i];
@@ -136,11 +141,11 @@ struct Step {
     block_barrier();
     if (team.rank == 0) {
       device_fence();
-      notes()->is_last = atomic_add(arrivals + row.number, 1) == plan.parts - 1;
+      block_shared()->is_last = atomic_add(arrivals + row.number, 1) == plan.parts - 1;
       device_fence();
     }
     block_barrier();
-    if (!notes()->is_last) {
+    if (!block_shared()->is_last) {
       return false;
     }
     for (int i = team.warp(); i < used; i += team.warps()) {
@@ -187,7 +192,7 @@ struct Step {
 
   // One thread tells its team, and with several blocks a row the second launch.
   FPI_DEVICE void announce(const Team& team, const Row<T>& row, Move move) const {
-    *move_on_desk(team) = move;
+    *shared_move(team) = move;
     if (plan.parts > 1) {
       moves[row.number] = move;
     }
@@ -219,7 +224,7 @@ struct Step {
   // All threads of the block call it.
   FPI_DEVICE void count(const Team& team, Outcome outcome) const {
     if (team.rank == 0) {
-      notes()->outcomes[team.number] = outcome;
+      block_shared()->outcomes[team.number] = outcome;
     }
     block_barrier();
     if (thread_index() != 0) {
@@ -227,9 +232,9 @@ struct Step {
     }
     Outcome all = {};
     for (int t = 0; t < plan.rows_per_block; ++t) {
-      all.rows += notes()->outcomes[t].rows;
-      all.active += notes()->outcomes[t].active;
-      all.failed += notes()->outcomes[t].failed;
+      all.rows += block_shared()->outcomes[t].rows;
+      all.active += block_shared()->outcomes[t].active;
+      all.failed += block_shared()->outcomes[t].failed;
     }
     if (all.rows == 0 && rows > 0) {
       return;
