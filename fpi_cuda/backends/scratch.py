@@ -13,7 +13,10 @@ from torch import Tensor
 
 LIMIT = 256 * 2**20  # bytes kept in all; larger tensors are allocated anew each time
 
-# By shape and dtype, least recently used kind first; list.pop and append are atomic.
+# By shape and dtype, least recently used kind first. Without a lock, because a collection may run
+# `__del__` in the thread that holds it. Whatever runs between two lines, no tensor is in two places:
+# a list is popped from and appended to, each at once, and never copied; one that another thread
+# replaced is freed with what it holds.
 _kept: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
 
 
@@ -37,10 +40,14 @@ class Scratch:
     def __del__(self) -> None:
         for t in self._mine:
             kind = (tuple(t.shape), t.dtype)
-            _kept[kind] = [*_kept.pop(kind, []), t]  # now the most recently used
-        total = sum(t.nbytes for kind in list(_kept.values()) for t in kind)
-        while total > LIMIT and _kept:
-            total -= sum(t.nbytes for t in _kept.pop(next(iter(_kept)), []))
+            kept = _kept.pop(kind, [])
+            kept.append(t)
+            _kept[kind] = kept  # now the most recently used
+        total = sum(t.nbytes for kept in list(_kept.values()) for t in kept)
+        for kind in list(_kept):
+            if total <= LIMIT:
+                break
+            total -= sum(t.nbytes for t in _kept.pop(kind, []))
 
 
 def release() -> None:
