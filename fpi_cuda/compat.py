@@ -258,11 +258,11 @@ def _solver(m_anderson: int, eps: float) -> Solver:
 
 
 class _Substitute(TorchFunctionMode):
-    """Puts explicit tensors in the place of captured ones, in every torch call."""
+    """Puts explicit tensors in the place of closure tensors, in every torch call."""
 
-    def __init__(self, captured: Tensors, given: Sequence[Tensor]) -> None:
+    def __init__(self, closure: Tensors, given: Sequence[Tensor]) -> None:
         super().__init__()
-        self._given = {id(c): t for c, t in zip(captured, given, strict=True)}
+        self._given = {id(c): t for c, t in zip(closure, given, strict=True)}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -293,7 +293,7 @@ def _check_scalar(tape: _Tape) -> None:
             f"partial: r must return a scalar tensor (got {got}); sum it over the batch"
         )
     assert leaves is not None
-    if tape.keep and captures(y, leaves):
+    if tape.keep and closes_over(y, leaves):
         raise ValueError(
             "partial: r must take every tensor that needs gradients as an argument (it captures "
             "one); pass it in s, or make r an nn.Module that owns it"
@@ -301,7 +301,7 @@ def _check_scalar(tape: _Tape) -> None:
     tape.y = y.reshape(())
 
 
-def captures(y: Tensor, leaves: Sequence[Tensor]) -> bool:
+def closes_over(y: Tensor, leaves: Sequence[Tensor]) -> bool:
     """Whether y's graph reaches a leaf that is not among `leaves`."""
     known = {id(t) for t in leaves}
     stack, seen = [y.grad_fn], set()

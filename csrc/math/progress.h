@@ -1,4 +1,4 @@
-// The per-sample record of a solve and the stop rule. fpi_cuda/backends/progress.py lays the
+// The per-sample record of a solve and the stop rule. fpi_cuda/record.py lays the
 // tensors out; the columns here are the same.
 #pragma once
 
