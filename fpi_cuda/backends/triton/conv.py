@@ -260,6 +260,7 @@ class Chain:
         chain_kernel[(min(self._programs, b * self._places),)](
             x, out, self._scale, self._alpha, norms, index, count, self._workspace[0],
             first, middle[0] if middle else None, last, height, width, self._across, self._places,
+            MIDDLE=bool(middle),
             BLOCK_P=self.config.pixels,
             HIDDEN_ACTIVATION=self._hidden_activation,
             ACTIVATION=self._activation,

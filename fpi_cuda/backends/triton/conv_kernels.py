@@ -320,15 +320,14 @@ def conv_kernel(
 def chain_kernel(
     x, out, scale, alpha, norms, index, count, scratch, first, middle, last,
     height, width, across, tiles,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_P: tl.constexpr,
+    MIDDLE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_P: tl.constexpr,
     HIDDEN_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr,
     AHEAD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """All layers of the listed samples, two or three.
+    """All layers of the listed samples: two, or three where MIDDLE.
 
     scratch, [programs, ...]: a program's hidden layers on a tile and its halo, one after the other.
     """
-    MIDDLE: tl.constexpr = middle is not None
     K_2: tl.constexpr = middle.K if MIDDLE else 1
     K_3: tl.constexpr = last.K
     C: tl.constexpr = last.OUTPUTS
