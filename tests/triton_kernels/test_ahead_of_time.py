@@ -18,7 +18,7 @@ from fpi_cuda.record import Limits, Progress
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 HISTORY = 5
 KERNELS = {
-    *("_damp", "_picard_row", "_picard_parts", "_picard_decide", "_picard_move"),
+    *("_picard_row", "_picard_parts", "_picard_decide", "_picard_move"),
     *("_anderson_row", "_anderson_parts", "_anderson_decide", "_anderson_move"),
 }
 COUNTED = "for any batch"
@@ -84,6 +84,5 @@ def test_no_kernel_spills_or_takes_more_shared_memory_than_there_is(facts, dtype
 
 
 def test_nothing_is_compiled_anew_for_another_batch(facts):
-    """Twice where the kernel serves both lengths, for the plan is compiled in."""
     times = Counter(f.kernel for f in facts if f.job == COUNTED)
-    assert times == dict.fromkeys(KERNELS, 1) | {"_damp": 2}
+    assert times == dict.fromkeys(KERNELS, 1)
