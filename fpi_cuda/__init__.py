@@ -4,8 +4,6 @@ from . import _moved, backends, compat, contraction, operators  # noqa: F401
 from ._build import build_info
 from ._version import __version__
 from .adjoint import ImplicitAdjoint
-from .conv import ConvStep
-from .dense import DenseEnergy, DenseStep
 from .fixed_point import fixed_point
 from .layer import FixedPointLayer
 from .solution import (
@@ -16,7 +14,7 @@ from .solution import (
     Tolerance,
 )
 from .solvers import Anderson, Picard
-from .steps import GradientStep, NeuralStep
+from .steps import ConvStep, DenseEnergy, DenseStep, GradientStep, NeuralStep
 
 __all__ = [
     "Anderson",

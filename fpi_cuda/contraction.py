@@ -23,11 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .conv import ConvStep
-from .dense import DenseEnergy, DenseStep
 from .forms.activations import SLOPES, steepest
 from .modules import Binding, bindable
-from .steps import GradientStep, NeuralStep
+from .steps import ConvStep, DenseEnergy, DenseStep, GradientStep, NeuralStep
 
 __all__ = [
     "Certified",

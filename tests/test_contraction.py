@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 import fpi_cuda
 from fpi_cuda import (
+    ConvStep,
     DenseEnergy,
     DenseStep,
     FixedPointLayer,
@@ -35,7 +36,6 @@ from fpi_cuda.contraction import (
     lipschitz,
     spectral_normalize,
 )
-from fpi_cuda.conv import ConvStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

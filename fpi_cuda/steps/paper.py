@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forms import Form, form_of
-from .operators import partial
+from ..forms import Form, form_of
+from ..operators import partial
 
 __all__ = ["GradientStep", "NeuralStep"]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ._check import check_activation, check_residual, check_sizes
-from .forms import ACTIVATIONS, ConvForm
+from .._check import check_activation, check_residual, check_sizes
+from ..forms import ACTIVATIONS, ConvForm
 
 __all__ = ["ConvStep"]
 

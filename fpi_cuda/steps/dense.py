@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ._check import check_activation, check_residual, check_sizes
-from ._torch import transforming
-from .backends import native
-from .forms import ACTIVATIONS, DenseForm
-from .forms.activations import steepest
+from .._check import check_activation, check_residual, check_sizes
+from .._torch import transforming
+from ..backends import native
+from ..forms import ACTIVATIONS, DenseForm
+from ..forms.activations import steepest
 
 __all__ = ["DenseEnergy", "DenseStep"]
 
