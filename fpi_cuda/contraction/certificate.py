@@ -18,7 +18,7 @@ from .convolution import ROUNDING, check_size, convolution_bound, power
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Of modules without weights, rounded up.
+# Lipschitz constants of modules without weights, rounded up.
 CONSTANTS: dict[type[nn.Module], float] = {
     nn.Flatten: 1.0,
     nn.GELU: 1.13,
@@ -102,7 +102,7 @@ def spectral_normalize(
 
     Args:
         step: as in `lipschitz`, except that an energy must be convex and its step size a number,
-            and with nothing for which `certified_lipschitz` alone speaks.
+            and that a module known by its `certified_lipschitz()` alone won't do.
         bound: the constant; below 1 for a contraction.
         size: H and W of the images, for power iteration. Smaller images are covered too.
         certified: no estimates: exact norms of matrices, by a singular value decomposition at each
@@ -184,7 +184,7 @@ class Certified(NeuralStep):
 
 @dataclass(frozen=True)
 class _Chain:
-    """φ(α x + a chain of linear layers and activations): what of a step its constant depends on."""
+    """φ(α x + a chain of linear layers and activations), as far as its constant depends on it."""
 
     weights: tuple[tuple[nn.Module, str], ...]
     inner: float  # product of the constants between the weights
@@ -350,7 +350,7 @@ def _part(module: nn.Module) -> _Chain | None:
     if _is(module, nn.Linear):
         return _Chain(((module, "weight"),), 1.0)
     if _is(module, nn.Conv2d):
-        # Strides leave outputs out and dilations scale ω: the bound holds. Groups it can't read.
+        # A stride drops outputs and a dilation scales ω, so the bound holds; not for groups.
         known = module.groups == 1 and module.padding_mode == "zeros"
         return _Chain(((module, "weight"),), 1.0) if known else None
     for kind, constant in CONSTANTS.items():

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..operators import vjp
+
 Step = Callable[..., Tensor]
 
 
@@ -46,7 +48,7 @@ def jacobian_norm(
             v = unit(v).requires_grad_()
             u = transposed(v, True)
             size = _length(u)
-            v = _vjp(u, v, u.detach())  # u is (∂g/∂x)ᵀ v, linear in v: this is (∂g/∂x) u
+            v = vjp(u, v, u.detach())  # u is (∂g/∂x)ᵀ v, linear in v: this is (∂g/∂x) u
     return size if torch.is_grad_enabled() else size.detach(), unit(v)
 
 
@@ -108,7 +110,7 @@ def jacobian_penalty(
         g: as in `jacobian_norm`.
         x: where to linearise.
         inputs: what g depends on besides x.
-        bound: what may be had for nothing; below 1.
+        bound: a measure up to this costs nothing; below 1.
         v: the one that the last call returned; None: random.
         measure: `jacobian_radius`, or `jacobian_norm` where g must contract in every step.
 
@@ -156,7 +158,7 @@ def _linearise(
             f"∂g/∂x: g must return the shape of x, {tuple(x.shape)} (got {tuple(gx.shape)})"
         )
     v = torch.randn_like(x) if v is None else v
-    return v, lambda v, create_graph: _vjp(gx, x, v, create_graph)
+    return v, lambda v, create_graph: vjp(gx, x, v, create_graph)
 
 
 def _length(v: Tensor) -> Tensor:
@@ -169,12 +171,3 @@ def unit(v: Tensor) -> Tensor:
     v, shape = v.detach(), (-1, *(1,) * (v.dim() - 1))
     v = torch.where(_length(v).view(shape) > 0, v, torch.randn_like(v))
     return v / _length(v).view(shape)
-
-
-def _vjp(y: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
-    if not y.requires_grad:
-        return torch.zeros_like(x)
-    (out,) = torch.autograd.grad(
-        y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True
-    )
-    return torch.zeros_like(x) if out is None else out

@@ -39,7 +39,7 @@ def _check_last(owner: str, name: str, t: Tensor, size: int) -> None:
 class _Inputs(nn.Module):
     """u = z Uᵀ + b: what a step takes of z, which does not depend on x."""
 
-    form_dim = 2  # dimensions of a batch of states; the solver asks before it looks closer
+    form_dim = 2  # dimensions of a batch of states for which there is a form
     input_weight: nn.Parameter | None
     bias: nn.Parameter | None
 
