@@ -202,7 +202,7 @@ smoke_names() {
 # The CUDA tests, many at a time; a test's own 60 s and an end before the part's where the plugins are
 # installed.
 tests() {
-  pytests tests 150 6 -k cuda tests/test_primitives.py tests/test_dense.py tests/test_drivers.py \
+  pytests tests 150 6 -k cuda tests/test_primitives.py tests/test_dense_*.py tests/test_drivers.py \
     tests/test_graph_refusals.py tests/test_while_graph.py
   pytests tests-triton 75 12 tests/triton_kernels
 }
@@ -259,12 +259,12 @@ timed() {
 # Of each kind of kernel one test: the tools slow a program down ten times and more.
 sanitize() {
   local step="anderson_step and 1.0-5-cuda and float32" dense="solves_every_dtype"
-  local files=(tests/test_primitives.py tests/test_dense.py tests/test_drivers.py)
+  local files=(tests/test_primitives.py tests/test_dense_solves.py tests/test_drivers.py)
   sanitized memcheck 45 "${files[@]}" -k "$step and (1028 or 8193 or 40001) \
 or $dense and picard and (float32 or bfloat16) or cuda_graph_gives and picard"
   sanitized racecheck 40 "${files[@]}" -k "$step and 8193 or $dense and anderson and two and bfloat16"
   with_tool ncu 40 ncu --clock-control none --kernel-name run --launch-count 6 --set detailed \
-    "$PYTHON" -m "${PYTEST[@]}" -q tests/test_dense.py -k "$dense and picard and bfloat16"
+    "$PYTHON" -m "${PYTEST[@]}" -q tests/test_dense_solves.py -k "$dense and picard and bfloat16"
 }
 
 sanitized() {

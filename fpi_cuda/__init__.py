@@ -1,11 +1,12 @@
 """Differentiable fixed-point-iteration layers: x̂ = g(x̂, z; θ), with derivatives of every order."""
 
-from . import _moved, backends, compat, contraction, operators  # noqa: F401
+import importlib
+from typing import TYPE_CHECKING
+
+from . import _moved, backends, compat, contraction, operators
 from ._build import build_info
 from ._version import __version__
 from .adjoint import ImplicitAdjoint
-from .conv import ConvStep
-from .dense import DenseEnergy, DenseStep
 from .fixed_point import fixed_point
 from .layer import FixedPointLayer
 from .solution import (
@@ -16,7 +17,7 @@ from .solution import (
     Tolerance,
 )
 from .solvers import Anderson, Picard
-from .steps import GradientStep, NeuralStep
+from .steps import ConvStep, DenseEnergy, DenseStep, GradientStep, NeuralStep
 
 __all__ = [
     "Anderson",
@@ -41,3 +42,11 @@ __all__ = [
     "fixed_point",
     "operators",
 ]
+
+if not TYPE_CHECKING:  # else no misspelt name would be an error to a type checker
+
+    def __getattr__(name):
+        """A module that moved, by its old name."""
+        if (path := f"{__name__}.{name}") in _moved.MOVED:
+            return importlib.import_module(path)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

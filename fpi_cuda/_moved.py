@@ -11,6 +11,8 @@ from typing import Any
 
 MOVED = {
     "fpi_cuda.backends.progress": "fpi_cuda.record",
+    "fpi_cuda.conv": "fpi_cuda.steps.conv",
+    "fpi_cuda.dense": "fpi_cuda.steps.dense",
     "fpi_cuda.evaluation": "fpi_cuda.solve.evaluation",
     "fpi_cuda.solvers.iterate": "fpi_cuda.drivers.eager",
     "fpi_cuda.solvers.layout": "fpi_cuda.layout",

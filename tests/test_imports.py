@@ -16,7 +16,7 @@ FLOORS = (
     ("drivers", "solvers"),
     ("solve",),
     ("_uncompiled", "adjoint"),
-    ("compat", "conv", "dense", "fixed_point", "steps"),
+    ("compat", "fixed_point", "steps"),
     ("contraction", "layer"),
     ("__init__",),
 )

@@ -8,32 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forms import Form, form_of
-from .operators import partial
+from ..forms import Form, form_of
+from ..operators import partial
 
 __all__ = ["GradientStep", "NeuralStep"]
 
 
-class NeuralStep(nn.Module):
+class _Around(nn.Module):
+    """A step made of a net or an energy, of which the solver may know something."""
+
+    _part: str
+
+    @property
+    def state_shape(self) -> Any:
+        """The net's or the energy's, where it has one."""
+        return getattr(getattr(self, self._part), "state_shape", None)
+
+    @property
+    def form_dim(self) -> int:
+        """The net's or the energy's, where it can say what it computes; else 0."""
+        return getattr(getattr(self, self._part), "form_dim", 0)
+
+
+class NeuralStep(_Around):
     """FPI_NN: g is a network, x⁺ = net(x, z).
 
     Args:
         net: a module net(x, *inputs) that returns x's shape.
     """
 
+    _part = "net"
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-
-    @property
-    def state_shape(self) -> Any:
-        """The net's, where it has one."""
-        return getattr(self.net, "state_shape", None)
-
-    @property
-    def form_dim(self) -> int:
-        """The net's, where it is a step that has a form; else 0."""
-        return getattr(self.net, "form_dim", 0)
 
     def form(self, x: Tensor, *inputs: Tensor) -> Form | None:
         """The step's form where the net is a `DenseStep` or `ConvStep`."""
@@ -44,7 +52,7 @@ class NeuralStep(nn.Module):
         return self.net(x, *inputs)
 
 
-class GradientStep(nn.Module):
+class GradientStep(_Around):
     """FPI_GD: g is a step of gradient descent on an energy, x⁺ = x − γ ∂f/∂x(x, z).
 
     The fixed point is a stationary point of the energy, its minimiser where f is convex in x. The
@@ -60,6 +68,8 @@ class GradientStep(nn.Module):
         ValueError: step_size is not positive.
     """
 
+    _part = "energy"
+
     def __init__(self, energy: Callable[..., Tensor], step_size: float | nn.Parameter) -> None:
         super().__init__()
         value = float(torch.as_tensor(step_size).detach())
@@ -67,16 +77,6 @@ class GradientStep(nn.Module):
             raise ValueError(f"GradientStep: step_size must be > 0 (got {value!r})")
         self.energy = energy
         self.step_size = step_size
-
-    @property
-    def state_shape(self) -> Any:
-        """The energy's, where it has one."""
-        return getattr(self.energy, "state_shape", None)
-
-    @property
-    def form_dim(self) -> int:
-        """The energy's, where it is a `DenseEnergy`; else 0."""
-        return getattr(self.energy, "form_dim", 0)
 
     def form(self, x: Tensor, *inputs: Tensor) -> Form | None:
         """The step as dense layers where the energy is a `DenseEnergy`."""

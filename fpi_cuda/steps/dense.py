@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ._check import check_activation, check_residual, check_sizes
-from ._torch import transforming
-from .backends import native
-from .forms import ACTIVATIONS, DenseForm
-from .forms.activations import steepest
+from .._check import check_activation, check_residual, check_sizes
+from .._torch import transforming
+from ..backends import native
+from ..forms import ACTIVATIONS, DenseForm
+from ..forms.activations import steepest
 
 __all__ = ["DenseEnergy", "DenseStep"]
 
@@ -39,7 +39,7 @@ def _check_last(owner: str, name: str, t: Tensor, size: int) -> None:
 class _Inputs(nn.Module):
     """u = z Uᵀ + b: what a step takes of z, which does not depend on x."""
 
-    form_dim = 2  # dimensions of a batch of states; the solver asks before it looks closer
+    form_dim = 2  # dimensions of a batch of states for which there is a form
     input_weight: nn.Parameter | None
     bias: nn.Parameter | None
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ._check import check_activation, check_residual, check_sizes
-from .forms import ACTIVATIONS, ConvForm
+from .._check import check_activation, check_residual, check_sizes
+from ..forms import ACTIVATIONS, ConvForm
 
 __all__ = ["ConvStep"]
 
@@ -57,7 +57,7 @@ class ConvStep(nn.Module):
         torch.Size([2, 8, 12, 20])
     """
 
-    form_dim = 4  # dimensions of a batch of states
+    form_dim = 4  # as in `DenseStep`
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class ConvStep(nn.Module):
         with torch.no_grad():
             for layer in self._stack:
                 o, i = layer.weight.shape[:2]
-                # The symbol at a frequency is Gaussian, k times as wide as a weight.
+                # The symbol at a frequency is Gaussian, with k times the deviation of a weight.
                 nn.init.normal_(
                     layer.weight, std=share / (kernel_size * (math.sqrt(i) + math.sqrt(o)))
                 )

@@ -1,0 +1,389 @@
+"""What a step's layers say of it for all states: certificates, and weights held below a bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeGuard, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..forms.activations import SLOPES, steepest
+from ..modules import Binding, bindable
+from ..steps import ConvStep, DenseEnergy, DenseStep, GradientStep, NeuralStep
+from .convolution import ROUNDING, check_size, convolution_bound, power
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# Lipschitz constants of modules without weights, rounded up.
+CONSTANTS: dict[type[nn.Module], float] = {
+    nn.Flatten: 1.0,
+    nn.GELU: 1.13,
+    nn.Hardtanh: 1.0,
+    nn.Identity: 1.0,
+    nn.ReLU: 1.0,
+    nn.ReLU6: 1.0,
+    nn.Sigmoid: 0.25,
+    nn.SiLU: 1.1,
+    nn.Softplus: 1.0,
+    nn.Tanh: 1.0,
+    nn.Unflatten: 1.0,
+}
+# Power iterations before training, and in a training call.
+WARM_UP, ITERATIONS = 100, 10
+_TAKES = (
+    "step must be a DenseStep, a ConvStep, a GradientStep of a DenseEnergy, an nn.Sequential of "
+    "nn.Linear, nn.Conv2d and activations, or a NeuralStep of one of these, without hooks"
+)
+
+
+def lipschitz(step: nn.Module) -> float:
+    """A certified constant L with ‖g(x, z) − g(y, z)‖₂ ≤ L ‖x − y‖₂ for all x, y and z.
+
+    A stack of layers has L = s_out (|α| + Π s_l ‖W_l‖₂), s the largest |φ′|; one layer has
+    L = s ‖αI + W‖₂. Descent on a `DenseEnergy` has L = max |1 − γ(λ + e)| over the eigenvalues e
+    that W₁ᵀ diag(a ψ″) W₁ can have, between those at the least and at the greatest ψ″: below 1 for
+    a convex energy with λ > 0 and γ < 2 / smoothness. Norms of matrices are exact, in float64, and
+    `convolution_bound` stands for those of convolutions; a margin covers rounding. Parametrised
+    weights are taken as a solve at this moment would take them, and no buffer moves.
+
+    Args:
+        step: a `DenseStep`, a `ConvStep`, a `GradientStep` of a `DenseEnergy`, a `NeuralStep` of
+            one of these or of an `nn.Sequential` of `nn.Linear`, `nn.Conv2d` and activations, that
+            itself, or a module that has a method `certified_lipschitz()`. A `gain` of a `DenseStep`
+            multiplies L.
+
+    Returns:
+        L, for the exact g: it does not know of the rounding in g itself. Infinite where a weight
+        is not finite.
+
+    Raises:
+        TypeError: the step is none of these, or has hooks, which could do anything.
+
+    Example:
+        >>> lipschitz(ConvStep(4, 1, hidden=(8,))) < 1
+        True
+    """
+    if not bindable(step):
+        raise TypeError(f"lipschitz: {_TAKES} (got {step!r})")
+    with torch.no_grad():
+        binding = Binding(step)
+        return _lipschitz(cast(nn.Module, binding.bind(binding.params)))
+
+
+def spectral_normalize(
+    step: Module,
+    bound: float = 0.9,
+    *,
+    size: tuple[int, int] | None = None,
+    certified: bool = False,
+) -> Module:
+    """Hold the Lipschitz constant of a step at most at `bound` while its weights are trained.
+
+    Each weight that acts on the state is given its share, the same for all, so that
+    s_out (|α| + Π s_l share) = bound (see `lipschitz`), and is scaled down to it where its norm is
+    greater: a weight below its share stays as it is. Biases and what acts on z stay free.
+
+    It is a parametrisation (`torch.nn.utils.parametrize`): the raw weights are the parameters,
+    named `parametrizations.<name>.original`, and the step sees the scaled ones, which a solve
+    computes once. `parametrize.remove_parametrizations` makes them plain again. As with any
+    parametrisation of torch's, copy.deepcopy works, and pickling goes by state_dict.
+
+    Norms are estimated by ten power iterations (see `convolution_norm`) a training call, from a
+    vector kept as a buffer. The estimate comes from below, and lags while weights move fast: the
+    constant may exceed `bound` by some percent, and more after a large step. `lipschitz` tells what
+    it is. For convolutions that is done at `size`; without it they take `convolution_bound`, which
+    has neither flaw, but waits for a device, as exact norms do: in a CUDA graph it needs `size`.
+    Derivatives take the vector as a constant. An energy's vector moves in solves,
+    not where its gradient is taken by itself.
+
+    Args:
+        step: as in `lipschitz`, except that an energy must be convex and its step size a number,
+            and that a module known by its `certified_lipschitz()` alone won't do.
+        bound: the constant; below 1 for a contraction.
+        size: H and W of the images, for power iteration. Smaller images are covered too.
+        certified: no estimates: exact norms of matrices, by a singular value decomposition at each
+            use, and `convolution_bound`; then `lipschitz(step)` ≤ bound to 1e-6, always,
+            and no buffer is kept.
+
+    Returns:
+        The step itself.
+
+    Raises:
+        TypeError: the step is not one of those.
+        ValueError: bound leaves nothing for the weights, because |α|, or |1 − γλ| of an energy, is
+            as great; size is not two whole numbers or comes with certified; or the step is
+            normalised already.
+
+    Example:
+        >>> step = spectral_normalize(DenseStep(16, 8), 0.5, certified=True)
+        >>> lipschitz(step) <= 0.5
+        True
+    """
+    owner = "spectral_normalize"
+    if not isinstance(bound, (int, float)) or not 0 < bound < math.inf:
+        raise ValueError(f"{owner}: bound must be a finite number > 0 (got {bound!r})")
+    if size is not None:
+        check_size(owner, size)
+        if certified:
+            raise ValueError(
+                f"{owner}: certified=True holds at every size; leave size out (got {size!r})"
+            )
+    weights, share = _shares(step, bound)
+    for module, name in weights:
+        if parametrize.is_parametrized(module, name):
+            raise ValueError(
+                f"{owner}: {name} is parametrised already; remove that first, by "
+                f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+            )
+        if size is not None and isinstance(module, nn.Conv2d) and not _keeps_size(module):
+            raise ValueError(
+                f"{owner}: with size, a convolution must have an odd kernel, stride 1, no dilation "
+                f"and padding k // 2 (got {module}); leave size out"
+            )
+    for module, name in weights:
+        weight = getattr(module, name)
+        held: nn.Module
+        if certified or (weight.dim() == 4 and size is None):
+            held = _Held(share)
+        else:
+            held = _Estimated(share, weight.detach(), size if weight.dim() == 4 else None)
+        parametrize.register_parametrization(module, name, held)
+    return step
+
+
+class Certified(NeuralStep):
+    """A step with a certificate: the same map, whose solutions have an `error_bound`.
+
+    `fixed_point` asks for `lipschitz` of the step once a solve, at the cost of the singular values
+    of its weights. A `DenseStep` may not be given a gain above 1 here.
+
+    Args:
+        net: a step that `lipschitz` takes.
+
+    Raises:
+        TypeError: it is none.
+
+    Example:
+        >>> step = Certified(spectral_normalize(DenseStep(16, 8), 0.5))
+        >>> fixed_point(step, torch.zeros(4, 16), torch.randn(4, 8)).error_bound.shape
+        torch.Size([4])
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        lipschitz(net)
+        super().__init__(net)
+
+    def certified_lipschitz(self) -> float:
+        """The step's constant with its weights as they are."""
+        return lipschitz(self.net)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """φ(α x + a chain of linear layers and activations), as far as its constant depends on it."""
+
+    weights: tuple[tuple[nn.Module, str], ...]
+    inner: float  # product of the constants between the weights
+    slope: float = 1.0  # of φ
+    residual: float = 0.0
+
+
+class _Held(nn.Module):
+    """A weight scaled down to a norm of at most share."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def norm(self, weight: Tensor) -> Tensor:
+        """The norm, certified."""
+        return _norm(weight)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # The scaled weight's own rounding must not lift it above its share.
+        share = self.share * (1 - 4 * torch.finfo(weight.dtype).eps)
+        excess = (self.norm(weight) / share).clamp_min(1)
+        return weight * excess.reciprocal().to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What is assigned to the weight becomes the raw one."""
+        return weight
+
+    def extra_repr(self) -> str:
+        """The share."""
+        return f"share={self.share:.3g}"
+
+
+class _Estimated(_Held):
+    """The same by power iteration, from a vector that moves once a training call."""
+
+    v: Tensor
+
+    def __init__(self, share: float, weight: Tensor, size: tuple[int, int] | None) -> None:
+        super().__init__(share)
+        shape = (weight.shape[1], *(size or ()))
+        v = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+        self.register_buffer("v", power(weight, v, WARM_UP)[1].to(weight.dtype))
+
+    def norm(self, weight: Tensor) -> Tensor:
+        """The estimate, never above the norm."""
+        norm, v = power(weight, self.v, ITERATIONS if self.training else 0)
+        if self.training:
+            self.v.copy_(v)
+        return norm
+
+
+def _shares(step: nn.Module, bound: float) -> tuple[tuple[tuple[nn.Module, str], ...], float]:
+    """The weights that act on the state, and the norm that each may have."""
+    step = _unwrapped(step)
+    if (descent := _descent(step)) is not None:
+        energy, size = descent
+        if energy.term_weight is not None or isinstance(size, Tensor):
+            raise TypeError(
+                "spectral_normalize: an energy must be convex and its step size a number, because "
+                "no bound on state_weight alone outlives a training step of term_weight or "
+                f"step_size (got {step})"
+            )
+        rest = abs(1 - size * energy.curvature)
+        if rest >= bound:
+            raise ValueError(
+                f"spectral_normalize: |1 - step_size * curvature| must be below bound, {bound:g} "
+                f"(got {rest:g}); take a step_size nearer to 1 / curvature"
+            )
+        room = ((1 + bound) / size - energy.curvature) / steepest(energy.activation)
+        return ((energy, "state_weight"),), math.sqrt(room)
+    chain = _chain(step)
+    if chain is None:
+        raise TypeError(f"spectral_normalize: {_TAKES} (got {step})")
+    room = (bound / chain.slope - abs(chain.residual)) / chain.inner
+    if room <= 0:
+        raise ValueError(
+            f"spectral_normalize: |residual| must be below bound / max |φ′| of the output, "
+            f"{bound / chain.slope:g} (got residual {chain.residual:g}); nothing is left for the "
+            "weights"
+        )
+    weights = tuple(dict.fromkeys(chain.weights))
+    if not weights:
+        raise ValueError(f"spectral_normalize: the step has no weight that acts on x (got {step})")
+    return weights, room ** (1 / len(chain.weights))
+
+
+def _lipschitz(step: nn.Module) -> float:
+    """Of a step whose parametrisations are evaluated."""
+    step = _unwrapped(step)
+    if (descent := _descent(step)) is not None:
+        energy, size = descent
+        return _descent_lipschitz(energy, float(torch.as_tensor(size).detach()))
+    chain = _chain(step)
+    if chain is None:
+        certified = getattr(step, "certified_lipschitz", None)
+        if certified is None:
+            raise TypeError(
+                f"lipschitz: {_TAKES}; or a module that has certified_lipschitz() (got {step})"
+            )
+        return float(certified())
+    weights = [getattr(module, name) for module, name in chain.weights]
+    if not all(bool(w.isfinite().all()) for w in weights):
+        return math.inf
+    if len(weights) == 1 and chain.residual != 0:
+        return chain.slope * float(_norm(_plus_identity(weights[0].double(), chain.residual)))
+    inner = chain.inner * math.prod(float(_norm(w)) for w in weights)
+    return chain.slope * (abs(chain.residual) + inner)
+
+
+def _descent_lipschitz(energy: DenseEnergy, step_size: float) -> float:
+    """The spectrum of ∂²f/∂x² = λI + W₁ᵀ diag(a ψ″) W₁ rises with every entry of a ψ″."""
+    w = energy.state_weight.double()
+    a = torch.ones_like(w[:, 0]) if energy.term_weight is None else energy.term_weight.double()
+    if not bool(w.isfinite().all() and a.isfinite().all()):
+        return math.inf
+    ends = torch.stack([slope * a for slope in SLOPES[energy.activation]])
+    least, most = (
+        torch.linalg.eigvalsh(w.mT @ (d[:, None] * w)) for d in (ends.amin(0), ends.amax(0))
+    )
+    ranges = [step_size * (energy.curvature + float(e)) for e in (least[0], most[-1])]
+    rounding = ROUNDING * (1 + max(abs(r) for r in ranges))
+    return max(abs(1 - r) for r in ranges) + rounding
+
+
+def _unwrapped(step: nn.Module) -> nn.Module:
+    while _is(step, NeuralStep) or _is(step, Certified):
+        step = step.net
+    return step
+
+
+def _descent(step: nn.Module) -> tuple[DenseEnergy, float | nn.Parameter] | None:
+    """Energy and step size of gradient descent on a `DenseEnergy`."""
+    if _is(step, GradientStep) and _is(step.energy, DenseEnergy):
+        return step.energy, step.step_size
+    return None
+
+
+def _chain(module: nn.Module) -> _Chain | None:
+    """None where the module is no chain."""
+    if _is(module, DenseStep):
+        slope = steepest(module.activation)
+        first = (module, "state_weight")
+        if module.hidden is None:
+            return _Chain((first,), 1.0, slope, module.residual)
+        outer = steepest(module.output_activation)
+        return _Chain((first, (module, "output_weight")), slope, outer, module.residual)
+    if _is(module, ConvStep):
+        weights = tuple((layer, "weight") for layer in module.layers)
+        inner = steepest(module.activation) ** (len(weights) - 1)
+        return _Chain(weights, inner, steepest(module.output_activation), module.residual)
+    if _is(module, nn.Sequential):
+        parts = [_part(part) for part in module]
+        known = [part for part in parts if part is not None]
+        inner = math.prod(part.inner for part in known)
+        weights = tuple(w for part in known for w in part.weights)
+        return _Chain(weights, inner) if len(known) == len(parts) else None
+    return None
+
+
+def _part(module: nn.Module) -> _Chain | None:
+    """What a sequence may be made of: no residual, and the slopes are in `inner`."""
+    if _is(module, nn.Linear):
+        return _Chain(((module, "weight"),), 1.0)
+    if _is(module, nn.Conv2d):
+        # A stride drops outputs and a dilation scales ω, so the bound holds; not for groups.
+        known = module.groups == 1 and module.padding_mode == "zeros"
+        return _Chain(((module, "weight"),), 1.0) if known else None
+    for kind, constant in CONSTANTS.items():
+        if _is(module, kind):
+            return _Chain((), constant)
+    return _chain(module) if _is(module, nn.Sequential) else None
+
+
+def _is(module: object, kind: type[Module]) -> TypeGuard[Module]:
+    """Of just that type, parametrised or not: a subclass or a hook may do anything."""
+    if not isinstance(module, kind) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return parametrize.type_before_parametrizations(module) is kind
+
+
+def _keeps_size(module: nn.Conv2d) -> bool:
+    odd = all(k % 2 for k in module.kernel_size)
+    plain = all(s == d == 1 for s, d in zip(module.stride, module.dilation, strict=True))
+    return odd and plain and module.padding in (tuple(k // 2 for k in module.kernel_size), "same")
+
+
+def _plus_identity(weight: Tensor, residual: float) -> Tensor:
+    """The weight of x ↦ αx + Wx, of a matrix or a convolution."""
+    eye = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    if weight.dim() == 4:
+        eye = F.pad(eye[..., None, None], (weight.shape[-1] // 2,) * 4)
+    return weight + residual * eye
+
+
+def _norm(weight: Tensor) -> Tensor:
+    """‖W‖₂ of a matrix [O, I], or the bound of a convolution [O, I, k, k]; in float64."""
+    weight = weight.double()
+    if weight.dim() == 4:
+        return convolution_bound(weight)
+    norm: Tensor = torch.linalg.matrix_norm(weight, 2) * (1 + ROUNDING)
+    return norm

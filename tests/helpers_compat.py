@@ -1,0 +1,23 @@
+"""What the tests of the old layer's interface share."""
+
+from functools import partial as bind
+
+import pytest
+import torch
+
+from fpi_cuda.compat import default_term_cond
+
+TIGHT = bind(default_term_cond, threshold=1e-28, epsilon=1e-20, maxIter=500)
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def zeros(*shape):
+    return torch.zeros(*shape, dtype=torch.float64)
+
+
+@pytest.fixture(name="m_anderson", params=[0, 4], ids=["plain", "anderson"])
+def m_anderson_fixture(request):
+    return request.param
