@@ -33,7 +33,7 @@ class _Finder:
     @staticmethod
     def exec_module(module: ModuleType) -> None:
         old, new = module.__name__, MOVED[module.__name__]
-        warnings.warn(f"{old} is {new} now; the old name goes", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"{old} is {new} now; the old name will go", DeprecationWarning, stacklevel=2)
         sys.modules[old] = importlib.import_module(new)
 
 

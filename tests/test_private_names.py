@@ -73,7 +73,6 @@ def uses(source):
 
 
 # Take the mark away when the last use has moved: this then fails as an unexpected success.
-@pytest.mark.xfail(strict=True, reason="uses are still moving to _torch.py")
 def test_private_names_stand_in_one_file():
     found = {
         str(path.relative_to(PACKAGE)): uses(path.read_text())

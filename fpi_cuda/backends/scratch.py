@@ -14,9 +14,9 @@ from torch import Tensor
 LIMIT = 256 * 2**20  # bytes kept in all; larger tensors are allocated anew each time
 
 # By shape and dtype, least recently used kind first. Without a lock, because a collection may run
-# `__del__` in the thread that holds it. Whatever runs between two lines, no tensor is in two places:
-# a list is popped from and appended to, each at once, and never copied; one that another thread
-# replaced is freed with what it holds.
+# `__del__` in the thread that holds it. Whatever runs between two lines, no tensor is in two
+# places: a list is popped from and appended to, each at once, and never copied; one that another
+# thread replaced is freed with what it holds.
 _kept: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
 
 

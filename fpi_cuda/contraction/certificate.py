@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._torch import FORWARD_HOOKS, hooked
 from ..forms.activations import SLOPES, steepest
 from ..modules import Binding, bindable
 from ..steps import ConvStep, DenseEnergy, DenseStep, GradientStep, NeuralStep
@@ -361,7 +362,7 @@ def _part(module: nn.Module) -> _Chain | None:
 
 def _is(module: object, kind: type[Module]) -> TypeGuard[Module]:
     """Of just that type, parametrised or not: a subclass or a hook may do anything."""
-    if not isinstance(module, kind) or module._forward_hooks or module._forward_pre_hooks:
+    if not isinstance(module, kind) or hooked(module, FORWARD_HOOKS):
         return False
     return parametrize.type_before_parametrizations(module) is kind
 

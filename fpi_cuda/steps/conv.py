@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._check import check_activation, check_residual, check_sizes
+from .._torch import FORWARD_HOOKS, hooked
 from ..forms import ACTIVATIONS, ConvForm
 
 __all__ = ["ConvStep"]
@@ -155,7 +156,7 @@ class ConvStep(nn.Module):
                 f"ConvStep: z must have the weights' dtype, {self.input_weight.dtype} (got "
                 f"{z.dtype}); convert it, or the step"
             )
-        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in (first, *rest)):
+        if any(hooked(layer, FORWARD_HOOKS) for layer in (first, *rest)):
             raise RuntimeError(
                 "ConvStep: hooks of a layer never run, since its weight is used without it (older "
                 "spectral_norm and weight_norm and torch's pruning are such hooks); use "
