@@ -1,8 +1,8 @@
 """Every name of torch that torch does not promise to keep, each with the reason for its use.
 
 The rest of the package takes them from here. `tests/test_torch_names.py` checks, under each torch
-that is supported, that a name exists and does what it is used for. "No public one" is said of
-torch up to 2.14.
+that is supported, that a name exists and does what it is used for. Where no other reason stands,
+torch up to 2.14 has no public name for it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterable
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,59 +26,49 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["TorchDispatchMode", "tree_leaves", "tree_map"]
 
-# ---- derivatives ----
+# ---- derivatives: torch.func and forward mode tell no caller of their levels ----
 
+_functorch = torch._C._functorch
 
-def transforming() -> bool:
-    """Whether a torch.func transform (grad, vmap, ...) is running. No public one."""
-    return bool(torch._C._are_functorch_transforms_active())
+# Whether a torch.func transform (grad, vmap, ...) is running.
+transforming = torch._C._are_functorch_transforms_active
+# Whether a transform wraps a tensor, whether the outermost wrapper is vmap's, and what it holds.
+wrapped = _functorch.is_functorch_wrapped_tensor
+mapped = _functorch.is_batchedtensor
+unwrapped = _functorch.get_unwrapped
 
 
 def forward_mode() -> bool:
-    """Whether a level of forward-mode derivatives is open. No public one.
+    """Whether a level of forward-mode derivatives is open.
 
-    Only a node can refuse a tangent, so there must be one even where nothing needs gradients.
+    A tensor that carries a tangent may be hidden in g, so looking at the arguments is not enough.
     """
     return forward_ad._current_level >= 0
 
 
-def wrapped(t: Tensor) -> bool:
-    """Whether a torch.func transform wraps t. No public one."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))
-
-
-def mapped(t: Tensor) -> bool:
-    """Whether the outermost wrapper of t is torch.vmap's. No public one."""
-    return bool(torch._C._functorch.is_batchedtensor(t))
-
-
-def unwrapped(t: Tensor) -> Tensor:
-    """What the outermost wrapper of t holds. No public one."""
-    return torch._C._functorch.get_unwrapped(t)
+# autograd.grad(is_grads_batched=True) still runs on the vmap that torch.func's replaced, without
+# its rules. Of a tensor there: whether it is batched, at which level, without the batch, and back.
 
 
 def legacy_batched(v: Any) -> bool:
-    """Whether v is batched by autograd.grad(is_grads_batched=True), which is no transform.
-
-    No public one: that option still runs on the vmap that torch.func's replaced, without its rules.
-    """
-    return isinstance(v, Tensor) and torch._C._functorch.is_legacy_batchedtensor(v)
+    """Whether v is batched so."""
+    return isinstance(v, Tensor) and _functorch.is_legacy_batchedtensor(v)
 
 
 def legacy_level() -> int:
-    """The level of the batch that `is_grads_batched=True` runs under. No public one."""
+    """The level of the batch."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     return level
 
 
 def legacy_unbatched(t: Tensor, level: int) -> Tensor:
-    """The tensor behind t, its batch first. No public one."""
+    """The tensor behind t, its batch first."""
     return torch._remove_batch_dim(t, level, 0, 0)
 
 
 def legacy_rebatched(t: Tensor, level: int) -> Tensor:
-    """The tensor whose first dimension is the batch of this level. No public one."""
+    """The tensor whose first dimension is the batch."""
     return torch._add_batch_dim(t, 0, level)
 
 
@@ -101,28 +92,18 @@ def bind_no_defaults(node: type[Function]) -> None:
 
 # ---- tensors ----
 
-
-def version(t: Tensor) -> int:
-    """How often t was written to. No public one; an inference tensor has none."""
-    return t._version
-
-
-def storage_id(t: Tensor) -> int:
-    """What tells one storage from another: the address of the object, not of its memory.
-
-    The public data_ptr() is 0 for every storage without memory. No public one.
-    """
-    return t.untyped_storage()._cdata  # type: ignore[no-any-return]
-
-
-def copy_all(into: list[Tensor], source: list[Tensor]) -> None:
-    """Copy tensors into others, in few launches on a device. No public one."""
-    torch._foreach_copy_(into, source)
-
-
+# How often a tensor was written to; an inference tensor has no such count.
+version = attrgetter("_version")
+# Copy tensors into others, in few launches on a device.
+copy_all = torch._foreach_copy_
 # What torch.tensor ends in, as a dispatch mode sees it: a constant made just now. Operators under
 # torch.ops.aten are not promised to stay.
 lift_fresh = torch.ops.aten.lift_fresh.default
+
+
+def storage_id(t: Tensor) -> int:
+    """What tells one storage from another; the public data_ptr() is 0 where there is no memory."""
+    return t.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 # ---- operators ----
@@ -159,28 +140,14 @@ FORWARD_HOOKS = (PRE_HOOKS, "_forward_hooks")
 HOOKS = (*FORWARD_HOOKS, "_backward_pre_hooks", "_backward_hooks")
 
 
-def parameters(m: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The module's own parameters, where it keeps them: a change of the dict changes the module."""
-    return m._parameters
-
-
-def buffers(m: nn.Module) -> dict[str, Tensor | None]:
-    """The module's own buffers, likewise."""
-    return m._buffers
-
-
-def children(m: nn.Module) -> dict[str, nn.Module | None]:
-    """The module's own children, likewise."""
-    return m._modules
-
-
-def pre_hooks(m: nn.Module) -> dict[int, Any]:
-    """The hooks that run before the module's forward, likewise. Hooks have no public list."""
-    return m._forward_pre_hooks
+# A module's own; a change of the dict changes the module.
+parameters, buffers, children, pre_hooks = map(
+    attrgetter, (PARAMETERS, BUFFERS, CHILDREN, PRE_HOOKS)
+)
 
 
 def hooked(m: nn.Module, kinds: Iterable[str] = HOOKS) -> bool:
-    """Whether hooks of these kinds stand around the module. No public one."""
+    """Whether hooks of these kinds stand around the module."""
     own = vars(m)
     return any(own.get(kind) for kind in kinds)
 
@@ -213,15 +180,12 @@ def computes_weight(hook: Any) -> bool:
 
 
 def compiled_module(m: Any) -> bool:
-    """Whether m is torch.compile's wrapper of a module. No public one.
-
-    Asking for the wrapper's class, which is private too, would import the compiler.
-    """
+    """Whether m is torch.compile's wrapper; its class, private too, would import the compiler."""
     return hasattr(m, "_orig_mod")
 
 
 def compiled_function(f: Any) -> bool:
-    """Whether torch.compile made the function f. No public one."""
+    """Whether torch.compile made the function f."""
     return hasattr(f, "_torchdynamo_orig_callable")
 
 
@@ -235,7 +199,7 @@ ScriptModule, ScriptFunction = torch.jit.ScriptModule, torch.jit.ScriptFunction
 def end_pool(device: int, pool: Any) -> None:
     """Take a memory pool back from a capture that broke: torch does so only where one ends well.
 
-    No public one. Either half may have been done already, which raises RuntimeError.
+    Either half may have been done already, which raises RuntimeError.
     """
     for forget in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
         with contextlib.suppress(RuntimeError):
@@ -245,6 +209,6 @@ def end_pool(device: int, pool: Any) -> None:
 def clear_cublas_workspaces() -> None:
     """Make cuBLAS take its workspaces anew, from a graph's memory while one is captured.
 
-    No public one, and `torch.cuda.graph` does not do it.
+    `torch.cuda.graph` does not do it.
     """
     torch._C._cuda_clearCublasWorkspaces()

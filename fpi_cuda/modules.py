@@ -98,7 +98,7 @@ class Binding:
         for m in clone.modules():
             for name, p in parameters(m).items():
                 if p is not None:
-                    parameters(m)[name] = params[self._index[id(p)]]  # type: ignore[assignment]
+                    parameters(m)[name] = params[self._index[id(p)]]
         for m in list(clone.modules()):
             _freeze_parametrizations(m)
             renew_flat_weights(m)
