@@ -109,18 +109,15 @@ class Options(NamedTuple):
             raise TypeError(
                 f"fixed_point: adjoint must be an ImplicitAdjoint (got {self.adjoint!r})"
             )
-        for value, (name, allowed) in zip(self[4:], _ALLOWED, strict=True):
-            if value not in allowed:
-                raise ValueError(f"fixed_point: {name} must be one of {allowed} (got {value!r})")
+        _check_one_of("backend", self.backend, BACKENDS)
+        _check_one_of("on_failure", self.on_failure, ("warn", "raise", "return"))
+        _check_one_of("per_sample", self.per_sample, ("auto", True, False))
+        _check_one_of("driver", self.driver, DRIVERS)
 
 
-# The last options, in order.
-_ALLOWED: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("backend", BACKENDS),
-    ("on_failure", ("warn", "raise", "return")),
-    ("per_sample", ("auto", True, False)),
-    ("driver", DRIVERS),
-)
+def _check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"fixed_point: {name} must be one of {allowed} (got {value!r})")
 
 
 def check_parts(

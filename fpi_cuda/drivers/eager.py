@@ -42,7 +42,8 @@ def _solve(direction: Any, because: str) -> Solved:
     options, start = direction.problem.options, direction.start
     evaluate = direction.evaluation()
     because = direction.refused or because
-    direction.measure()
+    if direction.adjoint:
+        direction.measure()
     x, record = iterate(
         evaluate,
         start,

@@ -22,22 +22,20 @@ def solve(direction: Direction, report: Report) -> Outcome:
     """The direction's problem by the first driver that takes it."""
     problem = direction.problem
     with torch.no_grad(), problem.context.full_precision():
-        solved = _drive(direction)
+        because = ""
+        for driver in problem.drivers:
+            support = driver.support(direction, because)
+            if support.run is not None:
+                break
+            because = support.reason or because
+        else:
+            raise AssertionError(f"no driver took the solve: {because}")
+        solved = support.run(direction, because)
         # Under vmap nothing is attached to closure tensors.
         report.closure = direction.seen.closure and problem.batch_dims == 1
         keep = _account(direction, solved, report)
         outputs = direction.outputs(solved.x, keep) if solved.outputs is None else solved.outputs
     return solved.x, keep, outputs
-
-
-def _drive(direction: Direction) -> Solved:
-    because = ""
-    for driver in direction.problem.drivers:
-        support = driver.support(direction, because)
-        if support.run is not None:
-            return support.run(direction, because)
-        because = support.reason or because
-    raise AssertionError(f"no driver took the solve: {because}")
 
 
 def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | None:
