@@ -383,19 +383,11 @@ def anderson_step(
 ) -> None:
     """One Anderson (type II) step of every active row; see `reference.anderson_step`.
 
-    Args:
-        p: the per-sample record; updated.
-        x: iterates, [R, N], contiguous; moved.
-        gx: g(x), [R, N], contiguous; only read.
-        beta: weight of the new value.
-        ridge: λ, relative to the trace of the differences' Gram matrix.
-        restart: growth of the residual that restarts the window.
-        values: g(x) of the window, [B, m, N], contiguous, 1 ≤ m ≤ MAX_HISTORY: a ring by sample.
-        residuals: g(x) − x likewise.
-        gram: d_i · d_j by slot, [B, m, m] in the accumulate dtype; one row of it is refreshed.
+    Here 1 ≤ m ≤ MAX_HISTORY, every tensor is contiguous, and gram holds d_i · d_j by slot,
+    [B, m, m] in the accumulate dtype, of which one row is refreshed.
 
     Raises:
-        ValueError: shapes, dtypes or strides are not those above.
+        ValueError: shapes, dtypes or strides are not those.
     """
     check("anderson_step", x, gx, p)
     _check_window(p, values, residuals, gram)
