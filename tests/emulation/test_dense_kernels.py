@@ -20,6 +20,7 @@ from dense_solves import (  # noqa: F401
     Dense,
     Solver,
     dtype_fixture,
+    ending,
     machine_fixture,
     machine_of,
     plan,
