@@ -208,16 +208,9 @@ class FixedPointIteration(nn.Module):
 
     def forward(self, y: Sequence[Tensor], x0: Sequence[Tensor]) -> Tensors:
         """The fixed point for y, started at x0: a tuple like x0."""
-        return fixed_point_iteration(
-            y,
-            x0,
-            self.g,
-            self.forward_cond,
-            self.backward_cond,
-            self.m_anderson,
-            self.eps,
-            self.param,
-        )
+        conditions = self.forward_cond, self.backward_cond
+        given = y, x0, self.g, *conditions, self.m_anderson, self.eps, self.param
+        return fixed_point_iteration(*given)
 
 
 def partial(

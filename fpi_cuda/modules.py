@@ -13,20 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._torch import (
-    BUFFERS,
-    CHILDREN,
-    PARAMETERS,
-    PRE_HOOKS,
-    ScriptModule,
-    buffers,
-    children,
-    compiled_module,
-    computes_weight,
-    parameters,
-    pre_hooks,
-    renew_flat_weights,
-)
+from . import _torch
 
 __all__ = ["Binding", "bindable", "has_stateful_buffers"]
 
@@ -35,15 +22,15 @@ def bindable(g: Any) -> bool:
     """Whether g's own tensors can be taken out: a module of plain Python, and so all in it."""
     return (
         isinstance(g, nn.Module)
-        and not compiled_module(g)  # it calls the module it closed over
-        and not any(isinstance(m, ScriptModule) for m in g.modules())
+        and not _torch.compiled_module(g)  # it calls the module it closed over
+        and not any(isinstance(m, _torch.ScriptModule) for m in g.modules())
     )
 
 
 def has_stateful_buffers(g: Any) -> bool:
     """Whether a training call of g may move a buffer (batch norm, spectral norm)."""
     return isinstance(g, nn.Module) and any(
-        m.training and any(b is not None for b in buffers(m).values()) for m in g.modules()
+        m.training and any(b is not None for b in _torch.buffers(m).values()) for m in g.modules()
     )
 
 
@@ -63,7 +50,7 @@ class Binding:
         self._index: dict[int, int] = {}
         self.params: list[Tensor] = []
         for m in module.modules():
-            for p in parameters(m).values():
+            for p in _torch.parameters(m).values():
                 if p is not None and id(p) not in self._index:
                     self._index[id(p)] = len(self.params)
                     self.params.append(p)
@@ -96,12 +83,12 @@ class Binding:
         clone = _clone(self._template, {})
         _map_buffers(clone, lambda b: b.clone())
         for m in clone.modules():
-            for name, p in parameters(m).items():
+            for name, p in _torch.parameters(m).items():
                 if p is not None:
-                    parameters(m)[name] = params[self._index[id(p)]]
+                    _torch.parameters(m)[name] = params[self._index[id(p)]]
         for m in list(clone.modules()):
             _freeze_parametrizations(m)
-            renew_flat_weights(m)
+            _torch.renew_flat_weights(m)
         return clone
 
 
@@ -112,11 +99,11 @@ def _clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     clone = object.__new__(type(module))
     memo[id(module)] = clone
     clone.__dict__.update(module.__dict__)
-    for name in (PARAMETERS, BUFFERS, PRE_HOOKS):
+    for name in (_torch.PARAMETERS, _torch.BUFFERS, _torch.PRE_HOOKS):
         clone.__dict__[name] = module.__dict__[name].copy()
-    clone.__dict__[CHILDREN] = {
+    clone.__dict__[_torch.CHILDREN] = {
         name: None if child is None else _clone(child, memo)
-        for name, child in children(module).items()
+        for name, child in _torch.children(module).items()
     }
     return clone
 
@@ -124,22 +111,22 @@ def _clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
 def _map_buffers(module: nn.Module, f: Callable[[Tensor], Tensor]) -> None:
     memo: dict[int, Tensor] = {}
     for m in module.modules():
-        for name, b in buffers(m).items():
+        for name, b in _torch.buffers(m).items():
             if b is not None:
                 if id(b) not in memo:
                     memo[id(b)] = f(b)
-                buffers(m)[name] = memo[id(b)]
+                _torch.buffers(m)[name] = memo[id(b)]
 
 
 def _freeze_parametrizations(module: nn.Module) -> None:
     """Replace computed tensors (spectral norm, weight norm) by their value, differentiably."""
-    if "parametrizations" in children(module):
+    if "parametrizations" in _torch.children(module):
         names = list(module.parametrizations.keys())  # type: ignore[operator, union-attr]
         values = {name: getattr(module, name) for name in names}
         module.__class__ = type(module).__bases__[0]  # the class before it was parametrised
-        del children(module)["parametrizations"]
-        parameters(module).update(values)
-    for key, hook in list(pre_hooks(module).items()):
-        if computes_weight(hook):
+        del _torch.children(module)["parametrizations"]
+        _torch.parameters(module).update(values)
+    for key, hook in list(_torch.pre_hooks(module).items()):
+        if _torch.computes_weight(hook):
             hook(module, ())
-            del pre_hooks(module)[key]
+            del _torch.pre_hooks(module)[key]

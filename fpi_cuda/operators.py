@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ._torch import (
-    bind_no_defaults,
-    legacy_batched,
-    legacy_level,
-    legacy_rebatched,
-    legacy_unbatched,
-    transforming,
-)
+from . import _torch
 from .modules import Binding, bindable
 
 __all__ = ["inner_product", "partial"]
@@ -61,7 +54,7 @@ def partial(r: Scalar, *s: Tensor, which: Sequence[int] | None = None) -> tuple[
                 f"partial: s[{i}] must be floating to be differentiated (got {s[i].dtype}); "
                 "convert it, or leave its position out of `which`"
             )
-    if not (torch.is_grad_enabled() or transforming()):
+    if not (torch.is_grad_enabled() or _torch.transforming()):
         return _value(r, which, s)
     if bindable(r):
         binding, n = Binding(r), len(s)  # type: ignore[arg-type]
@@ -116,7 +109,7 @@ def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor
 
 def partial_bound(r: Scalar, which: Sequence[int], *s: Tensor) -> tuple[Tensor, ...]:
     """`partial` for an r whose every tensor is in s, without its checks of s."""
-    graph = torch.is_grad_enabled() or transforming()
+    graph = torch.is_grad_enabled() or _torch.transforming()
     out = _Partial.apply(r, tuple(which), _Tape(keep=graph), *s)  # type: ignore[no-untyped-call]
     return out  # type: ignore[no-any-return]
 
@@ -133,9 +126,9 @@ def vjp(y: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
 
 def over_legacy_batch(backward: Callable[..., tuple[Any, ...]], *v: Tensor) -> tuple[Any, ...]:
     """Run a backward under torch.func.vmap, which has batching rules for everything in it."""
-    level = legacy_level()
-    whole = [legacy_unbatched(t, level) if legacy_batched(t) else t for t in v]
-    dims = tuple(0 if legacy_batched(t) else None for t in v)
+    level = _torch.legacy_level()
+    whole = [_torch.legacy_unbatched(t, level) if _torch.legacy_batched(t) else t for t in v]
+    dims = tuple(0 if _torch.legacy_batched(t) else None for t in v)
     found: list[int] = []
 
     def one(*v: Tensor) -> tuple[Tensor, ...]:
@@ -147,7 +140,7 @@ def over_legacy_batch(backward: Callable[..., tuple[Any, ...]], *v: Tensor) -> t
     mapped = torch.func.vmap(one, in_dims=dims)(*whole)
     out: list[Any] = [None] * found[-1]
     for i, g in zip(found, mapped, strict=False):
-        out[i] = legacy_rebatched(g, level)
+        out[i] = _torch.legacy_rebatched(g, level)
     return tuple(out)
 
 
@@ -198,7 +191,7 @@ class _Partial(Function):
 
     @staticmethod
     def backward(ctx: Any, *delta: Tensor) -> tuple[Any, ...]:
-        if any(legacy_batched(d) for d in delta):
+        if any(_torch.legacy_batched(d) for d in delta):
             return over_legacy_batch(lambda *d: _Partial.backward(ctx, *d), *delta)
         s, r, which, tape = ctx.saved_tensors, ctx.r, ctx.which, ctx.tape
         n = len(delta)
@@ -211,7 +204,7 @@ class _Partial(Function):
             return _sum(torch.sum(d * g) for d, g in zip(q[:n], outputs, strict=True))
 
         grads: Sequence[Tensor | None]
-        if transforming() or tape.leaves is None:
+        if _torch.transforming() or tape.leaves is None:
             grads = partial_bound(eta, tuple(n + i for i in need), *delta, *s)
         elif not torch.is_grad_enabled():
             grads = _through(tape, delta, need)
@@ -254,7 +247,7 @@ class _Partial(Function):
         return partial_bound(total, which, *batched), (0,) * len(which)
 
 
-bind_no_defaults(_Partial)
+_torch.bind_no_defaults(_Partial)
 
 
 def _through(tape: _Tape, delta: Sequence[Tensor], need: Sequence[int]) -> list[Tensor | None]:

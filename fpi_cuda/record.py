@@ -136,22 +136,21 @@ class Progress:
             return torch.arange(len(self.counters), device=self.counters.device)
         return self.index
 
+    def _active(self) -> Tensor:
+        """[R]: whether the sample that a row holds still iterates."""
+        status = self.counters[:, STATUS]
+        return (status if self.index is None else status.index_select(0, self.index)) == ACTIVE
+
     def active_rows(self) -> Tensor:
         """Positions of the rows whose samples still iterate, ascending."""
-        status = self.counters[:, STATUS]
-        if self.index is not None:
-            status = status.index_select(0, self.index)
-        return (status == ACTIVE).nonzero().reshape(-1)
+        return self._active().nonzero().reshape(-1)
 
     def first_rows(self, count: int) -> Tensor:
         """That many positions, those of active rows first: where the host knows no exact number.
 
         Ascending among the active, and no wait for the device; count is at least their number.
         """
-        status = self.counters[:, STATUS]
-        if self.index is not None:
-            status = status.index_select(0, self.index)
-        return (status != ACTIVE).argsort(stable=True)[:count]
+        return self._active().argsort(descending=True, stable=True)[:count]
 
     def narrow(self, positions: Tensor) -> None:
         """From now on the rows are those at these positions."""

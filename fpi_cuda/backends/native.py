@@ -155,17 +155,10 @@ def dense_solve(
     out, counters, scalars, tally, _, *rest = _record(p)
     _dense_solve(
         *(x0, out, counters, scalars, tally, *rest),
-        *(beta, ridge, restart, history, weight),
-        _dense(form.u),
-        CODES[form.activation],
-        float(form.residual),
-        _dense(_scale(form, x0)),
-        hidden_weight,
-        _dense(form.hidden_u),
-        CODES[form.hidden_activation],
-        _dense(form.hidden_scale),
-        tf32,
-        slots,
+        *(beta, ridge, restart, history),
+        *(weight, _dense(form.u), CODES[form.activation], float(form.residual)),
+        *(_dense(_scale(form, x0)), hidden_weight, _dense(form.hidden_u)),
+        *(CODES[form.hidden_activation], _dense(form.hidden_scale), tf32, slots),
     )
 
 

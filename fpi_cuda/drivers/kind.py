@@ -30,18 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._torch import (
-    HOOKS,
-    OPERATOR_MODULES,
-    ScriptFunction,
-    ScriptModule,
-    buffers,
-    children,
-    compiled_function,
-    global_hooks,
-    parameters,
-    version,
-)
+from .. import _torch
 
 __all__ = ["Unseen", "owner_of", "precision", "python_values"]
 
@@ -123,12 +112,12 @@ _CONSTANT = (
     *(types.GenericAlias, types.UnionType, types.MethodDescriptorType, types.WrapperDescriptorType),
     *(types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-    *(ScriptFunction, type(_Two.a)),
+    *(_torch.ScriptFunction, type(_Two.a)),
 )
 _EXACT = frozenset({bool, int, bytes, type(None)})
 _BASES = (int, float, complex, str, bytes)  # of classes that add attributes to a number or a string
 # Classes of objects that are code too, by the modules that define them.
-_OPERATORS = OPERATOR_MODULES | {"triton.runtime.jit", "typing"}
+_OPERATORS = _torch.OPERATOR_MODULES | {"triton.runtime.jit", "typing"}
 _LIBRARIES = frozenset({"torch", "numpy", "einops", "fpi_cuda"})  # beside Python's own
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__)
 _CALLED = ("forward", "backward", "setup_context", "__getattr__")  # without being named
@@ -196,7 +185,7 @@ class _Look:
     def everything(self, g: Any) -> Any:
         """What g can read."""
         found, before = (
-            (self._at("g", g), self._at("a hook of all modules", global_hooks())),
+            (self._at("g", g), self._at("a hook of all modules", _torch.global_hooks())),
             (0, 0),
         )
         while before != (now := (len(self._owners), len(self._names))):
@@ -289,7 +278,7 @@ class _Look:
             return "tensor"
         if t.numel() <= 64:  # Python may read it, by tolist()
             return "values", t.dtype, t.shape, repr(t.detach().tolist())
-        return "tensor on the host", t.data_ptr(), version(t)
+        return "tensor on the host", t.data_ptr(), _torch.version(t)
 
     @staticmethod
     def _parts(value: Any) -> Sequence[tuple[Any, Any]] | None:
@@ -339,15 +328,15 @@ class _Look:
         )
 
     def _module(self, m: nn.Module) -> Any:
-        if isinstance(m, ScriptModule):
+        if isinstance(m, _torch.ScriptModule):
             raise self._compiled("torch.jit")
         self._class(type(m))
         own = vars(m)
         found: list[Any] = [weakref.ref(type(m)), m.training]  # a method may close over m
-        for tensors in (parameters(m), buffers(m)):  # their values come by themselves
+        for tensors in (_torch.parameters(m), _torch.buffers(m)):  # their values come by themselves
             found += [(name, None if t is None else self._meet(t)) for name, t in tensors.items()]
-        found += [(name, self._at("." + name, child)) for name, child in children(m).items()]
-        for kept in HOOKS:
+        found += [(name, self._at("." + name, child)) for name, child in _torch.children(m).items()]
+        for kept in _torch.HOOKS:
             if hooks := own.get(kept):
                 place = f"a hook of {self.place()}"
                 found.append((kept, *((k, self._at(place, hook)) for k, hook in hooks.items())))
@@ -381,7 +370,7 @@ class _Look:
                 self._members.append((owner.__name__, name, found))
 
     def _function(self, f: FunctionType) -> Any:
-        if compiled_function(f):
+        if _torch.compiled_function(f):
             raise self._compiled("torch.compile")
         of_library = _of_library(f.__globals__.get("__name__"))
         if of_library and not f.__closure__:

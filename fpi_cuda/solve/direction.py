@@ -119,7 +119,7 @@ class Direction:
         problem = self.problem
         if problem.batch_dims != 1:
             return None
-        return PerSample(problem.options.per_sample, problem.map.user.g)
+        return PerSample(problem.options.per_sample, problem.map.root)
 
     def _limits(self) -> Limits:
         """The stop rule."""

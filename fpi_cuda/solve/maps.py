@@ -28,18 +28,14 @@ class Map:
         n_states: how many of those are shaped like the state, and so are mapped wherever it is.
         form_dim: dimensions of the states for which the map may have a form; 0: it never has one.
         g: the user's, for a map that is no more than that; else None.
-        user: the map of the user's g that this one is made of.
+        root: the user's g that the map is made of.
     """
 
     n_inputs: int
     n_states = 0
     form_dim = 0
     g: Any = None
-
-    @property
-    def user(self) -> UserMap:
-        """See above."""
-        raise NotImplementedError
+    root: Any
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
         """The map with its shared tensors put in."""
@@ -72,15 +68,11 @@ class UserMap(Map):
         pack: Callable[[Any], Tensor],
         unpack: Callable[[Tensor], Any],
     ) -> None:
-        self.g, self.n_inputs, self.n_params = g, n_inputs, n_params
+        self.g = self.root = g
+        self.n_inputs, self.n_params = n_inputs, n_params
         self.pack, self.unpack = pack, unpack
         self.binding = Binding(g) if bindable(g) else None  # type: ignore[arg-type]
         self.form_dim = getattr(g, "form_dim", 0)
-
-    @property
-    def user(self) -> UserMap:
-        """Itself."""
-        return self
 
     @property
     def own(self) -> Sequence[Tensor]:
@@ -124,13 +116,8 @@ class TransposedMap(Map):
     n_states = 2
 
     def __init__(self, inner: Map) -> None:
-        self.inner = inner
+        self.inner, self.root = inner, inner.root
         self.n_inputs = 2 + inner.n_inputs
-
-    @property
-    def user(self) -> UserMap:
-        """Of the map that it transposes."""
-        return self.inner.user
 
     def mapped(self, dims: Sequence[int | None]) -> Map:
         """Of the map that it transposes, transposed."""
@@ -158,12 +145,8 @@ class VmappedMap(Map):
     """torch.vmap of a map; see `Map.mapped`."""
 
     def __init__(self, inner: Map, dims: Sequence[int | None]) -> None:
-        self.inner, self.dims, self.n_inputs = inner, tuple(dims), inner.n_inputs
-
-    @property
-    def user(self) -> UserMap:
-        """Of the map that is mapped."""
-        return self.inner.user
+        self.inner, self.root, self.dims = inner, inner.root, tuple(dims)
+        self.n_inputs = inner.n_inputs
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
         """The mapped map at these params."""

@@ -15,15 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._torch import (
-    bind_no_defaults,
-    forward_mode,
-    legacy_batched,
-    mapped,
-    transforming,
-    unwrapped,
-    wrapped,
-)
+from .. import _torch
 from ..operators import over_legacy_batch, partial_bound
 from .direction import Backward, direction_of, masked, stand_in
 from .maps import Map, check_output
@@ -37,7 +29,7 @@ Given = tuple[Tensor, Tensor | None]
 
 def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Report) -> Tensor:
     """The problem solved from x0; x̂ attached to the tensors, and to g's closure tensors once."""
-    transformed = transforming()
+    transformed = _torch.transforming()
     if transformed and _closure_is_transformed(problem.map, x0, tensors):
         raise RuntimeError(
             f"{problem.name}: g must take every tensor that torch.func transforms as an argument "
@@ -45,7 +37,7 @@ def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Repo
         )
     if (
         transformed
-        or forward_mode()
+        or _torch.forward_mode()
         or (problem.context.grad_enabled and any(t.requires_grad for t in tensors))
     ):
         x, keep = FixedPoint.apply(problem, report, None, x0, None, *tensors)  # type: ignore[no-untyped-call]
@@ -113,18 +105,18 @@ class FixedPoint(Function):
         out: list[Tensor | None] = [None] * len(tensors)
         if v is None:
             return (*_NOTHING, None, *out)
-        if legacy_batched(v):  # autograd.grad(is_grads_batched=True)
+        if _torch.legacy_batched(v):  # autograd.grad(is_grads_batched=True)
             return over_legacy_batch(lambda v: FixedPoint.backward(ctx, v, None), v)
         need = [i for i in range(len(tensors)) if ctx.needs_input_grad[FIRST + i]]
-        higher = torch.is_grad_enabled() or transforming()
+        higher = torch.is_grad_enabled() or _torch.transforming()
         if ctx.closure and higher:
             raise RuntimeError(
                 "fixed_point: g captures a tensor that needs gradients, so only first derivatives "
                 "exist; pass it in `inputs` (per sample) or `params` (shared) and take it as an "
                 "argument of g"
             )
-        if transforming() or not bool(keep.all()):
-            if not transforming() and not bool(keep.any()):
+        if _torch.transforming() or not bool(keep.all()):
+            if not _torch.transforming() and not bool(keep.any()):
                 zeros = [torch.zeros_like(t) if i in need else None for i, t in enumerate(tensors)]
                 return (*_NOTHING, torch.zeros_like(x) if ctx.closure else None, *zeros)
             v = masked(v, keep)
@@ -186,7 +178,7 @@ FIRST = 5  # tensors of the map follow so many inputs of the node
 _NOTHING = (None,) * (FIRST - 1)  # the gradients of those before `attached`
 
 
-bind_no_defaults(FixedPoint)
+_torch.bind_no_defaults(FixedPoint)
 
 
 def _higher(
@@ -218,8 +210,8 @@ def _closure_is_transformed(map: Map, x: Tensor, tensors: Sequence[Tensor]) -> b
         y = map(*plain)
     except Exception:
         return False
-    while wrapped(y):
-        if mapped(y) or y.requires_grad:
+    while _torch.wrapped(y):
+        if _torch.mapped(y) or y.requires_grad:
             return True
-        y = unwrapped(y)
+        y = _torch.unwrapped(y)
     return False

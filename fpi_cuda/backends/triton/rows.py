@@ -334,11 +334,6 @@ def launched(p: Progress, x: Tensor) -> tuple[Record, tuple[int, int, int], tupl
     )
 
 
-def acc_of(x: Tensor) -> tl.dtype:
-    """What rows like x are summed in."""
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def aligned(gx: Tensor) -> Tensor:
     """As it is, or a copy that begins at a multiple of 16 bytes.
 
