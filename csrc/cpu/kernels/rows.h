@@ -6,9 +6,13 @@
 
 namespace fpi::FPI_CPU_NAMESPACE {
 
-// x ← x + β (g(x) − x)
+// x ← x + β (g(x) − x). Undamped, a copy: memcpy need not read x from memory to write it.
 template <typename T>
 FPI_HOST_DEVICE void damped_row(T* x, const T* gx, accumulate_t<T> beta, int64_t n) {
+  if (beta == accumulate_t<T>(1)) {
+    memcpy(x, gx, n * sizeof(T));
+    return;
+  }
   for (int64_t i = 0; i < n; ++i) {
     x[i] = static_cast<T>(damped_update(static_cast<accumulate_t<T>>(x[i]),
                                         static_cast<accumulate_t<T>>(gx[i]), beta));
