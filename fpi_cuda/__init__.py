@@ -1,8 +1,5 @@
 """Differentiable fixed-point-iteration layers: x̂ = g(x̂, z; θ), with derivatives of every order."""
 
-import importlib
-from typing import TYPE_CHECKING
-
 from . import _moved, backends, compat, contraction, operators
 from ._build import build_info
 from ._version import __version__
@@ -43,10 +40,4 @@ __all__ = [
     "operators",
 ]
 
-if not TYPE_CHECKING:  # else no misspelt name would be an error to a type checker
-
-    def __getattr__(name):
-        """A module that moved, by its old name."""
-        if (path := f"{__name__}.{name}") in _moved.MOVED:
-            return importlib.import_module(path)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_moved.hand_on()

@@ -6,7 +6,7 @@ import importlib
 import sys
 import warnings
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 MOVED = {
@@ -33,8 +33,32 @@ class _Finder:
     @staticmethod
     def exec_module(module: ModuleType) -> None:
         old, new = module.__name__, MOVED[module.__name__]
-        warnings.warn(f"{old} is {new} now; the old name will go", DeprecationWarning, stacklevel=2)
+        frame = sys._getframe()  # up to the line that asks, past the machinery of imports
+        while frame.f_back and _passes_on(frame):
+            frame = frame.f_back
+        warnings.warn_explicit(
+            f"{old} is {new} now; the old name will go",
+            DeprecationWarning,
+            frame.f_code.co_filename,
+            frame.f_lineno,
+            module=frame.f_globals.get("__name__"),
+            registry=frame.f_globals.setdefault("__warningregistry__", {}),
+        )
         sys.modules[old] = importlib.import_module(new)
 
 
-sys.meta_path.append(_Finder)
+def _passes_on(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == __file__ or "importlib" in frame.f_code.co_filename
+
+
+def hand_on() -> None:
+    """Let moved modules be found by old paths, and as members of packages by old names."""
+    sys.meta_path.append(_Finder)
+    for package in {old.rpartition(".")[0] for old in MOVED}:
+
+        def member(name: str, package: str = package) -> Any:
+            if (path := f"{package}.{name}") in MOVED:
+                return importlib.import_module(path)
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+        sys.modules[package].__getattr__ = member  # type: ignore[method-assign]

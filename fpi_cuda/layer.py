@@ -44,10 +44,14 @@ class FixedPointLayer(nn.Module):
         True
     """
 
-    solver: Solver
-    adjoint: ImplicitAdjoint
+    solver: Any
+    adjoint: Any
     tolerance: Tolerance
     max_iterations: int
+    backend: str
+    on_failure: str
+    per_sample: bool | str
+    driver: str
     last: Solution | None
 
     def __init__(

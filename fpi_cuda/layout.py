@@ -47,8 +47,7 @@ class Layout:
     def state(self, rows: Tensor, batch: torch.Size | tuple[int, ...]) -> Tensor:
         """A view of rows, [R, N], shaped [*batch, *sample]."""
         if self.plain:
-            flat = len(batch) == len(self.sample) == 1  # rows has that shape
-            return rows if flat else rows.view(*batch, *self.sample)
+            return rows.view(*batch, *self.sample)
         lead = len(batch)
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
         t = rows.view(*batch, *(self.sample[d] for d in self.order))

@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -75,7 +75,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Limits(NamedTuple):
+@dataclass(frozen=True)
+class Limits:
     """When a sample stops; see `Tolerance` and `Status`."""
 
     rtol: float
@@ -83,6 +84,11 @@ class Limits(NamedTuple):
     rounding: float  # STALLED only below rounding·‖g(x)‖
     patience: int  # STALLED after this many iterations without a fall by 0.5 %
     max_iterations: int
+
+    @cached_property
+    def values(self) -> tuple[float, float, float, int, int]:
+        """In the order in which the kernels take them."""
+        return self.rtol, self.offset, self.rounding, self.patience, self.max_iterations
 
 
 class Progress:

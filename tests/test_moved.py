@@ -1,6 +1,7 @@
 """What older versions called by other paths is found: modules, attributes, classes in pickles."""
 
 import pickle
+import subprocess
 import sys
 import warnings
 
@@ -73,3 +74,15 @@ def test_a_moved_module_is_an_attribute_too(old, unseen):
 def test_no_other_attribute_is_made_up():
     with pytest.raises(AttributeError, match="'fpi_cuda' has no attribute 'sparse'"):
         _ = fpi_cuda.sparse
+
+
+def test_the_warning_is_at_the_line_that_asks(tmp_path):
+    asking = tmp_path / "asking.py"
+    asking.write_text(
+        "import fpi_cuda\nfrom fpi_cuda import dense\nimport fpi_cuda.conv\n"
+        "fpi_cuda.backends.progress\n"
+    )
+    code = ["-W", "always::DeprecationWarning", str(asking)]
+    run = subprocess.run([sys.executable, *code], check=True, capture_output=True, text=True)
+    for line in (2, 3, 4):
+        assert f"{asking}:{line}: DeprecationWarning" in run.stderr

@@ -1,13 +1,16 @@
 """The route of a solve: solvers, adjoints and drivers are whatever has the methods."""
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
 from tape import problem, tape_fixture  # noqa: F401
 
 from fpi_cuda import DenseStep, FixedPointLayer, ImplicitAdjoint, Picard, Tolerance, fixed_point
+from fpi_cuda._torch import tree_leaves
 from fpi_cuda.drivers import Support, captured, eager, graph
+from fpi_cuda.record import Limits
 from fpi_cuda.solve import direction, node, route
 from fpi_cuda.solve.problem import Report
 
@@ -143,3 +146,16 @@ def test_only_lines_of_the_package_count_as_its_own():
         Picard(beta=5)
     except ValueError as error:
         assert graph._of_this_package(error)
+
+
+def test_torch_func_sees_one_object_where_a_node_takes_a_problem():
+    """A tuple would be walked into by each of its transforms, at each call."""
+    call = node._Call(None, Report())
+    assert tree_leaves(call) == [call]
+
+
+def test_a_record_of_an_older_pickle_loads():
+    """Limits were made without arguments and then filled in."""
+    limits = object.__new__(Limits)
+    vars(limits).update(rtol=0.1, offset=0.0, rounding=0.0, patience=1, max_iterations=2)
+    assert pickle.loads(pickle.dumps(limits)) == limits == Limits(0.1, 0.0, 0.0, 1, 2)

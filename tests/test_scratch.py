@@ -1,7 +1,10 @@
 """CPU memory that is kept between solves."""
 
+import contextlib
+
 import torch
 
+from fpi_cuda import fixed_point
 from fpi_cuda.backends import scratch
 from fpi_cuda.backends.scratch import Scratch
 
@@ -23,3 +26,28 @@ def test_memory_given_back_while_some_is_taken_is_not_in_two_places(monkeypatch)
     monkeypatch.setattr(scratch, "_kept", Meanwhile({kind[:2]: [seeded]}))
     taken = [s.empty(*kind).data_ptr() for s in (first, second, first)]
     assert len(set(taken)) == 3
+
+
+def test_a_solve_on_fake_tensors_leaves_none_of_them_for_the_next(backend):
+    """torch.export runs a layer on tensors without memory before it gives up."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def g(x):
+        return 0.5 * x.tanh() + 1
+
+    shape = (7, 13)  # of no other test: the first solve of a shape makes its memory
+    with contextlib.suppress(Exception), FakeTensorMode():
+        fixed_point(g, torch.zeros(shape), backend=backend)
+    solution = fixed_point(g, torch.zeros(shape), backend=backend, on_failure="raise")
+    torch.testing.assert_close(solution.x, g(solution.x), atol=1e-3, rtol=0)
+
+
+def test_memory_of_a_window_lies_where_the_state_does():
+    before = torch.get_default_device()
+    x0 = torch.zeros(7, 17, device="cpu")
+    torch.set_default_device("meta")
+    try:
+        found = Scratch(x0).empty((7, 5, 17), torch.float32, x0.device)
+    finally:
+        torch.set_default_device(before)
+    assert found.device.type == "cpu"

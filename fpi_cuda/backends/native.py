@@ -88,17 +88,15 @@ def _has(device: str, operator: str) -> bool:
 
 def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
     """See `reference.picard_step`."""
-    _picard_step(x, gx, *_record(p), beta)
+    _picard_step(
+        x, gx, p.out, p.counters, p.scalars, p.tally, p.index, p.floor, *p.limits.values, beta
+    )
 
 
 def anderson_step(p: Progress, x: Tensor, gx: Tensor, *weights_and_window: Any) -> None:
     """See `reference.anderson_step`; refreshes one row of gram."""
-    _anderson_step(x, gx, *_record(p), *weights_and_window)
-
-
-def _record(p: Progress) -> tuple[Any, ...]:
-    """What the step operators take behind x and gx."""
-    return p.out, p.counters, p.scalars, p.tally, p.index, p.floor, *p.limits
+    given = p.out, p.counters, p.scalars, p.tally, p.index, p.floor
+    _anderson_step(x, gx, *given, *p.limits.values, *weights_and_window)
 
 
 def dense_refusal(form: DenseForm, x0: Tensor, history: int) -> str | None:
@@ -152,14 +150,13 @@ def dense_solve(
     weight, hidden_weight = form.weight, form.hidden_weight
     if x0.device.type != "cpu":  # whose kernels pack any strides
         weight, hidden_weight = weight.contiguous(), _dense(hidden_weight)
-    out, counters, scalars, tally, _, *rest = _record(p)
     _dense_solve(
-        *(x0, out, counters, scalars, tally, *rest),
-        *(beta, ridge, restart, history),
-        *(weight, _dense(form.u), CODES[form.activation], float(form.residual)),
-        *(_dense(_scale(form, x0)), hidden_weight, _dense(form.hidden_u)),
-        *(CODES[form.hidden_activation], _dense(form.hidden_scale), tf32, slots),
-    )
+        x0, p.out, p.counters, p.scalars, p.tally, p.floor, *p.limits.values,
+        beta, ridge, restart, history,
+        weight, _dense(form.u), CODES[form.activation], float(form.residual),
+        _dense(_scale(form, x0)), hidden_weight, _dense(form.hidden_u),
+        CODES[form.hidden_activation], _dense(form.hidden_scale), tf32, slots,
+    )  # fmt: skip
 
 
 def _dense(t: Tensor | None) -> Tensor | None:

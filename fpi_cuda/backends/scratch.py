@@ -21,20 +21,29 @@ _kept: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
 
 
 class Scratch:
-    """Uninitialised tensors that return to the pool with this object."""
+    """Uninitialised tensors that return to the pool with this object.
+
+    Args:
+        like: the state that they serve. Where it is of another class (a fake tensor without memory,
+            as torch.export runs), none comes from the pool, and none goes there.
+    """
 
     _mine: Sequence[Tensor] = ()
 
+    def __init__(self, like: Tensor | None = None) -> None:
+        self._keeps = like is None or type(like) is Tensor
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with undefined values: a kept one of just this kind, or a new one."""
-        if device.type != "cpu":
+        if device.type != "cpu" or not self._keeps:
             return torch.empty(shape, dtype=dtype, device=device)
         try:
             t = _kept[shape, dtype].pop()
         except (KeyError, IndexError):
             with torch.inference_mode(False):  # the pool serves later solves of any mode
-                t = torch.empty(shape, dtype=dtype)
-        self._mine = [*self._mine, t]
+                t = torch.empty(shape, dtype=dtype, device=device)
+        if type(t) is Tensor:
+            self._mine = [*self._mine, t]
         return t
 
     def __del__(self) -> None:

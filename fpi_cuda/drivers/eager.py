@@ -131,7 +131,8 @@ def iterate(
     below = evaluate.compact_below
     update = None
     rows_shape = tuple(batch)
-    state = layout.state(x, rows_shape)
+    flat = x0.dim() == 2 and batch_dims == 1  # x itself has the state's shape
+    state = x if flat else layout.state(x, rows_shape)
     while active:
         # Where most of the active samples ended at once, the others are about to: what is left out
         # would be left out of one iteration.
@@ -145,7 +146,7 @@ def iterate(
                 x = x.index_select(0, keep)
                 held = x.shape[0]
                 rows_shape = (held,)
-                state = layout.state(x, rows_shape)
+                state = x if flat else layout.state(x, rows_shape)
         gx = evaluate(state)
         if update is None:
             if not (layout.plain and gx.is_contiguous()):

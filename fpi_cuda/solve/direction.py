@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -125,12 +126,8 @@ class Direction:
         """The stop rule."""
         options, dtype = self.problem.options, self.start.dtype
         size = self.start.shape[self.problem.batch_dims :].numel()
-        root = math.sqrt(size)
-        rtol, atol = options.tolerance.resolve(dtype, adjoint=self.adjoint)
-        rounding = 8 * torch.finfo(dtype).eps * root  # 16 roundings
-        # A fixed count runs to its end, at the rounding level too.
-        patience = options.max_iterations if rtol == atol == 0 else options.solver.patience
-        return Limits(rtol, atol * root, rounding, patience, options.max_iterations)
+        tolerance = options.tolerance.resolve(dtype, adjoint=self.adjoint)
+        return _limits(*tolerance, size, dtype, options.solver.patience, options.max_iterations)
 
     def kept(self, status: Tensor) -> Tensor | None:
         """Bool, shaped like status: the samples whose gradient is not masked; None: all."""
@@ -142,6 +139,17 @@ class Direction:
         if self.floor is not None:  # a NaN that came with the loss goes on
             keep |= ~self.floor.isfinite().view_as(keep)
         return keep
+
+
+@functools.lru_cache(maxsize=64)
+def _limits(
+    rtol: float, atol: float, size: int, dtype: torch.dtype, patience: int, max_iterations: int
+) -> Limits:
+    root = math.sqrt(size)
+    rounding = 8 * torch.finfo(dtype).eps * root  # 16 roundings
+    if rtol == atol == 0:  # a fixed count runs to its end, at the rounding level too
+        patience = max_iterations
+    return Limits(rtol, atol * root, rounding, patience, max_iterations)
 
 
 class Forward(Direction):

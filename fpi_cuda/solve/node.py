@@ -24,7 +24,23 @@ from .route import solve
 
 __all__ = ["attach"]
 
-Given = tuple[Tensor, Tensor | None]
+
+class _Call:
+    """What a node is given beside tensors, as one object: torch.func would walk into tuples.
+
+    Args:
+        problem: what is solved.
+        report: where its record goes.
+        given: x̂ and what is kept, where that is known; None: solve.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        report: Report,
+        given: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
+        self.problem, self.report, self.given = problem, report, given
 
 
 def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Report) -> Tensor:
@@ -40,7 +56,7 @@ def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Repo
         or _torch.forward_mode()
         or (problem.context.grad_enabled and any(t.requires_grad for t in tensors))
     ):
-        x, keep = FixedPoint.apply(problem, report, None, x0, None, *tensors)  # type: ignore[no-untyped-call]
+        x, keep = FixedPoint.apply(_Call(problem, report), x0, None, *tensors)  # type: ignore[no-untyped-call]
     else:  # no node where nothing asks for one
         x, keep, _ = solve(direction_of(problem, x0.detach(), tensors), report)
     if not report.closure:
@@ -54,8 +70,8 @@ def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Repo
         y = check_output(problem.map.bind(plain[n:])(at, *inputs), at)
     # Another tensor than the one g saw: its graph saves that one, and the node's output would then
     # hold itself.
-    given: Given = (x.detach(), keep)
-    return FixedPoint.apply(problem, report, given, x0, y, *tensors)[0]  # type: ignore[no-untyped-call, no-any-return]
+    call = _Call(problem, report, (x.detach(), keep))
+    return FixedPoint.apply(call, x0, y, *tensors)[0]  # type: ignore[no-untyped-call, no-any-return]
 
 
 class FixedPoint(Function):
@@ -63,35 +79,29 @@ class FixedPoint(Function):
 
     @staticmethod
     def forward(
-        problem: Problem,
-        report: Report,
-        given: Given | None,
-        x0: Tensor,
-        attached: Tensor | None,
-        *tensors: Tensor,
+        call: _Call, x0: Tensor, attached: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         """x̂, and the samples whose gradient is kept.
 
         Args:
-            problem: what is solved.
-            report: where its record goes.
-            given: what is returned, where it is known; None: solve.
+            call: what is solved.
             x0: where to start.
             attached: g(x̂) attached to g's closure tensors, or None.
             tensors: those of the map.
         """
-        if given is None:
+        problem = call.problem
+        if call.given is None:
             plain = [t.detach() for t in tensors]
-            x, keep, _ = solve(direction_of(problem, x0.detach(), plain), report)
+            x, keep, _ = solve(direction_of(problem, x0.detach(), plain), call.report)
         else:
-            x, keep = given
+            x, keep = call.given
         if keep is None:
             keep = torch.ones(x.shape[: problem.batch_dims], dtype=torch.bool, device=x.device)
         return x, keep
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.problem, ctx.report, _, _, attached, *tensors = inputs
+        ctx.call, _, attached, *tensors = inputs
         x, keep = output
         ctx.closure = attached is not None
         ctx.mark_non_differentiable(keep)
@@ -100,7 +110,7 @@ class FixedPoint(Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, _: Any) -> tuple[Any, ...]:
-        problem: Problem = ctx.problem
+        problem: Problem = ctx.call.problem
         x, keep, *tensors = ctx.saved_tensors
         out: list[Tensor | None] = [None] * len(tensors)
         if v is None:
@@ -126,7 +136,7 @@ class FixedPoint(Function):
         c: Tensor | None = None
         with problem.context.full_precision():
             adjoint = problem.options.adjoint.transposed(problem)
-            report = Report(ctx.report)
+            report = Report(ctx.call.report)
             grads: Sequence[Tensor | None]
             if higher:
                 grads = _higher(problem, adjoint, report, x, v, tensors, need)
@@ -146,14 +156,7 @@ class FixedPoint(Function):
 
     @staticmethod
     def vmap(
-        info: Any,
-        in_dims: Any,
-        problem: Problem,
-        report: Report,
-        given: Given | None,
-        x0: Tensor,
-        attached: Any,
-        *tensors: Tensor,
+        info: Any, in_dims: Any, call: _Call, x0: Tensor, attached: Any, *tensors: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         if attached is not None:
             raise RuntimeError(
@@ -166,15 +169,15 @@ class FixedPoint(Function):
 
         dims = list(in_dims[FIRST:])
         moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
-        for i in range(problem.map.n_states):  # part of the state: a slice of its own each
+        for i in range(call.problem.map.n_states):  # part of the state: a slice of its own each
             moved[i], dims[i] = whole(tensors[i], dims[i]), 0
-        batch = problem.mapped([None if d is None else 0 for d in dims])
-        start = whole(x0, in_dims[3])
-        out = FixedPoint.apply(batch, report, None, start, None, *moved)  # type: ignore[no-untyped-call]
+        batch = call.problem.mapped([None if d is None else 0 for d in dims])
+        start = whole(x0, in_dims[1])
+        out = FixedPoint.apply(_Call(batch, call.report), start, None, *moved)  # type: ignore[no-untyped-call]
         return out, (0, 0)
 
 
-FIRST = 5  # tensors of the map follow so many inputs of the node
+FIRST = 3  # tensors of the map follow so many inputs of the node
 _NOTHING = (None,) * (FIRST - 1)  # the gradients of those before `attached`
 
 
@@ -191,7 +194,7 @@ def _higher(
     need: Sequence[int],
 ) -> Sequence[Tensor]:
     """The gradients as nodes of the same two kinds: differentiable again."""
-    c, keep = FixedPoint.apply(adjoint, report, None, v, None, x, v, *tensors)  # type: ignore[no-untyped-call]
+    c, keep = FixedPoint.apply(_Call(adjoint, report), v, None, x, v, *tensors)  # type: ignore[no-untyped-call]
     c = masked(c, keep)
     if not need:
         return ()

@@ -1,6 +1,7 @@
 """One algorithm a file, as a frozen record of its hyper-parameters (`options.Solver`)."""
 
+from ..options import Solver
 from .anderson import Anderson
 from .picard import Mixing, Picard
 
-__all__ = ["Anderson", "Mixing", "Picard"]
+__all__ = ["Anderson", "Mixing", "Picard", "Solver"]

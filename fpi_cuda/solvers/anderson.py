@@ -72,7 +72,7 @@ class Anderson:
         m = self.history
         _, beta, ridge, restart = self.mixing(x.dtype)
         # Rings by sample, not by row: compaction moves no history.
-        scratch = Scratch()
+        scratch = Scratch(x)
         values = scratch.empty((b, m, n), x.dtype, x.device)
         residuals = scratch.empty((b, m, n), x.dtype, x.device)
         gram = scratch.empty((b, m, m), progress.dtype, x.device)

@@ -144,7 +144,7 @@ class Solver:
             **{name: getattr(self, name) for name in ("beta", "ridge", "restart", "tf32", "slots")},
             "multiprocessors": self.blocks,
             "shared_limit": self.limit,
-            **limits._asdict(),
+            **dataclasses.asdict(limits),
         }
         dtype = str(x0.dtype).removeprefix("torch.")
         machine.call(f"dense_solve.{dtype}", arrays, **{k: +v for k, v in numbers.items()})

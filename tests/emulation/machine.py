@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import re
 import subprocess
@@ -134,7 +135,7 @@ class Machine:
         record = {"counters": p.counters, "scalars": p.scalars, "tally": p.tally}
         arrays = {"x": x, "gx": gx, "out": p.out, **record, "index": p.index, "floor": p.floor}
         rows, n = x.shape
-        numbers |= {"rows": rows, "n": n} | p.limits._asdict()
+        numbers |= {"rows": rows, "n": n} | dataclasses.asdict(p.limits)
         self.call(f"{name}.{str(x.dtype).removeprefix('torch.')}", arrays | more, **numbers)
 
     def close(self) -> str:
