@@ -159,3 +159,14 @@ def test_a_record_of_an_older_pickle_loads():
     limits = object.__new__(Limits)
     vars(limits).update(rtol=0.1, offset=0.0, rounding=0.0, patience=1, max_iterations=2)
     assert pickle.loads(pickle.dumps(limits)) == limits == Limits(0.1, 0.0, 0.0, 1, 2)
+
+
+@pytest.mark.parametrize("way", [torch.func.grad, torch.func.jacrev])
+def test_a_closure_tensor_that_needs_gradients_is_refused_by_name_under_torch_func(way):
+    w = torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True)
+
+    def f(z):
+        return fixed_point(lambda x, z: torch.tanh(w * x) + z, z * 0, z).x.square().sum()
+
+    with pytest.raises(RuntimeError, match="needs gradients as an argument under torch.func"):
+        way(f)(problem())

@@ -45,11 +45,10 @@ class _Call:
 
 def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Report) -> Tensor:
     """The problem solved from x0; x̂ attached to the tensors, and to g's closure tensors once."""
-    transformed = _torch.transforming()
+    transformed, must = _torch.transforming(), f"{problem.name}: g must take every tensor that"
     if transformed and _closure_is_transformed(problem.map, x0, tensors):
         raise RuntimeError(
-            f"{problem.name}: g must take every tensor that torch.func transforms as an argument "
-            f"(it captures one); {problem.advice}"
+            f"{must} torch.func transforms as an argument (it captures one); {problem.advice}"
         )
     if (
         transformed
@@ -61,6 +60,11 @@ def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Repo
         x, keep, _ = solve(direction_of(problem, x0.detach(), tensors), report)
     if not report.closure:
         return x  # type: ignore[no-any-return]
+    if transformed:
+        raise RuntimeError(
+            f"{must} needs gradients as an argument under torch.func (it captures one); "
+            f"{problem.advice}"
+        )
     # First derivatives for the closure tensors: the gradient at g(x̂) is c itself (eq. 11).
     plain, n = [t.detach() for t in tensors], problem.map.n_inputs
     at, inputs = x.detach(), plain[:n]
