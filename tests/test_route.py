@@ -168,5 +168,5 @@ def test_a_closure_tensor_that_needs_gradients_is_refused_by_name_under_torch_fu
     def f(z):
         return fixed_point(lambda x, z: torch.tanh(w * x) + z, z * 0, z).x.square().sum()
 
-    with pytest.raises(RuntimeError, match="needs gradients as an argument under torch.func"):
+    with pytest.raises(RuntimeError, match=r"needs gradients .* torch\.func"):
         way(f)(problem())
