@@ -43,11 +43,7 @@ def test_a_solve_on_fake_tensors_leaves_none_of_them_for_the_next(backend):
 
 
 def test_memory_of_a_window_lies_where_the_state_does():
-    before = torch.get_default_device()
-    x0 = torch.zeros(7, 17, device="cpu")
-    torch.set_default_device("meta")
-    try:
+    x0 = torch.zeros(7, 17)
+    with torch.device("meta"):
         found = Scratch(x0).empty((7, 5, 17), torch.float32, x0.device)
-    finally:
-        torch.set_default_device(before)
     assert found.device.type == "cpu"

@@ -99,6 +99,7 @@ class FixedPoint(Function):
             x, keep, _ = solve(direction_of(problem, x0.detach(), plain), call.report)
         else:
             x, keep = call.given
+            call.given = None  # the node keeps the call, and x is about to keep the node
         if keep is None:
             keep = torch.ones(x.shape[: problem.batch_dims], dtype=torch.bool, device=x.device)
         return x, keep
