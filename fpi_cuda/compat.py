@@ -50,8 +50,9 @@ from .adjoint import ImplicitAdjoint
 from .drivers.support import Solved, Support
 from .modules import has_stateful_buffers
 from .options import Options, Solver, Tolerance
-from .record import ACTIVE_ROWS, Limits, Progress
+from .record import ACTIVE_ROWS, NEVER, Progress
 from .solution import FixedPointWarning, warn
+from .solve.independence import samples_of
 from .solve.maps import UserMap
 from .solve.problem import Context, Problem, Report
 from .solvers import Anderson, Picard
@@ -162,11 +163,12 @@ def fixed_point_iteration(
     problem = Problem(
         map=map,
         options=Options(
-            _solver(m_anderson, eps), adjoint, Tolerance(), 1, "auto", "warn", False, "eager"
+            _solver(m_anderson, eps), adjoint, Tolerance(), 1, "auto", "warn", True, "eager"
         ),
         drivers=(_Conditioned(forward_cond),),
         context=Context.here(x0[0].device.type),
         unpack=map.unpack,
+        samples=samples_of(True, g, x0[0]),
         name="compat.fixed_point_iteration",
         advice="pass it in y or param",
     )
@@ -386,10 +388,8 @@ class _Conditioned:
     def _accelerated(options: Options, x: Tensor) -> Callable[..., tuple[Tensor, bool]] | None:
         if isinstance(options.solver, Picard):
             return None
-        # A limit that no sample reaches: the condition alone decides.
-        limits = Limits(rtol=0.0, offset=-1.0, rounding=-1.0, patience=2**30, max_iterations=2**30)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        progress = Progress(rows, limits)
+        progress = Progress(rows, NEVER)  # the condition alone decides
         update = options.solver.start(backends.choose(options.backend, x), progress, rows)
 
         def advance(x: Tensor, gx: Tensor) -> tuple[Tensor, bool]:

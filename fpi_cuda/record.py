@@ -91,6 +91,10 @@ class Limits:
         return self.rtol, self.offset, self.rounding, self.patience, self.max_iterations
 
 
+# Reached by no finite residual, except that one which grows without end is DIVERGED.
+NEVER = Limits(rtol=0.0, offset=-1.0, rounding=-1.0, patience=2**30, max_iterations=2**30)
+
+
 class Progress:
     """Per-sample state of one solve, shared by all backends. A zeroed record is a fresh one.
 

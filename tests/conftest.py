@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import OrderedDict
 
 # Before torch loads OpenMP: threads that wait sleep. By default they spin, which on busy cores
 # costs many times the work, in the processor's time and in wall time.
@@ -17,6 +18,7 @@ from products import perturbed
 from fpi_cuda import backends
 from fpi_cuda.backends import scratch
 from fpi_cuda.drivers import graph
+from fpi_cuda.solve import independence
 
 # "soak" is what `make soak` asks for. No database and no random seed: a run is repeatable.
 hypothesis.settings.register_profile(
@@ -103,6 +105,19 @@ def programs_take_the_cpu(monkeypatch):
 def strict_captures(monkeypatch):
     """A fault of the package's own while it captures a graph is no reason to run eagerly."""
     monkeypatch.setattr(graph, "STRICT", True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    """No test learns from another one's solves whether samples depend on each other."""
+    monkeypatch.setattr(independence, "_kinds", OrderedDict())
+
+
+@pytest.fixture
+def whole_batch(monkeypatch):
+    """per_sample=True leaves no finished sample out: the bits of a product don't change then."""
+    never = independence.Samples(compactable=False, certain=True)
+    monkeypatch.setattr(independence, "INDEPENDENT", never)
 
 
 @pytest.fixture

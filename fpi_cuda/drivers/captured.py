@@ -61,7 +61,7 @@ class Request:
         problem, self.map = direction.problem, direction.map
         self.direction = direction
         options = problem.options
-        self.solver, self.limits = options.solver, direction.limits
+        self.solver, self.limits = direction.solver, direction.limits
         self.backend = backends.choose(options.backend, direction.start)
         self._n, self._m = len(direction.given), self.map.n_params
         params = direction.params
@@ -128,26 +128,28 @@ class Captured:
         x = layout.rows(start).clone()
         floor = x.new_zeros(b, dtype=accumulate_dtype(x.dtype)) if adjoint else None
         self._progress = progress = Progress(x, request.limits, floor)
-        update = request.solver.start(backend, progress, progress.out)
         state = layout.state(x, (b,))
-        made: list[tuple[Any, Evaluation]] = []
+        made: list[tuple[Any, Evaluation, Any]] = []
 
         def prepare() -> None:
             direction = request.around(static)
             direction.floor = floor
             evaluate = direction.evaluation()
-            made[:] = [(direction, evaluate)]
             evaluate.watch(progress)
             x.copy_(layout.rows(start))
             for t in (progress.counters, progress.scalars, progress.tally):
                 t.zero_()
             if floor is not None:
-                torch.linalg.vector_norm(start.reshape(b, -1).to(floor.dtype), dim=1, out=floor)
-                progress.skip(floor == 0, x)
+                floor.copy_(direction.scale())
+                if not direction.coupled:
+                    progress.skip(floor == 0, x)
+            # What a solver keeps is made here, so that every launch begins with it fresh.
+            made[:] = [(direction, evaluate, request.solver.start(backend, progress, progress.out))]
 
         def iterations() -> None:
+            _, evaluate, update = made[0]
             for _ in range(recorder.unroll):  # where none is needed it changes nothing
-                update(x, layout.rows(made[0][1](state)))
+                update(x, layout.rows(evaluate(state)))
 
         def finish() -> None:
             direction = made[0][0]
@@ -165,7 +167,7 @@ class Captured:
         rows = "masked" if made[0][1].masks else "whole batch"
         self.path = f"{backend.NAME}, graph{recorder.note}, {rows}"
         self._launch = recorder.loop(progress.tally, request.limits.max_iterations)
-        self._used = x, update  # the device's own: nothing here reads them again
+        self._used = x, made[0][2]  # the device's own: nothing here reads them again
 
     def __call__(self, given: Sequence[Tensor]) -> tuple[Tensor, Progress, list[Tensor | None]]:
         """Solve; what is returned belongs to the caller."""

@@ -48,7 +48,7 @@ def _solve(direction: Any, because: str) -> Solved:
         evaluate,
         start,
         direction.problem.batch_dims,
-        options.solver,
+        direction.solver,
         evaluate.steps or backends.choose(options.backend, start),
         direction.limits,
         floor=direction.floor,

@@ -37,7 +37,9 @@ def support(direction: Any, because: str) -> Support:
     if not insisted and (direction.map.form_dim != 2 or x0.dim() != 2):
         return _NOT_DENSE
     form = direction.form
-    if isinstance(form, DenseForm):
+    if direction.coupled:
+        lacking = "the batch is one system (per_sample=False)"
+    elif isinstance(form, DenseForm):
         lacking = refusal(form, x0, options.backend, options.solver)
     else:
         lacking = "g is not of dense layers alone"

@@ -15,9 +15,11 @@ from ..backends.native import tf32_wanted
 from ..drivers.eager import Evaluation
 from ..drivers.whole import tf32_allowed
 from ..forms import ConvForm, Form
+from ..options import Solver
 from ..record import MASKED, Limits, accumulate_dtype
+from ..solvers.coupled import Coupled
 from .evaluation import Direct, Linearised, Masked, Seen, convolutions
-from .independence import PerSample
+from .independence import Samples
 from .maps import Map, TransposedMap, UserMap
 from .problem import Problem
 
@@ -36,6 +38,8 @@ class Direction:
         floor: an adjoint's ‖v‖, [B]; skip: bool [B], the samples where that is zero, or None.
         seen: what its evaluations find out.
         refused: why the layers of g are not used, once `form` was asked for.
+        coupled: whether the batch is one system.
+        solver: the algorithm, for such a batch where it is one.
     """
 
     given: Sequence[Tensor]
@@ -47,14 +51,22 @@ class Direction:
     refused = ""
     _looked = False
     _form: Form | None
+    _evaluation: Evaluation | None = None
 
     def __init__(self, problem: Problem, map: Map, start: Tensor, params: Sequence[Tensor]) -> None:
         self.problem, self.map, self.start, self.params = problem, map, start, params
         self.seen = Seen()
         self.limits = self._limits()
+        self.coupled, self.solver = problem.samples.coupled, problem.options.solver
+        if self.coupled:
+            self.solver = Coupled(self.solver, start.shape[problem.batch_dims - 1])
 
     def around(self, given: Sequence[Tensor], params: Sequence[Tensor], map: UserMap) -> Direction:
         """The same solve with other tensors, for a graph: no host looks at its samples."""
+        raise NotImplementedError
+
+    def again(self) -> Direction:
+        """The same solve, from its start."""
         raise NotImplementedError
 
     def measure(self) -> None:
@@ -80,6 +92,11 @@ class Direction:
 
     def evaluation(self) -> Evaluation:
         """What a loop calls: the form where there is one, else the map with its tensors."""
+        if self._evaluation is None:
+            self._evaluation = self._evaluate()
+        return self._evaluation
+
+    def _evaluate(self) -> Evaluation:
         form, problem = self.form, self.problem
         if form is None:
             return self._opaque()
@@ -88,11 +105,11 @@ class Direction:
             if kernels is not None:
                 wanted = tf32_wanted(self.start, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
                 # Anderson's step measures r all the same.
-                norms = problem.options.solver.history == 1
+                norms = self.solver.history == 1
                 tf32 = wanted and tf32_allowed(self.limits)
                 return Masked(self.seen, kernels, form, self.start, tf32=tf32, norms=norms)
         g, inputs = form.opened()  # what does not depend on x stays out of the loop
-        return Direct(problem.context, self.seen, g, inputs, PerSample(True, g))
+        return Direct(problem.context, self.seen, g, inputs, None if self.coupled else LAYERS)
 
     def _layers(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
         problem, dim = self.problem, self.map.form_dim
@@ -115,12 +132,10 @@ class Direction:
         self.refused = f"layers not used: {reason}"
         return None
 
-    def _independence(self) -> PerSample | None:
-        """What is known of whether g treats samples independently; None: don't ask."""
+    def _samples(self) -> Samples | None:
+        """What is known of the samples, where finished ones may be left out; None: they can't be."""
         problem = self.problem
-        if problem.batch_dims != 1:
-            return None
-        return PerSample(problem.options.per_sample, problem.map.root)
+        return None if self.coupled or problem.batch_dims != 1 else problem.samples
 
     def _limits(self) -> Limits:
         """The stop rule."""
@@ -162,6 +177,10 @@ class Forward(Direction):
         self.inputs = inputs
         self.given = [x0, *inputs]
 
+    def again(self) -> Forward:
+        """See `Direction`."""
+        return Forward(self.problem, self.start, self.inputs, self.params)
+
     def around(self, given: Sequence[Tensor], params: Sequence[Tensor], map: UserMap) -> Forward:
         """See `Direction`."""
         x0, *inputs = given
@@ -180,7 +199,7 @@ class Forward(Direction):
         context = self.problem.context
         with context.autocast():
             g = self.map.bind(self.params)
-        return Direct(context, self.seen, g, self.inputs, self._independence())
+        return Direct(context, self.seen, g, self.inputs, self._samples())
 
     def outputs(self, x: Tensor, keep: Tensor | None) -> Sequence[Tensor | None]:
         """None."""
@@ -218,18 +237,37 @@ class Backward(Direction):
         n = inner.n_inputs
         super().__init__(problem, inner, v, tensors[n:])
         self.x, self.v, self.need, self.higher, self.compacting = x, v, need, higher, compacting
+        self._given = problem, x, v, tensors, need
         self.given = [v, x, *tensors[:n]]
         leaves = [t.detach() for t in tensors]  # without their graph
         self._wanted = [leaves[i].requires_grad_() for i in need]
         self._inputs, self._params = leaves[:n], leaves[n:]
         self._y: Tensor | None = None  # g(x̂), attached to the leaves
 
-    def measure(self) -> None:
-        """‖v‖, and the samples where it is zero."""
+    def again(self) -> Backward:
+        """See `Direction`."""
+        return Backward(*self._given, higher=self.higher, compacting=self.compacting)
+
+    def scale(self) -> Tensor:
+        """[B]: what c is measured by beside itself.
+
+        ‖v‖; in a batch that is one system at least its root mean square there, so that a loss on
+        few samples does not ask for digits of what is next to nothing elsewhere.
+        """
         b = self.problem.batch_dims
         rows = self.v.reshape(self.v.shape[:b].numel(), self.v.shape[b:].numel())
-        self.floor = torch.linalg.vector_norm(rows.to(accumulate_dtype(rows.dtype)), dim=1)
-        self.skip = None if bool(self.floor.all()) else self.floor == 0
+        scale = torch.linalg.vector_norm(rows.to(accumulate_dtype(rows.dtype)), dim=1)
+        if not self.coupled or not len(scale):
+            return scale
+        systems = scale.view(-1, self.v.shape[b - 1])
+        least = torch.linalg.vector_norm(systems, dim=1) / math.sqrt(systems.shape[1])
+        return torch.maximum(systems, least[:, None]).view(-1)
+
+    def measure(self) -> None:
+        """Floor, and the samples where v is zero, but in a batch that is one system."""
+        self.floor = self.scale()
+        alone = not self.coupled and not bool(self.floor.all())
+        self.skip = self.floor == 0 if alone else None
 
     def around(self, given: Sequence[Tensor], params: Sequence[Tensor], map: UserMap) -> Backward:
         """See `Direction`."""
@@ -253,7 +291,7 @@ class Backward(Direction):
             g = self.map.bind(self._params)
         evaluate = Linearised(
             *(context, self.seen, g, self.x, self.v, self._inputs),
-            self._independence() if self.compacting else None,
+            self._samples() if self.compacting else None,
             self._unattached if lone else None,
         )
         self._y = evaluate.y
@@ -269,6 +307,9 @@ class Backward(Direction):
         if not self._wanted or y is None or not y.requires_grad:
             return [c, *[None] * len(self._wanted)]
         return [c, *torch.autograd.grad(y, self._wanted, c, allow_unused=True)]
+
+
+LAYERS = Samples(compactable=True, certain=True)
 
 
 def direction_of(problem: Problem, x0: Tensor, tensors: Sequence[Tensor]) -> Direction:

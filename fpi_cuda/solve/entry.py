@@ -14,6 +14,7 @@ from ..modules import has_stateful_buffers
 from ..options import Options
 from ..solution import Solution
 from ..state import check_inputs, state_of
+from .independence import samples_of
 from .maps import UserMap
 from .problem import Context, Problem, Report
 
@@ -39,6 +40,7 @@ def enter(
         drivers=drivers.ORDER[options.driver],
         context=Context.here(packed.device.type),
         unpack=state.unpack,
+        samples=samples_of(options.per_sample, g, packed),
         lipschitz=None if certified is None else float(certified()),
         tuple_state=state.tuple_state,
     )

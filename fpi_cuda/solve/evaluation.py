@@ -14,7 +14,7 @@ from ..forms import ConvForm
 from ..layout import take
 from ..operators import vjp
 from ..record import STATUS, Progress
-from .independence import PerSample
+from .independence import Samples
 from .maps import Bound, check_output
 from .problem import Context
 
@@ -40,13 +40,13 @@ class Direct:
         seen: Seen,
         g: Bound,
         inputs: Sequence[Tensor],
-        per_sample: PerSample | None,
+        samples: Samples | None,
     ) -> None:
         self.context, self.seen, self.g, self.inputs = context, seen, g, inputs
-        self.per_sample = per_sample
+        self.samples = samples
         # On a device a smaller batch costs a dozen launches, and a small one saves no time.
         below = 0.8 if context.device_type == "cpu" else 0.5
-        self.compact_below = 0.0 if per_sample is None or per_sample.known is False else below
+        self.compact_below = 0.0 if samples is None or samples.compactable is False else below
         self.first = True
         self.wide = context.autocast_dtype is None
 
@@ -77,14 +77,14 @@ class Direct:
         return gx.detach()
 
     def select(self, positions: Tensor, x: Tensor) -> Direct | None:
-        assert self.per_sample is not None
+        assert self.samples is not None
         inputs = [take(t, positions) for t in self.inputs]
-        part = Direct(self.context, self.seen, self.g, inputs, self.per_sample)
+        part = Direct(self.context, self.seen, self.g, inputs, self.samples)
         part.first = False
-        if self.per_sample.known is None:
+        if self.samples.compactable is None:
             whole = self(x).index_select(0, positions)
             dtype = self.context.autocast_dtype
-            if not self.per_sample.learn(lambda: part(x.index_select(0, positions)), whole, dtype):
+            if not self.samples.learn(lambda: part(x.index_select(0, positions)), whole, dtype):
                 return None
         return part
 
@@ -103,13 +103,13 @@ class Linearised:
         x: Tensor,
         v: Tensor,
         inputs: Sequence[Tensor],
-        per_sample: PerSample | None,
+        samples: Samples | None,
         unattached: Callable[[], Bound] | None = None,
     ) -> None:
         self.context, self.seen, self.g, self.inputs, self.v = context, seen, g, inputs, v
-        self.per_sample = per_sample
+        self.samples = samples
         # A smaller batch costs one more linearisation: it must save more than that.
-        self.compact_below = 0.0 if per_sample is None or per_sample.known is False else 0.5
+        self.compact_below = 0.0 if samples is None or samples.compactable is False else 0.5
         # Gives g without a path to the params, which smaller linearisations do not need.
         self.unattached = unattached
         seen.calls += 1
@@ -125,7 +125,7 @@ class Linearised:
 
     def select(self, positions: Tensor, c: Tensor) -> Linearised | None:
         del c
-        assert self.per_sample is not None
+        assert self.samples is not None
 
         def rows(t: Tensor) -> Tensor:
             return take(t.detach(), positions)
@@ -135,9 +135,9 @@ class Linearised:
                 self.g, self.unattached = self.unattached(), None
             inputs = [rows(t) for t in self.inputs]
             x, v = rows(self.x), rows(self.v)
-            return Linearised(self.context, self.seen, self.g, x, v, inputs, self.per_sample)
+            return Linearised(self.context, self.seen, self.g, x, v, inputs, self.samples)
 
-        if self.per_sample.known is not None:
+        if self.samples.compactable is not None:
             return smaller()
         made: list[Linearised] = []
 
@@ -146,7 +146,7 @@ class Linearised:
             return made[0].y.detach()
 
         dtype = self.context.autocast_dtype
-        return made[0] if self.per_sample.learn(part, rows(self.y), dtype) else None
+        return made[0] if self.samples.learn(part, rows(self.y), dtype) else None
 
 
 class Masked:

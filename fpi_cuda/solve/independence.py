@@ -1,33 +1,57 @@
-"""Whether g treats the samples of a batch independently, so that finished ones may be left out."""
+"""What is known of whether g treats the samples of a batch independently.
+
+Found out once for each kind of g. A kind is g's code with the types of what it captures, so that a
+lambda made anew in each call is of one kind, and in detail the modules in it, their modes and plain
+values, and the batch's shape.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import weakref
-from collections.abc import Callable
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..forms import structured
 from ..solution import warn
 
-# Found out once a g (and a training state of it); an entry goes with its g.
-_PER_SAMPLE: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
+__all__ = ["Samples", "agree", "samples_of"]
 
 
-class PerSample:
-    """Whether finished samples may be left out of the batch given to one g."""
+class Samples:
+    """The samples of the batches that one kind of g is given.
 
-    def __init__(self, setting: bool | str, g: Any) -> None:
-        self.known: bool | None = None if setting == "auto" else bool(setting)
-        self._g = g
-        if self.known is not None:
-            return
-        modules = g.modules() if isinstance(g, torch.nn.Module) else ()
-        self._key = tuple(m.training for m in modules)
-        with contextlib.suppress(TypeError):  # g takes no weak reference: look each time
-            self.known = _PER_SAMPLE.get(g, {}).get(self._key)
+    Attributes:
+        coupled: whether they depend on each other, so that the batch is one system.
+        compactable: whether finished ones may be left out of it; None: not known yet.
+        suspect: whether something has happened that is to be looked into after the solve.
+        probed: whether g was once given other neighbours, to see whether they matter.
+    """
+
+    def __init__(
+        self, *, coupled: bool = False, compactable: bool | None = None, certain: bool = False
+    ) -> None:
+        self.coupled, self.compactable = coupled, compactable
+        self.suspect = self.probed = False
+        self._certain = certain
+        self._solves = [0, 0]
+
+    def due(self, adjoint: bool, failed: int) -> bool:
+        """Whether a solve that has ended is to be looked at; counts it.
+
+        The first four of each direction, those whose number is a power of two, then every 32nd: what
+        comes to depend later is seen after 31 more solves at most. And all with failed samples.
+        """
+        if self._certain or self.coupled:
+            return False
+        n = self._solves[adjoint]
+        self._solves[adjoint] = n + 1
+        seldom = n < 4 or n % PERIOD == 0 or n & (n - 1) == 0
+        return seldom or self.suspect or failed > 0
 
     def learn(self, part: Callable[[], Tensor], whole: Tensor, dtype: torch.dtype | None) -> bool:
         """Compare g on the compacted rows with those rows of g on the whole batch.
@@ -37,28 +61,113 @@ class PerSample:
         try:
             rows = part()
         except Exception:
-            self.known = False
+            self.compactable = False
         else:
-            self.known = self._agree(rows, whole, dtype or whole.dtype)
-        with contextlib.suppress(TypeError):
-            _PER_SAMPLE.setdefault(self._g, {})[self._key] = self.known
-        if not self.known:
+            self.compactable = bool(agree(rows, whole, dtype).all())
+        self.suspect = not self.compactable
+        return self.compactable
+
+    def tell(self, coupled: bool) -> None:
+        """What was found by looking."""
+        suspect, self.suspect = self.suspect, False
+        if coupled:
+            self.coupled = True
             warn(
-                "fpi_cuda: g does not treat the samples of a batch independently (batch norm, "
-                "attention across it, or a captured tensor with the batch dimension?): finished "
-                "samples are frozen but stay in the batch given to g. Pass captured tensors as "
-                "inputs, or per_sample=False to say so and silence this.",
+                "fpi_cuda: the samples of this batch depend on each other through g (batch norm or "
+                "attention across it, or a graph whose nodes are the samples?). It was solved once "
+                "more as one system, as later ones will be: one stop for all, and no sample frozen "
+                "before. Pass per_sample=False to say so in advance.",
                 UserWarning,
             )
-        return self.known
+        elif suspect:
+            warn(
+                "fpi_cuda: g can't be given a part of the batch (does it capture a tensor with the "
+                "batch dimension?), so finished samples are frozen but stay in the batch given to "
+                "it. Pass such tensors as inputs.",
+                UserWarning,
+            )
 
-    @staticmethod
-    def _agree(part: Tensor, whole: Tensor, dtype: torch.dtype) -> bool:
-        eps = max(torch.finfo(part.dtype).eps, torch.finfo(dtype).eps)
-        # A library GEMM's or convolution's rows differ in the last bits with the batch's size.
-        slack = (16 if eps > 1e-5 else 256) * eps
-        part, whole = (t.reshape(len(t), -1).double() for t in (part, whole))
-        scale = torch.maximum(torch.linalg.vector_norm(whole, dim=1), part.new_tensor(1e-300))
-        worst = torch.linalg.vector_norm(part - whole, dim=1) / scale
-        # Rows that hold NaN or Inf say nothing.
-        return not bool((worst > slack).any())
+
+PERIOD = 32
+DEPTH = 4  # to which what g captures is followed
+_KINDS = 256  # the least recently used is forgotten
+_DETAILS = 16  # of a kind; any further ones share one entry
+INDEPENDENT = Samples(compactable=True, certain=True)
+COUPLED = Samples(coupled=True, certain=True)
+
+_kinds: OrderedDict[Any, dict[Any, Samples]] = OrderedDict()
+
+
+def samples_of(setting: bool | str, g: Any, x0: Tensor) -> Samples:
+    """What is known of the samples of x0, [B, ...]; setting: `fixed_point`'s per_sample."""
+    if setting is False:
+        return COUPLED
+    if setting is True or structured(g):
+        return INDEPENDENT
+    if x0.shape[0] < 2:
+        return Samples(compactable=True, certain=True)
+    kind: list[Any] = []
+    details: list[Any] = [x0.shape[0].bit_length(), x0.shape[1:], x0.dtype, x0.device.type]
+    _look(g, kind, details, DEPTH)
+    found = _kinds.setdefault(tuple(kind), {})
+    _kinds.move_to_end(tuple(kind))
+    if len(_kinds) > _KINDS:
+        _kinds.popitem(last=False)
+    key = tuple(details)
+    samples = found.get(key)
+    if samples is None:
+        if len(found) >= _DETAILS:
+            key = None
+        samples = found.setdefault(key, Samples())
+    return samples
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+
+
+def _look(o: Any, kind: list[Any], details: list[Any], depth: int) -> None:
+    """Add what o is: its code and types to kind, values and modules to details."""
+    of = type(o)
+    if of in _PLAIN:
+        details.append(o)
+        return
+    kind.append(of)
+    parts: Iterable[Any] = ()
+    if isinstance(o, nn.Module):
+        details.append(id(o))
+        for m in o.modules():
+            details.extend([v for v in vars(m).values() if type(v) in _PLAIN])
+    elif of is FunctionType:
+        kind.append(o.__code__)
+        parts = (*(o.__defaults__ or ()), *map(_content, o.__closure__ or ()))
+    elif of is MethodType:
+        parts = o.__func__, o.__self__
+    elif of is functools.partial:
+        parts = o.func, *o.args, *o.keywords.values()
+    elif of in (tuple, list):
+        parts = o[:16]
+    elif depth == DEPTH:  # g itself, an object that can be called
+        details.append(id(o))
+    if depth:
+        for part in parts:
+            _look(part, kind, details, depth - 1)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def agree(part: Tensor, whole: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Bool [B]: which rows of g's values are the same but for a library's rounding.
+
+    dtype is autocast's, or None. A library's GEMM or convolution has other last bits in another
+    batch. Rows that hold NaN or Inf say nothing, and count as the same.
+    """
+    eps = max(torch.finfo(part.dtype).eps, torch.finfo(dtype or part.dtype).eps)
+    slack = (16 if eps > 1e-5 else 256) * eps
+    part, whole = (t.reshape(len(t), -1).double() for t in (part, whole))
+    scale = torch.maximum(torch.linalg.vector_norm(whole, dim=1), part.new_tensor(1e-300))
+    return ~(torch.linalg.vector_norm(part - whole, dim=1) / scale > slack)

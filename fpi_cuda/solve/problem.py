@@ -12,6 +12,7 @@ from torch import Tensor
 from ..drivers.support import Driver
 from ..options import Options
 from ..record import Record
+from .independence import Samples
 from .maps import Map
 
 __all__ = ["Context", "Problem"]
@@ -58,6 +59,7 @@ class Problem(NamedTuple):
     drivers: Sequence[Driver]  # in the order in which they are asked
     context: Context
     unpack: Callable[[Tensor], Any]  # the solver's one tensor as the user's state
+    samples: Samples  # whether they depend on each other, as far as is known
     batch_dims: int = 1
     name: str = "fixed_point"
     advice: str = "pass it in `inputs` (per sample) or `params` (shared)"  # a closure tensor

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..drivers.support import Solved
 from ..record import MASKED, Record
 from ..solution import FixedPointError, FixedPointWarning, Solution, warn
+from .coupling import depend
 from .direction import Direction
 from .problem import Problem, Report
 
@@ -19,23 +20,33 @@ Outcome = tuple[Tensor, Tensor | None, Sequence[Tensor | None]]
 
 
 def solve(direction: Direction, report: Report) -> Outcome:
-    """The direction's problem by the first driver that takes it."""
+    """The direction's problem; once more as one system where its samples depend on each other."""
     problem = direction.problem
     with torch.no_grad(), problem.context.full_precision():
-        because = ""
-        for driver in problem.drivers:
-            support = driver.support(direction, because)
-            if support.run is not None:
-                break
-            because = support.reason or because
-        else:
-            raise AssertionError(f"no driver took the solve: {because}")
-        solved = support.run(direction, because)
+        solved = _run(direction)
+        if depend(direction, solved):
+            assert solved.record is not None
+            before = solved.record.evaluations
+            direction = direction.again()
+            solved = _run(direction)
+            assert solved.record is not None
+            solved.record.evaluations += before
         # Under vmap nothing is attached to closure tensors.
         report.closure = direction.seen.closure and problem.batch_dims == 1
         keep = _account(direction, solved, report)
         outputs = direction.outputs(solved.x, keep) if solved.outputs is None else solved.outputs
     return solved.x, keep, outputs
+
+
+def _run(direction: Direction) -> Solved:
+    """By the first driver that takes it."""
+    because = ""
+    for driver in direction.problem.drivers:
+        support = driver.support(direction, because)
+        if support.run is not None:
+            return support.run(direction, because)
+        because = support.reason or because
+    raise AssertionError(f"no driver took the solve: {because}")
 
 
 def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | None:

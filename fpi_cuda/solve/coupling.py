@@ -1,0 +1,76 @@
+"""Whether a solve that took the samples for independent was right: looked at seldom, after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..drivers.support import Solved
+from ..record import Record, Status
+from .direction import Direction
+from .independence import agree
+
+__all__ = ["depend"]
+
+
+def depend(direction: Direction, solved: Solved) -> bool:
+    """Whether samples depend on each other, where this solve is one of those that are looked at.
+
+    It is looked at g on the whole batch of results. Where a CONVERGED sample's residual is not
+    within the tolerance there, and once a kind in any case, g's values for some samples are compared
+    with those beside other neighbours: what the solve started from (an adjoint: zeros).
+    """
+    samples, record = direction.problem.samples, solved.record
+    if record is None or not samples.due(direction.adjoint, record.failed):
+        return False
+    claimed = (record.status == Status.CONVERGED).reshape(-1)
+    if not bool(claimed.any()):
+        return False
+    before = direction.seen.calls
+    found = _depend(direction, solved.x, record, claimed)
+    if not direction.adjoint:  # whose calls of g are its linearisations
+        record.evaluations += direction.seen.calls - before
+    samples.tell(found)
+    return found
+
+
+def _depend(direction: Direction, x: Tensor, record: Record, claimed: Tensor) -> bool:
+    problem, evaluate = direction.problem, direction.evaluation()
+    samples, dims, dtype = problem.samples, problem.batch_dims, problem.context.autocast_dtype
+    b = x.shape[dims - 1]
+
+    def rows(t: Tensor) -> Tensor:
+        return t.reshape(len(claimed), -1)
+
+    y = rows(evaluate(x)).clone()  # g may return the same memory each time
+    met = _met(rows(x), y, record, direction.floor)
+    bits = (b - 1).bit_length()
+    if not samples.suspect and bool((met | ~claimed).all()):
+        bits = 0 if samples.probed else 1
+    samples.probed = True
+    others = torch.zeros_like(x) if direction.adjoint else direction.start
+    number = torch.arange(b, device=x.device)
+    # Any two samples' numbers differ in a bit, so that some mixture holds one's result alone.
+    for bit in range(bits):
+        for which in (0, 1):
+            kept = ((number >> bit) & 1) == which
+            mixed = torch.where(kept.view(b, *(1,) * (x.dim() - dims)), x, others)
+            same = agree(rows(evaluate(mixed)), y, dtype)
+            if bool((~same & claimed & kept.expand(x.shape[:dims]).reshape(-1)).any()):
+                # Unless g is random: that is another fault.
+                return bool(agree(rows(evaluate(x)), y, dtype).all())
+    return False
+
+
+def _met(x: Tensor, y: Tensor, record: Record, floor: Tensor | None) -> Tensor:
+    """Bool [B]: whether the residual of x, [B, N], is within the tolerance; y = g(x)."""
+    limits = record.progress.limits
+    x, y = x.double(), y.double()
+    scale = torch.maximum(x.abs().amax(1, keepdim=True), y.abs().amax(1, keepdim=True))
+    unit = torch.where((scale > 0) & scale.isfinite(), scale, 1)
+    residual = torch.linalg.vector_norm((y - x) / unit, dim=1) * unit[:, 0]
+    value = torch.linalg.vector_norm(y / unit, dim=1) * unit[:, 0]
+    measure = value if floor is None else torch.maximum(value, floor)
+    # The record's is of the iterate before; rounding: in other rows of a product.
+    within = 2 * (limits.offset + limits.rtol * measure) + limits.rounding * value
+    return residual <= within

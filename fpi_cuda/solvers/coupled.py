@@ -1,0 +1,89 @@
+"""Any solver on batches that are one system each: their samples stop, fail and are mixed together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options import Solver
+from ..record import (
+    ACTIVE,
+    ACTIVE_ROWS,
+    FAILED,
+    NEVER,
+    REFERENCE_ITERATION,
+    RING_START,
+    STATUS,
+    Progress,
+    Status,
+)
+from .picard import Update
+
+_CONVERGED, _DIVERGED = Status.CONVERGED + 1, Status.DIVERGED + 1
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """A solver whose systems are so many samples each: x, [S · samples, N], holds S of them.
+
+    Each sample is judged by the stop rule on its own norms, by Picard's operator on a copy of x; a
+    system ends where all of its samples do in the same iteration. It also ends where it holds NaN or
+    Inf, or where its residual as a whole has grown steadily. (One sample's residual may well grow:
+    it is zero until what the others know has arrived.) Until then no sample is frozen. The solver
+    itself moves systems as if each were one sample, so Anderson has one set of weights for all.
+
+    Args:
+        solver: the algorithm.
+        samples: of one system.
+    """
+
+    solver: Solver
+    samples: int
+
+    @property
+    def history(self) -> int:
+        """The solver's."""
+        return self.solver.history
+
+    @property
+    def patience(self) -> int:
+        """The solver's."""
+        return self.solver.patience
+
+    def contraction(self, ring: Tensor, iterations: Tensor) -> Tensor:
+        """[B]: the rate of its system, for every sample."""
+        return self.solver.contraction(ring, iterations)
+
+    def start(self, backend: Any, progress: Progress, x: Tensor) -> Update:
+        """The update `(x, gx) -> None` that moves x [R, N] in place."""
+        samples, n = self.samples, x.shape[1]
+        systems = x.shape[0] // samples
+        whole = (systems, samples * n)
+        joint = Progress(x.view(whole), NEVER)
+        joint.out = progress.out.view(whole)  # written where a system fails as a whole
+        move = self.solver.start(backend, joint, joint.out)
+        judged = torch.empty_like(x)
+        status = progress.counters[:, STATUS].view(systems, samples)
+        since = progress.counters[:, REFERENCE_ITERATION].view(systems, samples)
+        ring = progress.scalars[:, RING_START:].view(systems, samples, -1)
+        joint_status = joint.counters[:, STATUS]
+        joint_since = joint.counters[:, REFERENCE_ITERATION, None]
+        joint_ring = joint.scalars[:, None, RING_START:]
+
+        def update(x: Tensor, gx: Tensor) -> None:
+            judged.copy_(x)
+            backend.picard_step(progress, judged, gx, 1.0)
+            move(x.view(whole), gx.view(whole))
+            least, most = torch.aminmax(status.masked_fill(status == _DIVERGED, ACTIVE), dim=1)
+            ended = torch.maximum(torch.where(least > ACTIVE, most, ACTIVE), joint_status)
+            status.copy_(ended[:, None])
+            joint_status.copy_(ended)
+            since.copy_(joint_since)
+            ring.copy_(joint_ring)
+            progress.tally[ACTIVE_ROWS] = (ended == ACTIVE).sum() * samples
+            progress.tally[FAILED] = (ended > _CONVERGED).sum() * samples
+
+        return update
