@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections import OrderedDict
 
 # Before torch loads OpenMP: threads that wait sleep. By default they spin, which on busy cores
 # costs many times the work, in the processor's time and in wall time.
@@ -110,7 +109,8 @@ def strict_captures(monkeypatch):
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     """No test learns from another one's solves whether samples depend on each other."""
-    monkeypatch.setattr(independence, "_kinds", OrderedDict())
+    for memory in ("_known", "_kinds"):
+        monkeypatch.setattr(independence, memory, {})
 
 
 @pytest.fixture

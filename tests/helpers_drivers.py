@@ -75,7 +75,7 @@ def tanh_calls_fixture(monkeypatch):
 def forward_backward(g, z, **options):
     """x̂ and the gradients of z and of g's parameters."""
     z = z.detach().clone().requires_grad_()
-    layer = FixedPointLayer(g, per_sample=False, **options)
+    layer = FixedPointLayer(g, per_sample=True, **options)
     x = layer(z)
     wanted = [z, *(p for p in g.parameters() if p.requires_grad)]
     return layer.last, [x.detach(), *torch.autograd.grad(x.square().sum(), wanted)]
@@ -110,5 +110,5 @@ class Residual(nn.Module):
 
 def unquiet(g, z, **options):
     z = z.clone().requires_grad_()
-    s = fixed_point(g, torch.zeros_like(z), z, solver=Picard(), per_sample=False, **options)
+    s = fixed_point(g, torch.zeros_like(z), z, solver=Picard(), per_sample=True, **options)
     return s, torch.autograd.grad(s.x.sum(), z)[0]

@@ -87,7 +87,7 @@ class TapeRecorder:
 
 
 @pytest.fixture(name="tape")
-def tape_fixture(monkeypatch):
+def tape_fixture(monkeypatch, whole_batch):
     monkeypatch.setitem(graph.RECORDERS, "cpu", TapeRecorder)
     TapeRecorder.made.clear()
     return TapeRecorder

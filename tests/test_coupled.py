@@ -15,7 +15,6 @@ from fpi_cuda import (
     DenseStep,
     FixedPointLayer,
     FixedPointWarning,
-    ImplicitAdjoint,
     Picard,
     Status,
     Tolerance,
@@ -282,7 +281,9 @@ def test_tuple_states_images_and_low_precision(backend, dtype):
         backend=backend,
     )
     assert t.converged.all()
-    torch.testing.assert_close(t.x, torch.tanh(0.3 * t.x.mean(0) + z), rtol=20 * rtol, atol=20 * atol)
+    torch.testing.assert_close(
+        t.x, torch.tanh(0.3 * t.x.mean(0) + z), rtol=20 * rtol, atol=20 * atol
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 3)])
@@ -317,21 +318,18 @@ def test_auto_finds_it_and_solves_again(name, solver, backend):
 
 @pytest.mark.parametrize("driver", ["eager", "graph"])
 def test_one_that_appears_later_is_found_after_31_solves_at_most(driver, tape):
-    z, w = given("consensus")
-    step = Mixing(lambda x, z, w: torch.tanh(w[0] * x.mean(0, keepdim=True) + 0.2 * x) + z, w)
-    with torch.no_grad():
-        step.w.zero_()
+    z, w = given("chain")
+    step = Mixing(chain, 0 * w)
     layer = FixedPointLayer(step, driver=driver, solver=Picard())
     for _ in range(40):
         layer(z)
     with torch.no_grad():
-        step.w.fill_(0.6)  # in place: nothing but its values tells
-    with pytest.warns(UserWarning, match=FOUND):
-        for solves in range(32):
+        step.w.copy_(w)  # in place: nothing but its values tells
+    with pytest.warns(UserWarning, match=FOUND) as caught:
+        for _ in range(32):
             x = layer(z)
-            if layer.last.iterations.unique().numel() == 1:
+            if caught:
                 break
-    assert solves < 32
     assert (step(x, z) - x).norm(dim=1).max() < 1e-5
 
 
@@ -369,7 +367,7 @@ def test_a_lambda_made_anew_in_each_call_is_of_one_kind(backend):
     z, w = given("consensus")
     with pytest.warns(UserWarning, match=FOUND) as caught:
         for _ in range(5):
-            s = fixed_point(lambda x: consensus(x, z, w), torch.zeros_like(z), backend=backend)
+            fixed_point(lambda x: consensus(x, z, w), torch.zeros_like(z), backend=backend)
     assert len(caught) == 1
     alone = Counter()
 
@@ -381,7 +379,11 @@ def test_a_lambda_made_anew_in_each_call_is_of_one_kind(backend):
     for _ in range(70):
         before = alone["calls"]
         s = solve(
-            lambda x, z: independent(x, z), z, per_sample="auto", backend=backend, solver=Picard()
+            lambda x, z: 1 * independent(x, z),
+            z,
+            per_sample="auto",
+            backend=backend,
+            solver=Picard(),
         )
         counts.append(alone["calls"] - before - int(s.iterations.max()))
     # Beside the iterations and the look at a smaller batch: a look at the result, and once more.

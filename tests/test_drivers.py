@@ -141,7 +141,7 @@ def test_cuda_replays_give_what_the_loop_on_the_device_gives(monkeypatch, solver
 @on_cuda
 def test_cuda_two_forwards_then_two_backwards():
     g = moved(Affine())
-    layer = FixedPointLayer(g, driver="graph", per_sample=False)
+    layer = FixedPointLayer(g, driver="graph", per_sample=True)
     zs = [problem(seed=i).cuda().requires_grad_() for i in range(2)]
     xs = [layer(z) for z in zs]
     found = [
@@ -218,7 +218,7 @@ def test_cuda_host_sync_falls_back_and_leaves_torch_whole():
     z = problem().cuda()
     with pytest.warns(UserWarning, match="it runs eagerly") as caught:
         for _ in range(2):
-            s = fixed_point(g, z * 0, z, driver="graph", per_sample=False)
+            s = fixed_point(g, z * 0, z, driver="graph", per_sample=True)
     assert len(caught) == 1
     assert "eager (" in s.path
     # The stream, the generator and the allocator are out of the capture, and another one works.
@@ -244,7 +244,7 @@ def test_cuda_random_numbers_are_refused():
 @pytest.mark.parametrize("driver", ["eager", "graph"])
 def test_cuda_inside_a_users_capture_raises(driver):
     g, z = moved(Affine()), problem().cuda()
-    fixed_point(g, z * 0, z, driver=driver, per_sample=False)
+    fixed_point(g, z * 0, z, driver=driver, per_sample=True)
     torch.cuda.synchronize()
     with (
         pytest.raises(RuntimeError, match="can't be captured into a CUDA graph"),
@@ -252,7 +252,7 @@ def test_cuda_inside_a_users_capture_raises(driver):
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         warnings.simplefilter("ignore")  # torch: the graph is empty
-        fixed_point(g, z, z, driver=driver, per_sample=False)
+        fixed_point(g, z, z, driver=driver, per_sample=True)
     assert "graph," in forward_backward(g, z, driver="graph")[0].path
 
 
@@ -279,7 +279,7 @@ def test_cuda_graphs_go_with_the_layer_and_give_their_memory_back():
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    layer = FixedPointLayer(moved(Affine(512)), driver="graph", per_sample=False)
+    layer = FixedPointLayer(moved(Affine(512)), driver="graph", per_sample=True)
     layer(problem(2048, 512).cuda()).sum().backward()
     assert torch.cuda.memory_reserved() > before
     del layer

@@ -55,6 +55,7 @@ def test_nonfinite_input_is_that_samples_alone(value, where, backend, solver):
     assert mine[2].tolist() == [0, 0, 0]
 
 
+@pytest.mark.usefixtures("whole_batch")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_nonfinite_g_at_iteration_k_ends_that_sample_there(value, k, backend, solver):
@@ -68,7 +69,7 @@ def test_nonfinite_g_at_iteration_k_ends_that_sample_there(value, k, backend, so
     g.calls = 0
     with pytest.warns(FixedPointWarning, match="1 of 4 samples NONFINITE"):
         solution = fixed_point(
-            g, torch.zeros_like(z), z, solver=solver, backend=backend, per_sample=False
+            g, torch.zeros_like(z), z, solver=solver, backend=backend, per_sample=True
         )
     assert solution.status.tolist() == [0, Status.NONFINITE, 0, 0]
     assert solution.iterations[1] == k

@@ -82,7 +82,7 @@ def test_iterations_may_be_repeated_several_at_a_time(tape, monkeypatch, solver)
     assert s.evaluations % 4 == 0
     options = {"solver": solver, "tolerance": Tolerance(0, 0), "max_iterations": 6}
     few, many = (
-        fixed_point(g, z * 0, z, driver=d, per_sample=False, **options) for d in ("eager", "graph")
+        fixed_point(g, z * 0, z, driver=d, per_sample=True, **options) for d in ("eager", "graph")
     )
     assert torch.equal(few.x, many.x)
     assert many.iterations.tolist() == [6] * 5
@@ -144,7 +144,7 @@ def test_machines_without_a_loop_on_the_device_say_why(monkeypatch):
 
 def test_two_forwards_then_two_backwards(tape):
     g = Affine()
-    layer = FixedPointLayer(g, driver="graph", per_sample=False)  # shared by both calls
+    layer = FixedPointLayer(g, driver="graph", per_sample=True)  # shared by both calls
     zs = [problem(seed=i).requires_grad_() for i in range(2)]
     xs = [layer(z) for z in zs]
     wanted = [(z, *g.parameters()) for z in zs]
@@ -157,7 +157,7 @@ def test_two_forwards_then_two_backwards(tape):
 
 def test_results_are_not_the_graphs_own(tape):
     g = Affine()
-    layer = FixedPointLayer(g, driver="graph", per_sample=False)
+    layer = FixedPointLayer(g, driver="graph", per_sample=True)
     first = layer(problem())
     kept = first.detach().clone()
     record = layer.last
@@ -182,7 +182,7 @@ def optimise(g):
     for kind in (torch.optim.SGD, torch.optim.Adam):  # the optimiser replaced
         optimiser = kind(g.parameters(), lr=1e-2)
         z = problem().requires_grad_()
-        FixedPointLayer(g, driver="graph", per_sample=False)(z).sum().backward()
+        FixedPointLayer(g, driver="graph", per_sample=True)(z).sum().backward()
         optimiser.step()
         optimiser.zero_grad()
 
@@ -226,12 +226,12 @@ def test_moving_the_module_captures_anew(tape):
 
 def test_a_replaced_submodule_captures_anew(tape):
     g = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), nn.Tanh())
-    layer = FixedPointLayer(Residual(g), driver="graph", per_sample=False)
+    layer = FixedPointLayer(Residual(g), driver="graph", per_sample=True)
     layer(problem())
     g[1] = nn.Sigmoid()
     x = layer(problem())
     assert captures() == 2
-    expected = fixed_point(layer.g, torch.zeros(5, 3).double(), problem(), per_sample=False).x
+    expected = fixed_point(layer.g, torch.zeros(5, 3).double(), problem(), per_sample=True).x
     assert torch.equal(x, expected)
 
 
@@ -239,7 +239,7 @@ def test_a_replaced_submodule_captures_anew(tape):
 
 
 def test_graphs_go_with_the_layer(tape):
-    layer = FixedPointLayer(Affine(), driver="graph", per_sample=False)
+    layer = FixedPointLayer(Affine(), driver="graph", per_sample=True)
     layer(problem()).sum().backward()
     assert captures() == 2
     assert all(ref() is not None for ref in TapeRecorder.made)
@@ -252,7 +252,7 @@ def test_the_least_recently_used_graph_goes(tape):
     g = Affine()
 
     def solve(b):
-        fixed_point(g, torch.zeros(b, 3).double(), problem(b), driver="graph", per_sample=False)
+        fixed_point(g, torch.zeros(b, 3).double(), problem(b), driver="graph", per_sample=True)
 
     for b in range(1, graph.MAX_GRAPHS + 1):
         solve(b)
@@ -269,7 +269,7 @@ def test_the_least_recently_used_graph_goes(tape):
 
 
 def test_layers_copy_and_pickle_with_their_driver(tape):
-    layer = FixedPointLayer(Net(), state_shape=(3,), driver="graph", per_sample=False)
+    layer = FixedPointLayer(Net(), state_shape=(3,), driver="graph", per_sample=True)
     z = torch.randn(4, 2, dtype=torch.float64)
     x = layer(z)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -286,7 +286,7 @@ def test_threads_share_a_graph(tape):
 
     def work(i):
         with torch.no_grad():
-            found[i] = FixedPointLayer(g, driver="graph", per_sample=False)(zs[i])
+            found[i] = FixedPointLayer(g, driver="graph", per_sample=True)(zs[i])
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(zs))]
     for t in threads:

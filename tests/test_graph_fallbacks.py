@@ -22,10 +22,10 @@ def fallback(g, match, z=None, **options):
     z = problem() if z is None else z
     with pytest.warns(UserWarning, match=match) as caught:
         for _ in range(2):
-            s = fixed_point(g, torch.zeros_like(z), z, driver="graph", per_sample=False, **options)
+            s = fixed_point(g, torch.zeros_like(z), z, driver="graph", per_sample=True, **options)
     assert len(caught) == 1, [str(w.message) for w in caught]
     assert "eager (" in s.path
-    expected = fixed_point(g, torch.zeros_like(z), z, driver="eager", per_sample=False, **options)
+    expected = fixed_point(g, torch.zeros_like(z), z, driver="eager", per_sample=True, **options)
     assert torch.equal(s.x, expected.x)
 
 
@@ -93,9 +93,9 @@ def test_out_of_memory_is_tried_again(tape, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(TapeRecorder, "record", full)
         with pytest.warns(UserWarning, match="memory could not be allocated"):
-            s = fixed_point(g, z * 0, z, driver="graph", per_sample=False)
+            s = fixed_point(g, z * 0, z, driver="graph", per_sample=True)
         assert "eager" in s.path
-    assert "graph" in fixed_point(g, z * 0, z, driver="graph", per_sample=False).path
+    assert "graph" in fixed_point(g, z * 0, z, driver="graph", per_sample=True).path
 
 
 def test_a_launch_that_fails_is_forgotten(tape, monkeypatch):
@@ -113,7 +113,7 @@ def test_a_launch_that_fails_is_forgotten(tape, monkeypatch):
 
     monkeypatch.setattr(TapeRecorder, "loop", failing)
     g, z = Affine(), problem()
-    options = {"driver": "graph", "per_sample": False}
+    options = {"driver": "graph", "per_sample": True}
     first = fixed_point(g, z * 0, z, **options).x
     with pytest.raises(RuntimeError, match="cudaGraphLaunch"):
         fixed_point(g, z * 0, z, **options)
@@ -122,25 +122,25 @@ def test_a_launch_that_fails_is_forgotten(tape, monkeypatch):
 
 
 def test_a_solve_within_g_falls_back(tape):
-    inner = FixedPointLayer(Affine(), driver="graph", per_sample=False)
+    inner = FixedPointLayer(Affine(), driver="graph", per_sample=True)
 
     def g(x, z):
         return 0.1 * inner(x) + z
 
     with pytest.warns(UserWarning, match="it runs eagerly") as caught:
-        s = fixed_point(g, problem() * 0, problem(), driver="graph", per_sample=False)
+        s = fixed_point(g, problem() * 0, problem(), driver="graph", per_sample=True)
     assert s.converged.all()
     assert caught
-    expected = fixed_point(g, problem() * 0, problem(), driver="eager", per_sample=False).x
+    expected = fixed_point(g, problem() * 0, problem(), driver="eager", per_sample=True).x
     torch.testing.assert_close(s.x, expected)
 
 
 def test_nobody_waits_for_a_capture(tape):
     g, z = Affine(), problem()
     with graph._capturing:
-        s = fixed_point(g, z * 0, z, driver="graph", per_sample=False)
+        s = fixed_point(g, z * 0, z, driver="graph", per_sample=True)
     assert s.path == "native, eager (another solve is being captured), whole batch"
-    assert "graph," in fixed_point(g, z * 0, z, driver="graph", per_sample=False).path
+    assert "graph," in fixed_point(g, z * 0, z, driver="graph", per_sample=True).path
 
 
 def test_a_g_that_is_wrong_says_so(tape):

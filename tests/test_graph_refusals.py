@@ -178,7 +178,7 @@ def test_cuda_numbers_on_the_host_may_change(kept):
     with pytest.warns(UserWarning, match="is on cpu, where a graph would not see its value"):
         for value in (0.5, 0.25, 0.125):
             factor.data.fill_(value)
-            s = fixed_point(g, z * 0, z, params=params, driver="graph", per_sample=False)
+            s = fixed_point(g, z * 0, z, params=params, driver="graph", per_sample=True)
             torch.testing.assert_close(s.x, z / (1 - value), rtol=1e-5, atol=1e-5)
             assert "eager" in s.path
 
@@ -352,7 +352,7 @@ def test_a_class_may_close_over_what_is_made_of_it(base):
 
 def test_a_layer_with_a_config_is_right_after_a_change():
     g = Shifted(Config(), lambda c: c.shift)
-    layer = FixedPointLayer(g, driver="graph", per_sample=False)
+    layer = FixedPointLayer(g, driver="graph", per_sample=True)
     first = layer(problem())
     g.at.shift = 0.4
     assert torch.allclose(layer(problem()) - first, torch.full_like(first, 0.6), atol=1e-4)

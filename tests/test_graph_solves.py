@@ -33,7 +33,7 @@ def test_options_autocast_and_precision_are_part_of_the_kind(tape, monkeypatch):
     def solve(**options):
         before = captures()
         options = {"on_failure": "return", **options}
-        FixedPointLayer(g, driver="graph", per_sample=False, **options)(z)
+        FixedPointLayer(g, driver="graph", per_sample=True, **options)(z)
         return captures() - before
 
     assert solve() == 1
@@ -56,7 +56,7 @@ def test_explicit_params_are_copied_in(tape):
     for seed in range(3):
         for driver, into in (("graph", found), ("eager", expected)):
             w = contraction(3, 0.5, seed).requires_grad_()
-            s = fixed_point(linear, z * 0, z, params=(w,), driver=driver, per_sample=False)
+            s = fixed_point(linear, z * 0, z, params=(w,), driver=driver, per_sample=True)
             into.extend([s.x.detach(), *torch.autograd.grad(s.x.square().sum(), w)])
     same(found, expected)
     assert captures() == 2
@@ -69,8 +69,8 @@ def test_tuple_states_of_other_shapes_are_other_kinds(tape):
     z = torch.ones(4, 1)
     for shapes in (((2,), (3,)), ((3,), (2,))):
         x0 = tuple(torch.zeros(4, *s) for s in shapes)
-        a = fixed_point(g, x0, z, driver="graph", per_sample=False).x
-        b = fixed_point(g, x0, z, driver="eager", per_sample=False).x
+        a = fixed_point(g, x0, z, driver="graph", per_sample=True).x
+        b = fixed_point(g, x0, z, driver="eager", per_sample=True).x
         same(a, b)
     assert captures() == 2
 
@@ -98,7 +98,7 @@ def test_gradient_step(tape):
     g = GradientStep(lambda x, z: 0.5 * (x - z).square().sum(1) + 0.1 * x.cos().sum(1), 0.5)
     z = problem().requires_grad_()
     found, expected = (
-        torch.autograd.grad(fixed_point(g, z * 0, z, driver=d, per_sample=False).x.sum(), z)
+        torch.autograd.grad(fixed_point(g, z * 0, z, driver=d, per_sample=True).x.sum(), z)
         for d in ("graph", "eager")
     )
     same(found, expected)
@@ -115,7 +115,7 @@ def test_channels_last(tape):
     g = Residual(conv)
     z = torch.randn(3, 4, 6, 6).to(memory_format=torch.channels_last)
     found, expected = (
-        fixed_point(g, torch.zeros_like(z), z, driver=d, per_sample=False).x
+        fixed_point(g, torch.zeros_like(z), z, driver=d, per_sample=True).x
         for d in ("graph", "eager")
     )
     assert found.stride() == expected.stride()
@@ -211,7 +211,7 @@ def test_adjoint_failures_are_masked_in_the_graph(tape, failed):
             *(g, z, leaf, k),
             params=(w,),
             driver=driver,
-            per_sample=False,
+            per_sample=True,
             on_failure="return",
             adjoint=ImplicitAdjoint(failed=failed),
         )
@@ -236,7 +236,7 @@ def test_samples_without_a_gradient_cost_nothing(tape):
     grads = []
     for driver in ("graph", "eager"):
         z = problem().requires_grad_()
-        s = fixed_point(g, torch.zeros(5, 3).double(), z, driver=driver, per_sample=False)
+        s = fixed_point(g, torch.zeros(5, 3).double(), z, driver=driver, per_sample=True)
         grads += torch.autograd.grad(s.x[2].sum(), z)
         assert s.adjoint.iterations.tolist().count(0) == 4
     assert torch.equal(*grads)
@@ -264,7 +264,7 @@ def test_higher_orders_and_vmap_run_eagerly(tape):
 
 def test_inference_mode(tape):
     g = Affine()
-    layer = FixedPointLayer(g, driver="graph", per_sample=False)
+    layer = FixedPointLayer(g, driver="graph", per_sample=True)
     with torch.inference_mode():
         inside = layer(problem())
     outside = layer(problem())

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --- the stop rule ---------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("whole_batch")
 @pytest.mark.parametrize("tolerance", [Tolerance(), Tolerance(1e-3, 0), Tolerance(0, 1e-5)])
 def test_each_sample_stops_at_the_first_iterate_whose_residual_passes(backend, solver, tolerance):
     z, w = 10 ** torch.linspace(-3, 2, 5)[:, None] * torch.randn(5, 7), contraction(7, 0.8)
@@ -32,7 +33,7 @@ def test_each_sample_stops_at_the_first_iterate_whose_residual_passes(backend, s
         solver=solver,
         backend=backend,
         tolerance=tolerance,
-        per_sample=False,
+        per_sample=True,
     )
     rtol, atol = tolerance.resolve(torch.float32)
     assert solution.converged.all()
@@ -62,12 +63,11 @@ def test_defaults_by_dtype_are_as_documented():
     assert Tolerance().resolve(torch.float32, adjoint=True) == (1e-4, 0)
 
 
+@pytest.mark.usefixtures("whole_batch")
 def test_counts_are_of_g_and_of_each_samples_part_in_it(backend, solver):
     g = Counter(lambda x, s: s * torch.tanh(x) + 1)
     s = torch.tensor([[0.0], [0.3], [0.9]])
-    solution = fixed_point(
-        g, torch.zeros(3, 1), s, solver=solver, backend=backend, per_sample=False
-    )
+    solution = fixed_point(g, torch.zeros(3, 1), s, solver=solver, backend=backend, per_sample=True)
     assert solution.evaluations == g.calls == solution.iterations.max()
     assert solution.iterations[0] == 2
     assert solution.iterations[1:].min() > 2

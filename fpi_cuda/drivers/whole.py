@@ -37,6 +37,7 @@ def support(direction: Any, because: str) -> Support:
     if not insisted and (direction.map.form_dim != 2 or x0.dim() != 2):
         return _NOT_DENSE
     form = direction.form
+    lacking: str | None
     if direction.coupled:
         lacking = "the batch is one system (per_sample=False)"
     elif isinstance(form, DenseForm):

@@ -16,9 +16,9 @@ __all__ = ["depend"]
 def depend(direction: Direction, solved: Solved) -> bool:
     """Whether samples depend on each other, where this solve is one of those that are looked at.
 
-    It is looked at g on the whole batch of results. Where a CONVERGED sample's residual is not
-    within the tolerance there, and once a kind in any case, g's values for some samples are compared
-    with those beside other neighbours: what the solve started from (an adjoint: zeros).
+    What is looked at is g on the batch of all results. Where a CONVERGED sample's residual is not
+    within the tolerance there, and once a kind in any case, g's values for some samples are
+    compared with those beside other neighbours: what the solve started from (an adjoint: zeros).
     """
     samples, record = direction.problem.samples, solved.record
     if record is None or not samples.due(direction.adjoint, record.failed):
@@ -68,9 +68,9 @@ def _met(x: Tensor, y: Tensor, record: Record, floor: Tensor | None) -> Tensor:
     x, y = x.double(), y.double()
     scale = torch.maximum(x.abs().amax(1, keepdim=True), y.abs().amax(1, keepdim=True))
     unit = torch.where((scale > 0) & scale.isfinite(), scale, 1)
-    residual = torch.linalg.vector_norm((y - x) / unit, dim=1) * unit[:, 0]
+    residual: Tensor = torch.linalg.vector_norm((y - x) / unit, dim=1) * unit[:, 0]
     value = torch.linalg.vector_norm(y / unit, dim=1) * unit[:, 0]
     measure = value if floor is None else torch.maximum(value, floor)
     # The record's is of the iterate before; rounding: in other rows of a product.
-    within = 2 * (limits.offset + limits.rtol * measure) + limits.rounding * value
+    within: Tensor = 2 * (limits.offset + limits.rtol * measure) + limits.rounding * value
     return residual <= within

@@ -57,7 +57,8 @@ class Direction:
         self.problem, self.map, self.start, self.params = problem, map, start, params
         self.seen = Seen()
         self.limits = self._limits()
-        self.coupled, self.solver = problem.samples.coupled, problem.options.solver
+        self.coupled = problem.samples.coupled
+        self.solver: Solver = problem.options.solver
         if self.coupled:
             self.solver = Coupled(self.solver, start.shape[problem.batch_dims - 1])
 
@@ -133,7 +134,7 @@ class Direction:
         return None
 
     def _samples(self) -> Samples | None:
-        """What is known of the samples, where finished ones may be left out; None: they can't be."""
+        """What is known of the samples; None: finished ones are never left out."""
         problem = self.problem
         return None if self.coupled or problem.batch_dims != 1 else problem.samples
 
@@ -256,7 +257,7 @@ class Backward(Direction):
         """
         b = self.problem.batch_dims
         rows = self.v.reshape(self.v.shape[:b].numel(), self.v.shape[b:].numel())
-        scale = torch.linalg.vector_norm(rows.to(accumulate_dtype(rows.dtype)), dim=1)
+        scale: Tensor = torch.linalg.vector_norm(rows.to(accumulate_dtype(rows.dtype)), dim=1)
         if not self.coupled or not len(scale):
             return scale
         systems = scale.view(-1, self.v.shape[b - 1])
@@ -287,19 +288,21 @@ class Backward(Direction):
 
     def _opaque(self) -> Evaluation:
         context, lone = self.problem.context, self.compacting and not self.higher
+        map, params = self.map, self.params
+
+        def unattached() -> Any:  # holds nothing of the direction, which holds the evaluation
+            with torch.no_grad(), context.autocast():
+                return map.bind([t.detach() for t in params])
+
         with torch.enable_grad(), context.autocast():
             g = self.map.bind(self._params)
         evaluate = Linearised(
             *(context, self.seen, g, self.x, self.v, self._inputs),
             self._samples() if self.compacting else None,
-            self._unattached if lone else None,
+            unattached if lone else None,
         )
         self._y = evaluate.y
         return evaluate
-
-    def _unattached(self) -> Any:
-        with torch.no_grad(), self.problem.context.autocast():
-            return self.map.bind([t.detach() for t in self.params])
 
     def outputs(self, x: Tensor, keep: Tensor | None) -> Sequence[Tensor | None]:
         """C without the samples that failed, and the gradients by it."""

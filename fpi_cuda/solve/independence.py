@@ -8,8 +8,7 @@ values, and the batch's shape.
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -30,6 +29,7 @@ class Samples:
         compactable: whether finished ones may be left out of it; None: not known yet.
         suspect: whether something has happened that is to be looked into after the solve.
         probed: whether g was once given other neighbours, to see whether they matter.
+        solves: how many there were, forward and backward.
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class Samples:
         self.coupled, self.compactable = coupled, compactable
         self.suspect = self.probed = False
         self._certain = certain
-        self._solves = [0, 0]
+        self.solves = [0, 0]
 
     def due(self, adjoint: bool, failed: int) -> bool:
         """Whether a solve that has ended is to be looked at; counts it.
 
-        The first four of each direction, those whose number is a power of two, then every 32nd: what
-        comes to depend later is seen after 31 more solves at most. And all with failed samples.
+        The first four of each direction, those whose number is a power of two, then every 32nd:
+        what comes to depend later is seen after 31 more solves at most. And all with failures.
         """
         if self._certain or self.coupled:
             return False
-        n = self._solves[adjoint]
-        self._solves[adjoint] = n + 1
+        n = self.solves[adjoint]
+        self.solves[adjoint] = n + 1
         seldom = n < 4 or n % PERIOD == 0 or n & (n - 1) == 0
         return seldom or self.suspect or failed > 0
 
@@ -88,38 +88,58 @@ class Samples:
             )
 
 
+class _Kind:
+    """One kind of g: what is known for each of the details that it was met with."""
+
+    def __init__(self) -> None:
+        self.met = 0
+        self.solves = [0, 0]  # of all details beyond the first ones
+        self.details: dict[Any, Samples] = {}
+
+    def new(self, details: Any) -> Samples:
+        """For details not met before; where they change all the time, few are looked at first."""
+        self.met += 1
+        samples = Samples()
+        if len(self.details) >= DETAILS:
+            _known.pop(next(iter(self.details)))
+            self.details.pop(next(iter(self.details)))
+        if self.met > DETAILS:
+            samples.coupled = all(other.coupled for other in self.details.values())
+            samples.solves = self.solves
+        _known[details] = self.details[details] = samples
+        return samples
+
+
 PERIOD = 32
 DEPTH = 4  # to which what g captures is followed
-_KINDS = 256  # the least recently used is forgotten
-_DETAILS = 16  # of a kind; any further ones share one entry
+KINDS, DETAILS = 256, 64  # and details of a kind, that are kept; the oldest goes first
 INDEPENDENT = Samples(compactable=True, certain=True)
 COUPLED = Samples(coupled=True, certain=True)
 
-_kinds: OrderedDict[Any, dict[Any, Samples]] = OrderedDict()
+_known: dict[Any, Samples] = {}  # by kind and details
+_kinds: dict[Any, _Kind] = {}
 
 
 def samples_of(setting: bool | str, g: Any, x0: Tensor) -> Samples:
     """What is known of the samples of x0, [B, ...]; setting: `fixed_point`'s per_sample."""
     if setting is False:
         return COUPLED
-    if setting is True or structured(g):
+    shape = x0.shape
+    if setting is True or shape[0] < 2 or structured(g):
         return INDEPENDENT
-    if x0.shape[0] < 2:
-        return Samples(compactable=True, certain=True)
+    parts: list[Any] = [shape[0].bit_length(), shape[1:], x0.dtype]
+    _look(g, parts, parts, DEPTH)
+    details = tuple(parts)
+    return _known.get(details) or _kind_of(g).new(details)
+
+
+def _kind_of(g: Any) -> _Kind:
     kind: list[Any] = []
-    details: list[Any] = [x0.shape[0].bit_length(), x0.shape[1:], x0.dtype, x0.device.type]
-    _look(g, kind, details, DEPTH)
-    found = _kinds.setdefault(tuple(kind), {})
-    _kinds.move_to_end(tuple(kind))
-    if len(_kinds) > _KINDS:
-        _kinds.popitem(last=False)
-    key = tuple(details)
-    samples = found.get(key)
-    if samples is None:
-        if len(found) >= _DETAILS:
-            key = None
-        samples = found.setdefault(key, Samples())
-    return samples
+    _look(g, kind, [], DEPTH)
+    if len(_kinds) >= KINDS and tuple(kind) not in _kinds:
+        for details in _kinds.pop(next(iter(_kinds))).details:
+            del _known[details]
+    return _kinds.setdefault(tuple(kind), _Kind())
 
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
@@ -131,26 +151,32 @@ def _look(o: Any, kind: list[Any], details: list[Any], depth: int) -> None:
     if of in _PLAIN:
         details.append(o)
         return
-    kind.append(of)
-    parts: Iterable[Any] = ()
-    if isinstance(o, nn.Module):
+    parts: Sequence[Any] = ()
+    if of is FunctionType:
+        kind.append(o.__code__)
+        if o.__closure__ or o.__defaults__:
+            parts = (*(o.__defaults__ or ()), *map(_content, o.__closure__ or ()))
+    elif isinstance(o, nn.Module):
+        kind.append(of)
         details.append(id(o))
         for m in o.modules():
             details.extend([v for v in vars(m).values() if type(v) in _PLAIN])
-    elif of is FunctionType:
-        kind.append(o.__code__)
-        parts = (*(o.__defaults__ or ()), *map(_content, o.__closure__ or ()))
-    elif of is MethodType:
-        parts = o.__func__, o.__self__
-    elif of is functools.partial:
-        parts = o.func, *o.args, *o.keywords.values()
-    elif of in (tuple, list):
-        parts = o[:16]
-    elif depth == DEPTH:  # g itself, an object that can be called
-        details.append(id(o))
+    else:
+        kind.append(of)
+        parts = _parts(o, of)
+        if depth == DEPTH and not parts:  # g itself, an object that can be called
+            details.append(id(o))
     if depth:
         for part in parts:
             _look(part, kind, details, depth - 1)
+
+
+def _parts(o: Any, of: type) -> Sequence[Any]:
+    if of is MethodType:
+        return o.__func__, o.__self__
+    if of is functools.partial:
+        return o.func, *o.args, *o.keywords.values()
+    return o[:16] if of in (tuple, list) else ()
 
 
 def _content(cell: CellType) -> Any:
@@ -170,4 +196,5 @@ def agree(part: Tensor, whole: Tensor, dtype: torch.dtype | None) -> Tensor:
     slack = (16 if eps > 1e-5 else 256) * eps
     part, whole = (t.reshape(len(t), -1).double() for t in (part, whole))
     scale = torch.maximum(torch.linalg.vector_norm(whole, dim=1), part.new_tensor(1e-300))
-    return ~(torch.linalg.vector_norm(part - whole, dim=1) / scale > slack)
+    worse: Tensor = torch.linalg.vector_norm(part - whole, dim=1) / scale > slack
+    return ~worse

@@ -1,4 +1,4 @@
-"""Any solver on batches that are one system each: their samples stop, fail and are mixed together."""
+"""Any solver where the samples of a batch are one system: they stop, fail and move together."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Coupled:
     """A solver whose systems are so many samples each: x, [S · samples, N], holds S of them.
 
     Each sample is judged by the stop rule on its own norms, by Picard's operator on a copy of x; a
-    system ends where all of its samples do in the same iteration. It also ends where it holds NaN or
-    Inf, or where its residual as a whole has grown steadily. (One sample's residual may well grow:
-    it is zero until what the others know has arrived.) Until then no sample is frozen. The solver
-    itself moves systems as if each were one sample, so Anderson has one set of weights for all.
+    system ends where all of its samples do in the same iteration, and no sample is frozen before.
+    It also ends where it holds NaN or Inf, or where its residual as a whole has grown steadily.
+    (One sample's may well grow: it is zero until what the others know has arrived.) The solver
+    moves a system as if it were one sample, so Anderson has one set of weights for all.
 
     Args:
         solver: the algorithm.
