@@ -52,8 +52,10 @@ def fixed_point(
         backend: "auto", "native", "triton" or "reference".
         on_failure: "warn" with counts, "raise" a `FixedPointError` that carries the solution (from
             backward too), or "return" in silence.
-        per_sample: whether g treats samples independently, so that finished ones may be left out
-            of the batch given to it. "auto" finds out the first time it matters.
+        per_sample: whether g treats samples independently. True: finished ones are frozen and left
+            out of the batch given to it. False: the batch is one system, which stops, is mixed and
+            fails as a whole (docs/coupled.md). "auto" takes them for independent, looks after the
+            first solves and then seldom whether that is true, and if not solves again.
         driver: who decides that the iteration goes on. "eager": the host, which launches every
             iteration. "graph" (CUDA): the device; g and the step are captured once and repeated
             without the host, forward and backward, on the whole batch. g's Python code does not

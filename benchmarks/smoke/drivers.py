@@ -93,6 +93,13 @@ def tanh_calls() -> Iterator[list[int]]:
         torch.tanh = tanh
 
 
+class Consensus(Affine):
+    """The same, where every sample is drawn to the mean as well: the batch is one system."""
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return super().forward(0.7 * x + 0.3 * x.mean(0, keepdim=True), z)
+
+
 def needs_cuda(place: Place) -> None:
     if not place.cuda:
         raise Skipped("needs a CUDA device")
@@ -159,7 +166,8 @@ def solve(
     g: nn.Module, z: Tensor, backward: bool = True, **options: Any
 ) -> tuple[FixedPointLayer, dict[str, Tensor]]:
     """x̂ and the gradients of z and of g's parameters."""
-    layer = FixedPointLayer(g, per_sample=False, on_failure="return", **options)
+    independent = not isinstance(g, Consensus)
+    layer = FixedPointLayer(g, per_sample=independent, on_failure="return", **options)
     z = z.detach().clone().requires_grad_(backward)
     with torch.set_grad_enabled(backward):
         x = layer(z)
@@ -198,6 +206,9 @@ def of_every_kind(place: Place, backward: bool) -> Iterator[Check]:
         for name, solver in SOLVERS.items():
             check = functools.partial(graphed, place, solver, dtype, backward)
             yield f"{name}-{name_of(dtype)}", check
+    for name, solver in SOLVERS.items():
+        check = functools.partial(graphed, place, solver, torch.float64, backward, make=Consensus)
+        yield f"coupled-{name}", check
 
 
 def graphed(
@@ -247,7 +258,7 @@ def changed_in_place(place: Place) -> Iterator[Error]:
 def two_forwards(place: Place) -> Iterator[Error]:
     """Two forwards, then their two backwards: a result is not the graph's own memory."""
     g = Affine(place.size(37, 5)).to(place.device).eval()
-    layer = FixedPointLayer(g, driver="graph", per_sample=False, **at(torch.float64))
+    layer = FixedPointLayer(g, driver="graph", per_sample=True, **at(torch.float64))
     zs = [normal(i, 9, len(g.shift)).to(place.device).requires_grad_() for i in range(2)]
     xs = [layer(z) for z in zs]
     for i, (x, z) in enumerate(zip(xs, zs, strict=True)):
@@ -275,7 +286,7 @@ def failing(place: Place) -> Iterator[Error]:
         return 0.5 * x * float(z.abs().max().clamp(max=1)) + z
 
     z = normal(1, 9, 5).to(place.device)
-    options = {"per_sample": False, "tolerance": Tolerance(1e-10)}
+    options = {"per_sample": True, "tolerance": Tolerance(1e-10)}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         solution = fixed_point(g, z * 0, z, driver="graph", **options)
@@ -324,7 +335,7 @@ def captured_tensor(place: Place) -> Iterator[Error]:
         w[0] = w[0] * 0.5  # another tensor each time
         solution = quietly(
             lambda: fixed_point(
-                g, z * 0, z, driver="graph", per_sample=False, tolerance=Tolerance(1e-10)
+                g, z * 0, z, driver="graph", per_sample=True, tolerance=Tolerance(1e-10)
             )
         )
         eye = torch.eye(5, dtype=torch.float64)
@@ -370,7 +381,7 @@ def cpu_scalar(place: Place, where: str) -> Iterator[Error]:
         number = torch.tensor(value, dtype=torch.float64)
         g: Callable[..., Tensor] = module if where == "own" else explicit
         params = () if where == "own" else (number,)
-        options = {"driver": "graph", "per_sample": False, "tolerance": Tolerance(1e-10)}
+        options = {"driver": "graph", "per_sample": True, "tolerance": Tolerance(1e-10)}
         solution = quietly(functools.partial(fixed_point, g, z * 0, z, params=params, **options))
         yield compare(f"{value}: x", solution.x, z / (1 - value), FACTOR * 1e-10)
 

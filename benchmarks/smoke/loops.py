@@ -34,15 +34,16 @@ def uneven(place: Place, b: int, n: int = 32) -> tuple[Callable[..., Tensor], Te
 def late_read(place: Place) -> Iterator[Check]:
     """The eager driver waits for nothing before the end, and stops in time."""
     for name, solver in SOLVERS.items():
-        yield name, functools.partial(late, place, solver)
+        yield name, functools.partial(late, place, solver, True)
+        yield f"{name}-coupled", functools.partial(late, place, solver, False)
         yield f"{name}-max_iterations", functools.partial(bounded, place, solver)
 
 
-def late(place: Place, solver: Any) -> Iterator[Error]:
+def late(place: Place, solver: Any, per_sample: bool) -> Iterator[Error]:
     plain, z, w = uneven(place, place.size(512, 24))
     z, w = z.to(place.device), w.to(place.device)
     syncs: list[int] = []
-    options = {"solver": solver, "driver": "eager", "per_sample": False, "params": (w,)}
+    options = {"solver": solver, "driver": "eager", "per_sample": per_sample, "params": (w,)}
     options["tolerance"] = Tolerance(1e-9)
 
     with warnings.catch_warnings(record=True) as seen:

@@ -8,6 +8,7 @@ values, and the batch's shape.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -101,8 +102,9 @@ class _Kind:
         self.met += 1
         samples = Samples()
         if len(self.details) >= DETAILS:
-            _known.pop(next(iter(self.details)))
-            self.details.pop(next(iter(self.details)))
+            oldest = next(iter(self.details))
+            del self.details[oldest]
+            _known.pop(oldest, None)
         if self.met > DETAILS:
             samples.coupled = all(other.coupled for other in self.details.values())
             samples.solves = self.solves
@@ -118,6 +120,7 @@ COUPLED = Samples(coupled=True, certain=True)
 
 _known: dict[Any, Samples] = {}  # by kind and details
 _kinds: dict[Any, _Kind] = {}
+_lock = threading.Lock()
 
 
 def samples_of(setting: bool | str, g: Any, x0: Tensor) -> Samples:
@@ -130,7 +133,11 @@ def samples_of(setting: bool | str, g: Any, x0: Tensor) -> Samples:
     parts: list[Any] = [shape[0].bit_length(), shape[1:], x0.dtype]
     _look(g, parts, parts, DEPTH)
     details = tuple(parts)
-    return _known.get(details) or _kind_of(g).new(details)
+    known = _known.get(details)
+    if known is None:
+        with _lock:
+            known = _kind_of(g).new(details)
+    return known
 
 
 def _kind_of(g: Any) -> _Kind:
@@ -138,7 +145,7 @@ def _kind_of(g: Any) -> _Kind:
     _look(g, kind, [], DEPTH)
     if len(_kinds) >= KINDS and tuple(kind) not in _kinds:
         for details in _kinds.pop(next(iter(_kinds))).details:
-            del _known[details]
+            _known.pop(details, None)
     return _kinds.setdefault(tuple(kind), _Kind())
 
 
