@@ -218,3 +218,28 @@ def test_an_opaque_step_has_triton_steps_and_is_compacted():
     assert sol.path.startswith("triton, eager")
     assert sol.converged.all()
     torch.testing.assert_close(sol.x, g(sol.x, z), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(3)], ids=str)
+def test_a_batch_that_is_one_system_stops_together(solver):
+    """By these kernels' steps, around a g that mixes samples and around convolutions alone."""
+    z = images(2)
+    z *= torch.tensor([0.01, 2.0], dtype=z.dtype)[:, None, None, None]
+    step = make(residual=0.1)
+    mixing = torch.nn.Module()
+    mixing.forward = lambda x, z: (
+        torch.tanh(0.3 * x.mean(0, keepdim=True) - 0.2 * x) + z.mean(1, True)
+    )
+    for g in (mixing, step):
+        found = {}
+        for backend in ("triton", "reference"):
+            leaf = z.clone().requires_grad_()
+            layer = layer_of(g, backend, per_sample=False, solver=solver, state_shape=(3, 3, 5))
+            x = layer(leaf)
+            (gradient,) = torch.autograd.grad(x[1].sum(), leaf)
+            assert backend in layer.last.path
+            adjoint = layer.last.adjoint
+            found[backend] = x.detach(), gradient, layer.last.iterations, adjoint.iterations
+        for a, b in zip(*found.values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        assert found["triton"][2].unique().numel() == found["triton"][3].unique().numel() == 1
