@@ -26,8 +26,8 @@ LINKS = _graph()
 
 
 def graph(x, z, w):
-    """Nodes of a random graph, at a rate of 0.9; the first ones alone have an input."""
-    return torch.tanh(0.9 * LINKS.to(x.dtype) @ x + 0.05 * x @ w.mT) + z
+    """Nodes of a random graph, at a rate of 0.85; the first ones alone have an input."""
+    return torch.tanh(0.85 * LINKS.to(x.dtype) @ x + 0.05 * x @ w.mT) + z
 
 
 def attention(x, z, w):
@@ -43,7 +43,7 @@ def norm(x, z, w):
 
 def largest(x, z, w):
     """Samples of very different rates, scaled by the largest value of the batch."""
-    rate = torch.linspace(0.02, 0.97, len(x), dtype=x.dtype)[:, None]
+    rate = torch.linspace(0.02, 0.9, len(x), dtype=x.dtype)[:, None]
     return rate * x / (1 + 0.05 * x.abs().amax()) + z + 0.01 * x @ w.mT
 
 
@@ -63,7 +63,7 @@ def given(name):
     return z, w
 
 
-def loop(g, z, w, steps=500):
+def loop(g, z, w, steps=250):
     """The plain loop, differentiable."""
     x = torch.zeros_like(z)
     for _ in range(steps):

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..drivers.support import Solved
 from ..record import Record, Status
 from .direction import Direction
-from .independence import agree
+from .independence import agree, norm_of
 
 __all__ = ["depend"]
 
@@ -54,9 +54,12 @@ def _depend(direction: Direction, x: Tensor, record: Record, claimed: Tensor) ->
     for bit in range(bits):
         for which in (0, 1):
             kept = ((number >> bit) & 1) == which
-            mixed = torch.where(kept.view(b, *(1,) * (x.dim() - dims)), x, others)
-            same = agree(rows(evaluate(mixed)), y, dtype)
-            if bool((~same & claimed & kept.expand(x.shape[:dims]).reshape(-1)).any()):
+            try:
+                value = evaluate(torch.where(kept.view(b, *(1,) * (x.dim() - dims)), x, others))
+            except Exception:  # a state that g was never meant to see
+                continue
+            changed = ~agree(rows(value), y, dtype) & claimed
+            if bool((changed & kept.expand(x.shape[:dims]).reshape(-1)).any()):
                 # Unless g is random: that is another fault.
                 return bool(agree(rows(evaluate(x)), y, dtype).all())
     return False
@@ -65,11 +68,7 @@ def _depend(direction: Direction, x: Tensor, record: Record, claimed: Tensor) ->
 def _met(x: Tensor, y: Tensor, record: Record, floor: Tensor | None) -> Tensor:
     """Bool [B]: whether the residual of x, [B, N], is within the tolerance; y = g(x)."""
     limits = record.progress.limits
-    x, y = x.double(), y.double()
-    scale = torch.maximum(x.abs().amax(1, keepdim=True), y.abs().amax(1, keepdim=True))
-    unit = torch.where((scale > 0) & scale.isfinite(), scale, 1)
-    residual: Tensor = torch.linalg.vector_norm((y - x) / unit, dim=1) * unit[:, 0]
-    value = torch.linalg.vector_norm(y / unit, dim=1) * unit[:, 0]
+    residual, value = norm_of(y - x), norm_of(y)
     measure = value if floor is None else torch.maximum(value, floor)
     # The record's is of the iterate before; rounding: in other rows of a product.
     within: Tensor = 2 * (limits.offset + limits.rtol * measure) + limits.rounding * value

@@ -128,7 +128,7 @@ def samples_of(setting: bool | str, g: Any, x0: Tensor) -> Samples:
     if setting is False:
         return COUPLED
     shape = x0.shape
-    if setting is True or shape[0] < 2 or structured(g):
+    if setting is True or shape[0] < 2 or 0 in shape or structured(g):
         return INDEPENDENT
     parts: list[Any] = [shape[0].bit_length(), shape[1:], x0.dtype]
     _look(g, parts, parts, DEPTH)
@@ -201,7 +201,15 @@ def agree(part: Tensor, whole: Tensor, dtype: torch.dtype | None) -> Tensor:
     """
     eps = max(torch.finfo(part.dtype).eps, torch.finfo(dtype or part.dtype).eps)
     slack = (16 if eps > 1e-5 else 256) * eps
-    part, whole = (t.reshape(len(t), -1).double() for t in (part, whole))
-    scale = torch.maximum(torch.linalg.vector_norm(whole, dim=1), part.new_tensor(1e-300))
-    worse: Tensor = torch.linalg.vector_norm(part - whole, dim=1) / scale > slack
-    return ~worse
+    part, whole = (t.reshape(len(t), -1) for t in (part, whole))
+    return ~(norm_of(part - whole) > slack * norm_of(whole))
+
+
+def norm_of(rows: Tensor) -> Tensor:
+    """[B] in float64: the norm of each row, [B, N]; no square over- or underflows."""
+    if rows.dtype != torch.float64:
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)  # type: ignore[no-any-return]
+    largest = rows.abs().amax(1)
+    unit = torch.where((largest > 0) & largest.isfinite(), largest, 1)
+    norm: Tensor = torch.linalg.vector_norm(rows / unit[:, None], dim=1) * unit
+    return norm
