@@ -405,12 +405,16 @@ def test_expansive_maps_and_random_ones_are_not_taken_for_coupled(backend):
         warnings.simplefilter("error")
         s = solve(lambda x, z, w: -6 * torch.tanh(x) + z, z, w, backend=backend)
         assert s.converged.all()
-        solve(
-            lambda x, z: 0.5 * x + z + 1e-9 * torch.randn_like(x),
-            z,
-            backend=backend,
-            tolerance=Tolerance(1e-3),
-        )
+    for noise in (1e-9, 1e-2):  # below the tolerance, and above it
+        with pytest.warns(UserWarning, match="other values for the same arguments"):
+            solve(
+                lambda x, z, noise=noise: 0.5 * x + z + noise * torch.randn_like(x),
+                z,
+                backend=backend,
+                tolerance=Tolerance(1e-3),
+                on_failure="return",
+                max_iterations=50,
+            )
 
 
 def test_a_structured_step_is_never_looked_at(monkeypatch):

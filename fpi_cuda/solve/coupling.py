@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -21,16 +23,19 @@ def depend(direction: Direction, solved: Solved) -> bool:
     compared with those beside other neighbours: what the solve started from (an adjoint: zeros).
     """
     samples, record = direction.problem.samples, solved.record
-    if record is None or not samples.due(direction.adjoint, record.failed):
+    if record is None:
+        return False
+    limits = record.progress.limits
+    fixed_count = limits.rtol == limits.offset == 0
+    if not samples.due(direction.adjoint, bool(record.failed) and not fixed_count):
         return False
     claimed = (record.status == Status.CONVERGED).reshape(-1)
-    if not bool(claimed.any()):
+    if not (samples.suspect or bool(claimed.any())):
         return False
     before = direction.seen.calls
     found = _depend(direction, solved.x, record, claimed)
     if not direction.adjoint:  # whose calls of g are its linearisations
         record.evaluations += direction.seen.calls - before
-    samples.tell(found)
     return found
 
 
@@ -50,19 +55,21 @@ def _depend(direction: Direction, x: Tensor, record: Record, claimed: Tensor) ->
     samples.probed = True
     others = torch.zeros_like(x) if direction.adjoint else direction.start
     number = torch.arange(b, device=x.device)
+    changed = False
     # Any two samples' numbers differ in a bit, so that some mixture holds one's result alone.
-    for bit in range(bits):
-        for which in (0, 1):
-            kept = ((number >> bit) & 1) == which
-            try:
-                value = evaluate(torch.where(kept.view(b, *(1,) * (x.dim() - dims)), x, others))
-            except Exception:  # a state that g was never meant to see
-                continue
-            changed = ~agree(rows(value), y, dtype) & claimed
-            if bool((changed & kept.expand(x.shape[:dims]).reshape(-1)).any()):
-                # Unless g is random: that is another fault.
-                return bool(agree(rows(evaluate(x)), y, dtype).all())
-    return False
+    for bit, which in itertools.product(range(bits), (0, 1)):
+        kept = ((number >> bit) & 1) == which
+        mixed = torch.where(kept.view(b, *(1,) * (x.dim() - dims)), x, others)
+        try:
+            same = agree(rows(evaluate(mixed)), y, dtype)
+        except Exception:  # a state that g was never meant to see
+            continue
+        changed = bool((~same & kept.expand(x.shape[:dims]).reshape(-1)).any())
+        if changed:
+            break
+    random = (changed or samples.suspect) and not bool(agree(rows(evaluate(x)), y, dtype).all())
+    samples.tell(changed and not random, random)
+    return changed and not random
 
 
 def _met(x: Tensor, y: Tensor, record: Record, floor: Tensor | None) -> Tensor:

@@ -41,7 +41,7 @@ class Samples:
         self._certain = certain
         self.solves = [0, 0]
 
-    def due(self, adjoint: bool, failed: int) -> bool:
+    def due(self, adjoint: bool, failed: bool) -> bool:
         """Whether a solve that has ended is to be looked at; counts it.
 
         The first four of each direction, those whose number is a power of two, then every 32nd:
@@ -52,7 +52,7 @@ class Samples:
         n = self.solves[adjoint]
         self.solves[adjoint] = n + 1
         seldom = n < 4 or n % PERIOD == 0 or n & (n - 1) == 0
-        return seldom or self.suspect or failed > 0
+        return seldom or self.suspect or failed
 
     def learn(self, part: Callable[[], Tensor], whole: Tensor, dtype: torch.dtype | None) -> bool:
         """Compare g on the compacted rows with those rows of g on the whole batch.
@@ -68,10 +68,16 @@ class Samples:
         self.suspect = not self.compactable
         return self.compactable
 
-    def tell(self, coupled: bool) -> None:
+    def tell(self, coupled: bool, random: bool) -> None:
         """What was found by looking."""
         suspect, self.suspect = self.suspect, False
-        if coupled:
+        if random:
+            warn(
+                "fpi_cuda: g gives other values for the same arguments (dropout, noise?), so it "
+                "has no fixed point. Call g.eval(), or draw once a solve and pass that as an input.",
+                UserWarning,
+            )
+        elif coupled:
             self.coupled = True
             warn(
                 "fpi_cuda: the samples of this batch depend on each other through g (batch norm or "
