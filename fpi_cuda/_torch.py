@@ -184,7 +184,7 @@ def global_hooks() -> list[tuple[int, Any]]:
 
 
 # Whether there is any, those of backward too.
-any_global_hook = torch.nn.modules.module._has_any_global_hook
+any_global_hook: Callable[[], Any] = torch.nn.modules.module._has_any_global_hook
 
 
 def renew_flat_weights(m: nn.Module) -> None:

@@ -284,14 +284,18 @@ def test_a_hook_is_seen(kind):
 def test_hooks_of_all_modules_are_listed():
     before, after = lambda *_: None, lambda *_: None
     of_all = torch.nn.modules.module
-    assert _torch.global_hooks() == []
+    assert _torch.global_hooks() == [] and not _torch.any_global_hook()
     handles = [of_all.register_module_forward_hook(after)]
     handles.append(of_all.register_module_forward_pre_hook(before))
     try:
         assert [hook for _, hook in _torch.global_hooks()] == [before, after]
+        assert _torch.any_global_hook()
     finally:
         for handle in handles:
             handle.remove()
+    handle = of_all.register_module_full_backward_hook(lambda *_: None)
+    assert _torch.global_hooks() == [] and _torch.any_global_hook()
+    handle.remove()
 
 
 def test_a_recurrent_layer_uses_the_weights_it_is_given():

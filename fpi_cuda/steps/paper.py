@@ -17,17 +17,21 @@ __all__ = ["GradientStep", "NeuralStep"]
 class _Around(nn.Module):
     """A step made of a net or an energy, of which the solver may know something."""
 
-    _part: str
+    form_of_part: tuple[str, str]  # whose form it takes: the attribute, and the method
+
+    @property
+    def _part(self) -> Any:
+        return getattr(self, self.form_of_part[0])
 
     @property
     def state_shape(self) -> Any:
         """The net's or the energy's, where it has one."""
-        return getattr(getattr(self, self._part), "state_shape", None)
+        return getattr(self._part, "state_shape", None)
 
     @property
     def form_dim(self) -> int:
         """The net's or the energy's, where it can say what it computes; else 0."""
-        return getattr(getattr(self, self._part), "form_dim", 0)
+        return getattr(self._part, "form_dim", 0)
 
 
 class NeuralStep(_Around):
@@ -37,7 +41,7 @@ class NeuralStep(_Around):
         net: a module net(x, *inputs) that returns x's shape.
     """
 
-    _part = "net"
+    form_of_part = ("net", "form")
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -68,7 +72,7 @@ class GradientStep(_Around):
         ValueError: step_size is not positive.
     """
 
-    _part = "energy"
+    form_of_part = ("energy", "gradient_form")
 
     def __init__(self, energy: Callable[..., Tensor], step_size: float | nn.Parameter) -> None:
         super().__init__()
