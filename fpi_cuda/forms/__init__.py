@@ -28,7 +28,7 @@ def structured(g: Any) -> bool:
     """Whether g is a step that `form_of` takes: its parts are looked at, no form is made."""
     method = "form"
     while _no_more_than(g, method):
-        inner = getattr(g, "form_of_part", None)
+        inner = getattr(g, "_form_of_part", None)
         if inner is None:
             return True
         name, method = inner

@@ -98,7 +98,7 @@ class FixedPoint(Function):
             call.given = None  # the node keeps the call, and x is about to keep the node
         if keep is None:
             keep = torch.ones(x.shape[: problem.batch_dims], dtype=torch.bool, device=x.device)
-        return x, keep
+        return x.data, keep  # no view, which could not be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
