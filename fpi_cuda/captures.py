@@ -51,7 +51,7 @@ def refuse_captures(
             "forward mode follows."
         )
         raise
-    if isinstance(y, Tensor):
+    if isinstance(y, Tensor) and (_torch.wrapped(y) or y.requires_grad or _torch.forward_mode()):
         _Witness.apply(y, owner, advice, _torch.transforming())  # type: ignore[no-untyped-call]
 
 
@@ -79,6 +79,9 @@ class _Witness(Function):
         info: Any, in_dims: Any, y: Tensor, owner: str, advice: str, transformed: bool
     ) -> tuple[Tensor, None]:
         raise _refusal(owner, advice, "that torch.vmap maps")
+
+
+_torch.bind_no_defaults(_Witness)
 
 
 def _refusal(owner: str, advice: str, what: str) -> RuntimeError:
