@@ -201,6 +201,7 @@ def test_a_state_shape_that_holds_the_batch_is_named(kind):
         (lambda x, z: 0.5 * x + z, (4, 3), Z[:, None]),
         (lambda x, z: 0.5 * x, (4, 3), Z),  # z has no say
         (lambda x, z: 0.5 * x + z[:, :1], (4,), Z),
+        (lambda x, z: 0.5 * x + (Z + z)[:, None], (4, 3), Z),  # takes no other batch
         (lambda x, z: 0.5 * x + z, (1, 3), Z[:1]),
     ],
 )
