@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -38,12 +38,34 @@ mapped = _functorch.is_batchedtensor
 unwrapped = _functorch.get_unwrapped
 
 
+def stripped(t: Tensor, of_mapped: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """The tensor without the wrappers of transforms.
+
+    Args:
+        t: any tensor.
+        of_mapped: what to make of the tensor in vmap's wrapper, and of the dimension mapped.
+    """
+    while wrapped(t):
+        inner = unwrapped(t)
+        t = of_mapped(inner, _functorch.maybe_get_bdim(t)) if mapped(t) else inner
+    return t
+
+
+def of_vmap(t: Tensor) -> bool:
+    """Whether vmap maps the tensor, at any level: no host can look at its values."""
+    while wrapped(t):
+        if mapped(t):
+            return True
+        t = unwrapped(t)
+    return False
+
+
 def forward_mode() -> bool:
-    """Whether a level of forward-mode derivatives is open.
+    """Whether a level of forward-mode derivatives is open here; in a node's forward none is.
 
     A tensor that carries a tangent may be hidden in g, so looking at the arguments is not enough.
     """
-    return forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
 
 
 # autograd.grad(is_grads_batched=True) still runs on the vmap that torch.func's replaced, without
@@ -159,6 +181,10 @@ def global_hooks() -> list[tuple[int, Any]]:
     """
     of_all = torch.nn.modules.module
     return [*of_all._global_forward_pre_hooks.items(), *of_all._global_forward_hooks.items()]
+
+
+# Whether there is any, those of backward too.
+any_global_hook: Callable[[], Any] = torch.nn.modules.module._has_any_global_hook
 
 
 def renew_flat_weights(m: nn.Module) -> None:

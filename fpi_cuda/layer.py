@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._torch import stripped, transforming
 from .adjoint import ImplicitAdjoint
 from .fixed_point import fixed_point
+from .modules import Binding, bindable
 from .options import Options, Solver, Tolerance
-from .solution import Solution, State
+from .solution import Solution, State, each
 from .solvers import Anderson
 
 __all__ = ["FixedPointLayer"]
@@ -27,9 +29,9 @@ class FixedPointLayer(nn.Module):
 
     Args:
         g: a module or callable g(x, *inputs).
-        state_shape: the shape of one sample's state; a tuple of shapes for a tuple state; a
-            function of the first input that returns either (images of any size). None: g's own
-            `state_shape` where it has one, else the first input's.
+        state_shape: the shape of one sample's state; a tuple of shapes, plain or named, for a
+            tuple state; a function of the first input that returns either (images of any size).
+            None: g's own `state_shape` where it has one, else the first input's.
         solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver: as
             in `fixed_point`.
 
@@ -53,6 +55,7 @@ class FixedPointLayer(nn.Module):
     per_sample: bool | str
     driver: str
     last: Solution | None
+    _fits: Any = None  # state_shape and a batch size that are no mistake
 
     def __init__(
         self,
@@ -97,7 +100,11 @@ class FixedPointLayer(nn.Module):
         options = {name: getattr(self, name) for name in _OPTIONS}
         solution = fixed_point(self.g, x0, *inputs, **options)
         self.last = solution.detach()
-        return solution.x
+        if not torch.compiler.is_compiling() and transforming():
+            self.last.x = each(_unwrapped, self.last.x)  # its wrappers end with the transform
+        # What is kept, for a warm start and for the backward, is the solver's own: the caller may
+        # change the output in place.
+        return each(torch.clone, solution.x)
 
     def _zeros(self, inputs: tuple[Tensor, ...]) -> State:
         if not inputs:
@@ -110,16 +117,60 @@ class FixedPointLayer(nn.Module):
             shape = shape(z)
         if shape is None:
             shape = tuple(z.shape[1:])
+        if not isinstance(shape, (tuple, list)):
+            raise TypeError(
+                "FixedPointLayer: state_shape must be the shape of one sample's state, a tuple "
+                f"(got {shape!r}); write state_shape=(n,)"
+            )
         dtype = z.dtype if z.is_floating_point() else torch.get_default_dtype()
         if torch.is_autocast_enabled(z.device.type):
             dtype = torch.promote_types(dtype, torch.float32)  # the state stays wide
 
-        def zeros(s: Shape) -> Tensor:
-            return torch.zeros(z.shape[0], *s, dtype=dtype, device=z.device)
+        several = len(shape) > 0 and isinstance(shape[0], (tuple, list))
 
-        if shape and isinstance(shape[0], (tuple, list, torch.Size)):
-            return tuple(zeros(s) for s in shape)
-        return zeros(shape)
+        def zeros(*batch: int) -> State:
+            def of(s: Shape) -> Tensor:
+                return torch.zeros(*batch, *s, dtype=dtype, device=z.device)
+
+            make = getattr(type(shape), "_make", tuple)
+            return make(map(of, shape)) if several else of(tuple(shape))
+
+        b = z.shape[0]
+        if shape is self.state_shape and b > 1 and not torch.compiler.is_compiling():
+            doubtful = all(s and s[0] == b for s in (shape if several else [shape]))
+            if doubtful and self._fits != (shape, b):
+                self._check_shape(shape, zeros, inputs)
+                self._fits = shape, b
+        return zeros(b)
+
+    def _check_shape(
+        self, shape: Any, zeros: Callable[..., State], inputs: tuple[Tensor, ...]
+    ) -> None:
+        """Raise where state_shape holds the batch too, which a g that broadcasts would hide.
+
+        Such a g takes it as the shape of the whole batch, and takes no batch of another size.
+        """
+        g = self.g
+        if bindable(g):  # on a clone of the buffers
+            binding = Binding(g)  # type: ignore[arg-type]
+            g = binding.bind(binding.params)
+
+        def takes(x0: State, *inputs: Tensor) -> bool:
+            try:
+                gx = g(x0, *inputs)
+                return [t.shape for t in _parts(gx)] == [t.shape for t in _parts(x0)]
+            except Exception:
+                return False
+
+        b = inputs[0].shape[0]
+        with torch.no_grad():
+            more = [torch.cat([t, t[:1]]) for t in inputs]
+            if takes(zeros(), *inputs) and not takes(zeros(b + 1), *more):
+                raise ValueError(
+                    "FixedPointLayer: state_shape must be the shape of one sample's state, without "
+                    f"the batch (got {tuple(shape)} for a batch of {b}, and g returns that shape "
+                    "for the whole batch); leave its first number out"
+                )
 
     def extra_repr(self) -> str:
         """The solver and its limits."""
@@ -128,3 +179,12 @@ class FixedPointLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without the record of the last call."""
         return {**self.__dict__, "last": None}
+
+
+def _parts(x: Any) -> Any:
+    return (x,) if isinstance(x, Tensor) else x
+
+
+def _unwrapped(t: Tensor) -> Tensor:
+    """Without torch.func's wrappers; mapped dimensions first, as in the record."""
+    return stripped(t, lambda t, dim: t.movedim(dim, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,13 @@ from .record import Account, Record, Status
 __all__ = ["FixedPointError", "FixedPointWarning", "Record", "Solution", "Status", "Tolerance"]
 
 State = Tensor | tuple[Tensor, ...]
+
+
+def each(f: Callable[[Tensor], Tensor], x: State) -> State:
+    """The function of every tensor of a state, in the same type of tuple."""
+    if isinstance(x, Tensor):
+        return f(x)
+    return getattr(type(x), "_make", tuple)(f(part) for part in x)
 
 
 class FixedPointWarning(UserWarning):
@@ -79,5 +87,4 @@ class Solution(Account):
 
     def detach(self) -> Solution:
         """The same with x cut from the graph: keeps no graph alive."""
-        x = tuple(t.detach() for t in self.x) if isinstance(self.x, tuple) else self.x.detach()
-        return Solution(x, self.record)
+        return Solution(each(Tensor.detach, self.x), self.record)

@@ -55,11 +55,18 @@ def state_of(x0: Any) -> State:
                     f"fixed_point: g must return shape [B, {', '.join(map(str, shape))}] at {i} "
                     f"(got {tuple(part.shape)})"
                 )
+            if part.shape[0] != x[0].shape[0]:
+                raise ValueError(
+                    "fixed_point: g must return one batch size, that of x, in all tensors (got "
+                    f"{x[0].shape[0]} at 0 and {part.shape[0]} at {i})"
+                )
         return torch.cat([part.reshape(part.shape[0], part.shape[1:].numel()) for part in x], 1)
 
-    def unpack(x: Tensor) -> tuple[Tensor, ...]:
+    make = getattr(type(x0), "_make", tuple)  # a named tuple stays one
+
+    def unpack(x: Tensor) -> Any:
         rows = x.shape[0]
-        return tuple(
+        return make(
             part.reshape(rows, *shape)
             for part, shape in zip(x.split(sizes, 1), shapes, strict=True)
         )

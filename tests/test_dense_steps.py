@@ -19,6 +19,7 @@ from helpers_dense import (
 from torch import nn
 
 from fpi_cuda import (
+    ConvStep,
     DenseEnergy,
     DenseStep,
     FixedPointLayer,
@@ -30,6 +31,7 @@ from fpi_cuda import (
     fixed_point,
 )
 from fpi_cuda.backends import native
+from fpi_cuda.forms import structured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,6 +131,93 @@ def test_what_is_more_than_its_layers_is_called():
     captured = step(5)
     sol = fixed_point(lambda x, z: 1 * captured(x, z), torch.zeros(4, 5, dtype=torch.float64), z)
     assert sol.path.startswith("native, eager, ")
+
+
+class Called(DenseStep):
+    def __call__(self, x, z):
+        return super().__call__(x, z) + 1
+
+
+class CalledEnergy(DenseEnergy):
+    def __call__(self, x, z):
+        return 0.5 * super().__call__(x, z)
+
+
+def test_a_subclass_that_calls_itself_otherwise_is_called():
+    z = torch.randn(4, 3, dtype=torch.float64)
+    dense, energy = Called(5, 3).double(), CalledEnergy(5, 3, 6).double()
+    for g in (dense, NeuralStep(dense), GradientStep(energy, 1 / energy.smoothness())):
+        assert not structured(g)
+        sol, _ = solve(g, z, backward=False, tolerance=TIGHT)
+        assert sol.path.startswith("native, eager (layers not used: g does more than its layers)")
+        assert_close(sol.x, g(sol.x, z))
+
+
+def steps():
+    dense, energy = step(5), DenseEnergy(5, 3, 6).double()
+    image = ConvStep(2, 3, hidden=()).double()
+    return {
+        "DenseStep": (dense, dense),
+        "NeuralStep": (NeuralStep(dense), dense),
+        "GradientStep": (GradientStep(energy, 1 / energy.smoothness()), energy),
+        "ConvStep": (image, image),
+        "NeuralStep of ConvStep": (NeuralStep(image), image),
+    }
+
+
+@pytest.mark.parametrize("name", steps())
+def test_a_hook_of_all_modules_runs_forward_and_backward(name):
+    """Solved whole, it would be left out."""
+    g, watched = steps()[name]
+    conv = "Conv" in name
+    z = torch.randn(4, 3, *((4, 4) if conv else ()), dtype=torch.float64, requires_grad=True)
+    x0 = torch.zeros(4, *((2, 4, 4) if conv else (5,)), dtype=torch.float64)
+    options = {"tolerance": TIGHT, "adjoint": TIGHT_ADJOINT}
+    before = fixed_point(g, x0, z, **options).x.detach()
+
+    def changed(module, arguments, out):
+        if not isinstance(module, type(watched)):
+            return None
+        return out + arguments[0].sum(-1) if out.dim() == 1 else 0.5 * out
+
+    hook = nn.modules.module.register_module_forward_hook(changed)
+    try:
+        assert not structured(g)
+        sol = fixed_point(g, x0, z, **options)
+        assert_close(sol.x, g(sol.x, z))
+        assert not torch.allclose(sol.x, before, atol=1e-3)
+        (found,) = torch.autograd.grad(sol.x.sum(), z)
+        x = x0
+        for _ in range(150):
+            x = g(x, z)
+        (expected,) = torch.autograd.grad(x.sum(), z)
+    finally:
+        hook.remove()
+    assert "layers not used: g does more than its layers" in sol.path
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", steps())
+@pytest.mark.parametrize("register", ["forward_pre", "full_backward", "full_backward_pre"])
+def test_other_hooks_of_all_modules_are_seen(name, register):
+    g, part = steps()[name]
+    assert structured(g)
+    add = getattr(nn.modules.module, f"register_module_{register}_hook")
+    hook = add(lambda *_: None)
+    try:
+        assert not structured(g)
+    finally:
+        hook.remove()
+    hook = part.register_forward_hook(lambda *_: None)
+    assert not structured(g)
+    hook.remove()
+    assert structured(g)
+
+
+def test_what_is_no_structured_step():
+    others = (torch.tanh, lambda x, z: x, nn.Linear(3, 3), NeuralStep(nn.Linear(3, 3)))
+    for g in (*others, GradientStep(lambda x, z: x.sum(-1), 0.1), Shifted(5, 3)):
+        assert not structured(g)
 
 
 @pytest.mark.parametrize("driver", ["auto", "eager"])

@@ -50,6 +50,20 @@ def test_forward_mode_is_seen_wherever_the_tangent_is():
     assert seen == [True]
 
 
+def test_no_level_of_forward_mode_is_open_in_a_nodes_forward():
+    class Node(Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(_torch.forward_mode())
+            return x.clone()
+
+    seen = []
+    with forward_ad.dual_level():
+        Node.apply(torch.ones(2))
+        seen.append(_torch.forward_mode())
+    assert seen == [False, True]
+
+
 def test_what_wraps_a_tensor_is_seen_and_taken_off():
     assert not _torch.wrapped(torch.ones(3))
     assert seen_in(torch.func.grad, _torch.wrapped)
@@ -59,6 +73,27 @@ def test_what_wraps_a_tensor_is_seen_and_taken_off():
     assert seen_in(torch.vmap, _torch.unwrapped).shape == (3,)
     inside = seen_in(torch.vmap, lambda x: _torch.wrapped(_torch.unwrapped(x)))
     assert not inside
+
+
+def test_levels_are_stripped_whatever_is_nested():
+    x, found = torch.arange(24.0).view(2, 3, 4), []
+
+    def look(x):
+        found.append(_torch.stripped(x, lambda t, dim: t.movedim(dim, 0)))
+        found.append(_torch.stripped(x, lambda t, dim: t.select(dim, 0)))
+        found.append(_torch.of_vmap(x))
+        return x.sum()
+
+    mapped = torch.vmap(torch.func.grad(lambda x: torch.vmap(look, in_dims=1)(x).sum()), in_dims=2)
+    mapped(x)
+    whole, first, batched = found
+    assert not _torch.wrapped(whole) and not _torch.wrapped(first)
+    assert torch.equal(whole, x.permute(2, 1, 0))
+    assert torch.equal(first, x[:, 0, 0])
+    assert batched
+    assert not _torch.of_vmap(x)
+    assert not seen_in(torch.func.grad, _torch.of_vmap)
+    assert seen_in(torch.func.grad, lambda x: _torch.stripped(x, None)).shape == (3,)
 
 
 class _Doubled(Function):
@@ -249,14 +284,18 @@ def test_a_hook_is_seen(kind):
 def test_hooks_of_all_modules_are_listed():
     before, after = lambda *_: None, lambda *_: None
     of_all = torch.nn.modules.module
-    assert _torch.global_hooks() == []
+    assert _torch.global_hooks() == [] and not _torch.any_global_hook()
     handles = [of_all.register_module_forward_hook(after)]
     handles.append(of_all.register_module_forward_pre_hook(before))
     try:
         assert [hook for _, hook in _torch.global_hooks()] == [before, after]
+        assert _torch.any_global_hook()
     finally:
         for handle in handles:
             handle.remove()
+    handle = of_all.register_module_full_backward_hook(lambda *_: None)
+    assert _torch.global_hooks() == [] and _torch.any_global_hook()
+    handle.remove()
 
 
 def test_a_recurrent_layer_uses_the_weights_it_is_given():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._torch import hooked
+from torch import nn
+
+from .._torch import any_global_hook, hooked
 from .activations import ACTIVATIONS
 from .conv import ConvForm
 from .dense import DenseForm
 
-__all__ = ["ACTIVATIONS", "ConvForm", "DenseForm", "Form", "form_of"]
+__all__ = ["ACTIVATIONS", "ConvForm", "DenseForm", "Form", "form_of", "structured"]
 
 Form = DenseForm | ConvForm
 
@@ -20,17 +22,46 @@ def structured(g: Any) -> bool:
 
 
 def form_of(module: Any, method: str, *arguments: Any) -> Form | None:
-    """What the module's `method` makes of itself, or None where it does more than that says.
-
-    The class whose forward runs must be the one that has the method, and no hook stand around it.
-    """
-    kinds = type(module).__mro__
-    owner = next((kind for kind in kinds if method in vars(kind)), None)
-    if owner is not next((kind for kind in kinds if "forward" in vars(kind)), object):
-        return None
-    if "forward" in vars(module):  # of this instance alone
-        return None
-    if hooked(module):
+    """What the module's `method` makes of itself, or None where it does more than that says."""
+    if not _no_more_than(module, method):
         return None
     form: Form | None = getattr(module, method)(*arguments)
     return form
+
+
+def structured(g: Any) -> bool:
+    """Whether g is a step that `form_of` takes: its parts are looked at, no form is made."""
+    method = "form"
+    while _no_more_than(g, method):
+        inner = getattr(g, "_form_of_part", None)
+        if inner is None:
+            return True
+        name, method = inner
+        g = getattr(g, name)
+    return False
+
+
+def _no_more_than(module: Any, method: str) -> bool:
+    """Whether calling the module is what its `method` says.
+
+    The class whose forward runs must be the one that has the method, and nothing stand around it.
+    """
+    kind: Any = type(module)
+    return (
+        isinstance(module, nn.Module)
+        and kind.__call__ is _CALL
+        and _owner(kind, method) is _owner(kind, "forward")
+        and "forward" not in vars(module)  # of this instance alone
+        and not hooked(module)
+        and not any_global_hook()
+    )
+
+
+_CALL = nn.Module.__call__
+
+
+def _owner(kind: type, name: str) -> type | None:
+    for k in kind.__mro__:
+        if name in k.__dict__:
+            return k
+    return None

@@ -8,7 +8,8 @@ higher order is asked for, g is linearised once and only its vector-Jacobian pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _torch
+from ..captures import carries_tangent, followed, refuse_captures
 from ..operators import over_legacy_batch, partial_bound
 from .direction import Backward, direction_of, masked, stand_in
-from .maps import Map, check_output
+from .maps import Map, TransposedMap, VmappedMap, check_output
 from .problem import Problem, Report
 from .route import solve
 
@@ -45,26 +47,20 @@ class _Call:
 
 def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Report) -> Tensor:
     """The problem solved from x0; x̂ attached to the tensors, and to g's closure tensors once."""
-    transformed, must = _torch.transforming(), f"{problem.name}: g must take every tensor that"
-    if transformed and _closure_is_transformed(problem.map, x0, tensors):
-        raise RuntimeError(
-            f"{must} torch.func transforms as an argument (it captures one); {problem.advice}"
-        )
-    if (
-        transformed
-        or _torch.forward_mode()
-        or (problem.context.grad_enabled and any(t.requires_grad for t in tensors))
-    ):
+    if followed():
+        refuse = functools.partial(refuse_captures, f"{problem.name}: g", problem.map)
+        try:
+            x, keep = FixedPoint.apply(_Call(problem, report), x0, None, *tensors)  # type: ignore[no-untyped-call]
+        except Exception:  # a captured tensor that vmap maps makes errors that do not name it
+            refuse((x0, *tensors), problem.advice)
+            raise
+        refuse((x, *tensors), problem.advice)
+    elif problem.context.grad_enabled and any(t.requires_grad for t in tensors):
         x, keep = FixedPoint.apply(_Call(problem, report), x0, None, *tensors)  # type: ignore[no-untyped-call]
     else:  # no node where nothing asks for one
         x, keep, _ = solve(direction_of(problem, x0.detach(), tensors), report)
     if not report.closure:
         return x  # type: ignore[no-any-return]
-    if transformed:
-        raise RuntimeError(
-            f"{must} needs gradients as an argument under torch.func (it captures one); "
-            f"{problem.advice}"
-        )
     # First derivatives for the closure tensors: the gradient at g(x̂) is c itself (eq. 11).
     plain, n = [t.detach() for t in tensors], problem.map.n_inputs
     at, inputs = x.detach(), plain[:n]
@@ -102,7 +98,7 @@ class FixedPoint(Function):
             call.given = None  # the node keeps the call, and x is about to keep the node
         if keep is None:
             keep = torch.ones(x.shape[: problem.batch_dims], dtype=torch.bool, device=x.device)
-        return x, keep
+        return x.data, keep  # no view, which could not be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -121,33 +117,19 @@ class FixedPoint(Function):
         if v is None:
             return (*_NOTHING, None, *out)
         if _torch.legacy_batched(v):  # autograd.grad(is_grads_batched=True)
-            return over_legacy_batch(lambda v: FixedPoint.backward(ctx, v, None), v)
+            over = one_by_one if ctx.closure else over_legacy_batch
+            return over(lambda v: FixedPoint.backward(ctx, v, None), v)
+        if carries_tangent(v):
+            return FixedPoint.jvp(ctx)  # type: ignore[no-any-return]
         need = [i for i in range(len(tensors)) if ctx.needs_input_grad[FIRST + i]]
-        higher = torch.is_grad_enabled() or _torch.transforming()
-        if ctx.closure and higher:
+        if ctx.closure and (torch.is_grad_enabled() or _torch.transforming()):
             raise RuntimeError(
                 "fixed_point: g captures a tensor that needs gradients, so only first derivatives "
                 "exist; pass it in `inputs` (per sample) or `params` (shared) and take it as an "
                 "argument of g"
             )
-        if _torch.transforming() or not bool(keep.all()):
-            if not _torch.transforming() and not bool(keep.any()):
-                zeros = [torch.zeros_like(t) if i in need else None for i, t in enumerate(tensors)]
-                return (*_NOTHING, torch.zeros_like(x) if ctx.closure else None, *zeros)
-            v = masked(v, keep)
-            if problem.batch_dims == 1:
-                n = problem.map.n_inputs
-                x, *tensors[:n] = stand_in(keep, (x, *tensors[:n]))
-        c: Tensor | None = None
-        with problem.context.full_precision():
-            adjoint = problem.options.adjoint.transposed(problem)
-            report = Report(ctx.call.report)
-            grads: Sequence[Tensor | None]
-            if higher:
-                grads = _higher(problem, adjoint, report, x, v, tensors, need)
-            else:
-                backward = Backward(adjoint, x, v, tensors, need)
-                c, *grads = solve(backward, report)[2]
+        report = Report(ctx.call.report)
+        c, grads = _gradients(problem, report, x, keep, v, tensors, need)
         for i, grad in zip(need, grads, strict=True):
             out[i] = grad
         return (*_NOTHING, c if ctx.closure else None, *out)
@@ -163,11 +145,7 @@ class FixedPoint(Function):
     def vmap(
         info: Any, in_dims: Any, call: _Call, x0: Tensor, attached: Any, *tensors: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        if attached is not None:
-            raise RuntimeError(
-                "fixed_point: under torch.vmap g must take every tensor that needs gradients as an "
-                "argument; pass it in `inputs` or `params`"
-            )
+        assert attached is None  # captured tensors that need gradients are refused before
 
         def whole(t: Tensor, d: int | None) -> Tensor:
             return t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
@@ -187,6 +165,80 @@ _NOTHING = (None,) * (FIRST - 1)  # the gradients of those before `attached`
 
 
 _torch.bind_no_defaults(FixedPoint)
+
+
+def one_by_one(backward: Callable[[Tensor], tuple[Any, ...]], v: Tensor) -> tuple[Any, ...]:
+    """A backward of each cotangent of `is_grads_batched` alone: autograd's own graph, unmapped."""
+    level = _torch.legacy_level()
+    rows = [backward(row) for row in _torch.legacy_unbatched(v, level)]
+    return tuple(
+        None if parts[0] is None else _torch.legacy_rebatched(torch.stack(parts), level)
+        for parts in zip(*rows, strict=True)
+    )
+
+
+def _gradients(
+    problem: Problem,
+    report: Report,
+    x: Tensor,
+    keep: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    need: Sequence[int],
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    """C, and what a node's backward gives the tensors at these positions.
+
+    Samples that are not kept have none, of any order: they are replaced by one that is kept, and
+    where there is none the value and every derivative are cut off.
+    """
+    alive: Tensor | None = None
+    unknown = _torch.of_vmap(keep)  # no host can look
+    if unknown or not bool(keep.all()):
+        if not unknown and not bool(keep.any()):
+            return torch.zeros_like(x), [torch.zeros_like(tensors[i]) for i in need]
+        if problem.batch_dims > 1:  # samples of one slice stand in for its own alone
+            return None, _by_slices(problem, report, x, keep, v, tensors, need)
+        if unknown:
+            alive = keep.any()
+            x, *tensors = (torch.where(alive, t, t.detach()) for t in (x, *tensors))
+        v, n = masked(v, keep), problem.map.n_inputs
+        x, *tensors[:n] = stand_in(keep, (x, *tensors[:n]))  # type: ignore[index]
+    adjoint = problem.options.adjoint.transposed(problem)
+    with problem.context.full_precision():
+        if not (torch.is_grad_enabled() or _torch.transforming()):
+            c, *grads = solve(Backward(adjoint, x, v, tensors, need), report)[2]
+            return c, grads
+        higher = _higher(problem, adjoint, report, x, v, tensors, need)
+    return None, higher if alive is None else [torch.where(alive, g, 0) for g in higher]
+
+
+def _by_slices(
+    problem: Problem,
+    report: Report,
+    x: Tensor,
+    keep: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    need: Sequence[int],
+) -> list[Tensor]:
+    """`_gradients` of the problem that torch.vmap mapped, mapped."""
+    map, dims = _unmapped(problem.map)
+    one = problem._replace(map=map, batch_dims=problem.batch_dims - 1)
+
+    def of_slice(x: Tensor, keep: Tensor, v: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_gradients(one, report, x, keep, v, list(tensors), need)[1])  # type: ignore[arg-type]
+
+    grads = torch.vmap(of_slice, in_dims=(0, 0, 0, *dims))(x, keep, v, *tensors)
+    return [g.sum(0) if dims[i] is None else g for i, g in zip(need, grads, strict=True)]
+
+
+def _unmapped(map: Map) -> tuple[Map, Sequence[int | None]]:
+    """What `Map.mapped` made the map of: the map before, and which of its tensors are mapped."""
+    if isinstance(map, TransposedMap):
+        inner, dims = _unmapped(map.inner)
+        return TransposedMap(inner), (0, 0, *dims)
+    assert isinstance(map, VmappedMap)
+    return map.inner, map.dims
 
 
 def _higher(
@@ -209,17 +261,3 @@ def _higher(
             return torch.sum(c * problem.map(x, *tensors))
 
     return partial_bound(h, [2 + i for i in need], x, c, *tensors)
-
-
-def _closure_is_transformed(map: Map, x: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Whether g's value depends on a closure tensor that a torch.func transform tracks."""
-    plain = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (x, *tensors)]
-    try:
-        y = map(*plain)
-    except Exception:
-        return False
-    while _torch.wrapped(y):
-        if _torch.mapped(y) or y.requires_grad:
-            return True
-        y = _torch.unwrapped(y)
-    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,17 +18,21 @@ __all__ = ["GradientStep", "NeuralStep"]
 class _Around(nn.Module):
     """A step made of a net or an energy, of which the solver may know something."""
 
-    _part: str
+    _form_of_part: tuple[str, str]  # whose form it takes: the attribute, and the method
+
+    @property
+    def _part(self) -> Any:
+        return getattr(self, self._form_of_part[0])
 
     @property
     def state_shape(self) -> Any:
         """The net's or the energy's, where it has one."""
-        return getattr(getattr(self, self._part), "state_shape", None)
+        return getattr(self._part, "state_shape", None)
 
     @property
     def form_dim(self) -> int:
         """The net's or the energy's, where it can say what it computes; else 0."""
-        return getattr(getattr(self, self._part), "form_dim", 0)
+        return getattr(self._part, "form_dim", 0)
 
 
 class NeuralStep(_Around):
@@ -37,7 +42,7 @@ class NeuralStep(_Around):
         net: a module net(x, *inputs) that returns x's shape.
     """
 
-    _part = "net"
+    _form_of_part = ("net", "form")
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -68,7 +73,7 @@ class GradientStep(_Around):
         ValueError: step_size is not positive.
     """
 
-    _part = "energy"
+    _form_of_part = ("energy", "gradient_form")
 
     def __init__(self, energy: Callable[..., Tensor], step_size: float | nn.Parameter) -> None:
         super().__init__()
@@ -86,21 +91,23 @@ class GradientStep(_Around):
         """x − γ ∂f/∂x, shaped like x."""
         parts = x if isinstance(x, tuple) else (x,)
         n = len(parts)
-        gradients = partial(_Total(self.energy, n), *parts, *inputs, which=tuple(range(n)))
-        moved = tuple(t - self.step_size * d for t, d in zip(parts, gradients, strict=True))
-        return moved if isinstance(x, tuple) else moved[0]
+        make = getattr(type(x), "_make", tuple)  # the energy too gets a named tuple as one
+        total = _Total(self.energy, n, make if n > 1 or make is not tuple else itemgetter(0))
+        gradients = partial(total, *parts, *inputs, which=tuple(range(n)))
+        moved = (t - self.step_size * d for t, d in zip(parts, gradients, strict=True))
+        return make(moved) if isinstance(x, tuple) else next(moved)
 
 
 class _Total(nn.Module):
     """The batch's total energy: its gradient is every sample's own."""
 
-    def __init__(self, energy: Callable[..., Tensor], n: int) -> None:
+    def __init__(self, energy: Callable[..., Tensor], n: int, state: Callable[[Any], Any]) -> None:
         super().__init__()
-        self.energy, self.n = energy, n
+        self.energy, self.n, self.state = energy, n, state
 
     def forward(self, *s: Tensor) -> Tensor:
         x = s[: self.n]
-        values = self.energy(x if self.n > 1 else x[0], *s[self.n :])
+        values = self.energy(self.state(x), *s[self.n :])
         if not isinstance(values, Tensor) or values.shape != x[0].shape[:1]:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
