@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _torch
+from .captures import carries_tangent, followed, refuse_captures
 from .modules import Binding, bindable
 
 __all__ = ["inner_product", "partial"]
@@ -54,16 +55,26 @@ def partial(r: Scalar, *s: Tensor, which: Sequence[int] | None = None) -> tuple[
                 f"partial: s[{i}] must be floating to be differentiated (got {s[i].dtype}); "
                 "convert it, or leave its position out of `which`"
             )
+    if any(carries_tangent(t) for t in s):
+        _Partial.jvp(None)
     if not (torch.is_grad_enabled() or _torch.transforming()):
         return _value(r, which, s)
+    bound, n = r, len(s)
     if bindable(r):
-        binding, n = Binding(r), len(s)  # type: ignore[arg-type]
+        binding = Binding(r)  # type: ignore[arg-type]
+        s = (*s, *binding.params)
 
         def bound(*q: Tensor) -> Tensor:
             return binding.bind(q[n:])(*q[:n])  # type: ignore[no-any-return]
 
-        return partial_bound(bound, which, *s, *binding.params)
-    return partial_bound(r, which, *s)
+    if followed():
+        refuse_captures(
+            "partial: r (the energy of a GradientStep)",
+            bound,
+            s,
+            "pass it in s (to a step: in `inputs`), or make r an nn.Module that owns it",
+        )
+    return partial_bound(bound, which, *s)
 
 
 def inner_product(v: Sequence[Tensor], u: Callable[..., Sequence[Tensor]]) -> Scalar:

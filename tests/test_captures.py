@@ -4,14 +4,15 @@ import functools
 
 import pytest
 import torch
-from helpers import contraction
+from helpers import Energy, contraction
 from helpers_derivatives import close, double, tight
 from torch import nn
 from torch.autograd import forward_ad, grad
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.func import grad as fgrad
 
-from fpi_cuda import Anderson, FixedPointLayer, fixed_point
+from fpi_cuda import Anderson, FixedPointLayer, GradientStep, fixed_point
+from fpi_cuda.operators import partial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = tight("reference", Anderson())
@@ -176,6 +177,57 @@ def test_errors_of_g_reach_the_user():
             follow(lambda z: solved(g, z))(Z)
     with pytest.raises(TypeError, match="must return a tensor"):
         fgrad(lambda z: solved(lambda x, z: None, z))(Z)
+
+
+# --- P, and the energy of a step ---------------------------------------------------------------
+
+
+def of_energy(w):
+    def energy(x, z):
+        return ((x @ w.mT - z) ** 2).sum(-1) + (x**2).sum(-1)
+
+    return FixedPointLayer(GradientStep(energy, 0.1), **OPTIONS)(Z).sum()
+
+
+def of_partial(w):
+    return partial(lambda x: (torch.tanh(x @ w.mT) ** 2).sum(), Z)[0].sum()
+
+
+@pytest.mark.parametrize("way", [of_energy, of_partial])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_captured_tensor_of_an_energy_is_refused_by_name(level, way):
+    if (way, level) == (of_partial, "dual, no_grad"):  # no node stands in between
+        found = of_dual(lambda w: forward_ad.unpack_dual(torch.no_grad()(way)(w)).tangent, W)
+        rise = [way(W + step) for step in (1e-6, -1e-6)]
+        torch.testing.assert_close(found, (rise[0] - rise[1]) / 2e-6, rtol=1e-6, atol=1e-8)
+        return
+    with pytest.raises(RuntimeError, match=r"captures a tensor that .*; pass it in"):
+        LEVELS[level](way)
+
+
+def test_an_energy_that_owns_its_tensors_is_refused_nothing():
+    layer = FixedPointLayer(GradientStep(Energy(), 0.4), state_shape=(3,), **OPTIONS)
+    params = {k: v.detach() for k, v in layer.named_parameters()}
+
+    def loss(params, z):
+        return functional_call(layer, params, (z,)).sin().sum()
+
+    z = double(2, 2)
+    true = grad(layer(z).sin().sum(), list(layer.parameters()))
+    for mine, one in zip(fgrad(loss)(params, z).values(), true, strict=True):
+        close(mine, one)
+    each = vmap(fgrad(lambda p, z: loss(p, z[None])), (None, 0))(params, z)
+    for mine, one in zip(each.values(), true, strict=True):
+        close(mine.sum(0), one)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_p_of_a_tensor_with_a_tangent_is_refused(mode):
+    with mode(), forward_ad.dual_level():
+        (plain,) = partial(lambda x: (x**3).sum(), Z)
+        close(plain, 3 * Z**2)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            partial(lambda x: (x**3).sum(), forward_ad.make_dual(Z, Z))
 
 
 # --- what is not captured, or not followed ---------------------------------------------------
