@@ -16,11 +16,6 @@ __all__ = ["ACTIVATIONS", "ConvForm", "DenseForm", "Form", "form_of", "structure
 Form = DenseForm | ConvForm
 
 
-def structured(g: Any) -> bool:
-    """Whether g is layers that the library knows."""
-    return getattr(g, "form_dim", 0) > 0
-
-
 def form_of(module: Any, method: str, *arguments: Any) -> Form | None:
     """What the module's `method` makes of itself, or None where it does more than that says."""
     if not _no_more_than(module, method):

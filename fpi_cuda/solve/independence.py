@@ -74,7 +74,7 @@ class Samples:
         if random:
             warn(
                 "fpi_cuda: g gives other values for the same arguments (dropout, noise?), so it "
-                "has no fixed point. Call g.eval(), or draw once a solve and pass that as an input.",
+                "has no fixed point. Call g.eval(), or draw once a solve and pass it as an input.",
                 UserWarning,
             )
         elif coupled:
