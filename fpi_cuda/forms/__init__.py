@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,7 @@ def structured(g: Any) -> bool:
     """Whether g is a step that `form_of` takes: its parts are looked at, no form is made."""
     method = "form"
     while _no_more_than(g, method):
-        inner = getattr(g, "_form_of_part", None)
+        inner = getattr(type(g), "_form_of_part", None)
         if inner is None:
             return True
         name, method = inner
@@ -43,9 +44,8 @@ def _no_more_than(module: Any, method: str) -> bool:
     """
     kind: Any = type(module)
     return (
-        isinstance(module, nn.Module)
-        and kind.__call__ is _CALL
-        and _owner(kind, method) is _owner(kind, "forward")
+        kind.__call__ is _CALL
+        and _says_it(kind, method)
         and "forward" not in vars(module)  # of this instance alone
         and not hooked(module)
         and not any_global_hook()
@@ -55,8 +55,9 @@ def _no_more_than(module: Any, method: str) -> bool:
 _CALL = nn.Module.__call__
 
 
-def _owner(kind: type, name: str) -> type | None:
-    for k in kind.__mro__:
-        if name in k.__dict__:
-            return k
-    return None
+@functools.lru_cache(maxsize=256)
+def _says_it(kind: Any, method: str) -> bool:
+    owner = {
+        next((k for k in kind.__mro__ if name in vars(k)), None) for name in (method, "forward")
+    }
+    return issubclass(kind, nn.Module) and len(owner) == 1
