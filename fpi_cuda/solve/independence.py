@@ -44,8 +44,8 @@ class Samples:
     def due(self, adjoint: bool, failed: bool) -> bool:
         """Whether a solve that has ended is to be looked at; counts it.
 
-        The first four of each direction, those whose number is a power of two, then every 32nd:
-        what comes to depend later is seen after 31 more solves at most. And all with failures.
+        The first four of each direction, those whose number is a power of two, then every 64th:
+        what comes to depend later is seen after 63 more solves at most. And all with failures.
         """
         if self._certain or self.coupled:
             return False
@@ -118,7 +118,7 @@ class _Kind:
         return samples
 
 
-PERIOD = 32
+PERIOD = 64
 DEPTH = 4  # to which what g captures is followed
 KINDS, DETAILS = 256, 64  # and details of a kind, that are kept; the oldest goes first
 INDEPENDENT = Samples(compactable=True, certain=True)
