@@ -57,6 +57,7 @@ def test_it_stops_when_every_sample_meets_its_tolerance_in_one_iteration(name, s
     assert s.status.tolist() == [Status.CONVERGED] * B
     assert s.iterations.tolist() == [len(seen)] * B
     assert s.evaluations == len(seen)
+    assert "one system" in s.path
     x, gx = seen[-1]
     assert torch.equal(s.x, gx)
     torch.testing.assert_close(s.residual_norm, (gx - x).norm(dim=1), rtol=1e-10, atol=1e-14)
@@ -154,6 +155,8 @@ def test_a_graph_gives_what_the_eager_loop_gives(name, solver, tape):
             assert driver in s.path
             gradient = grad(s.x[4].sum(), [leaf, step.w])
             assert driver in s.adjoint.path
+            assert "one system" in s.path
+            assert "one system" in s.adjoint.path
             found[driver, scale] = s.x.detach(), s.iterations, s.contraction, *gradient
             assert s.adjoint.iterations.unique().numel() == 1
     for scale in (1.0, 2.0):

@@ -109,7 +109,7 @@ def compacted(place: Place, solver: Any) -> Iterator[Error]:
 
     (first, gradient), (second, again), (whole, expected) = map(once, (True, True, False))
     require("compacted" in first.path, f"samples were to be left out (got {first.path})")
-    require("whole batch" in whole.path, f"none was to be left out (got {whole.path})")
+    require("one system" in whole.path, f"none was to be left out (got {whole.path})")
     yield Error("samples that did not converge", int((~first.converged).sum()), 0.0)
     # A library's products have other bits in another batch; how much is left out is decided by
     # counts that arrive when they do only where the driver lets them.

@@ -164,7 +164,7 @@ class Captured:
         self._outputs.clear()
         for part in parts:
             recorder.record(part)
-        rows = "masked" if made[0][1].masks else "whole batch"
+        rows = made[0][0].rows(made[0][1])
         self.path = f"{backend.NAME}, graph{recorder.note}, {rows}"
         self._launch = recorder.loop(progress.tally, request.limits.max_iterations)
         self._used = x, made[0][2]  # the device's own: nothing here reads them again

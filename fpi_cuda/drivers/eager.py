@@ -55,6 +55,7 @@ def _solve(direction: Any, because: str) -> Solved:
         skip=direction.skip,
         read=reader(start, options.max_iterations),
         driver=f"eager ({because})" if because else "eager",
+        rows=direction.rows(evaluate),
     )
     record.evaluations = direction.seen.calls
     return Solved(x, record)
@@ -100,6 +101,7 @@ def iterate(
     skip: Tensor | None = None,
     read: Reader | None = None,
     driver: str = "eager",
+    rows: str = "whole batch",
 ) -> tuple[Tensor, Record]:
     """Iterate every sample to its own end.
 
@@ -114,6 +116,7 @@ def iterate(
         skip: bool [B]: samples that are left at x0 as converged, without an iteration.
         read: None: at once.
         driver: its name, for the record.
+        rows: what is iterated, for the record; where samples are left out, it says so.
 
     Returns:
         The state shaped like x0, and the record with tensors shaped like the batch.
@@ -126,7 +129,6 @@ def iterate(
     active = held if skip is None else held - int(skip.sum())
     rest = before = active  # what decides on compaction: a count that no timing changes
     evaluate.watch(progress)
-    rows = "masked" if evaluate.masks else "whole batch"
     read = read or ReadNow()
     below = evaluate.compact_below
     update = None

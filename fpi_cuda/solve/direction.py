@@ -97,6 +97,10 @@ class Direction:
             self._evaluation = self._evaluate()
         return self._evaluation
 
+    def rows(self, evaluate: Evaluation) -> str:
+        """What is iterated, for the record."""
+        return "one system" if self.coupled else "masked" if evaluate.masks else "whole batch"
+
     def _evaluate(self) -> Evaluation:
         form, problem = self.form, self.problem
         if form is None:
