@@ -116,7 +116,7 @@ class Options(NamedTuple):
 
 
 def _check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
+    if not any(type(value) is type(a) and value == a for a in allowed):  # 0 == False
         raise ValueError(f"fixed_point: {name} must be one of {allowed} (got {value!r})")
 
 

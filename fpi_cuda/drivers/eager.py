@@ -82,6 +82,9 @@ class Evaluation(Protocol):
     def __call__(self, x: Tensor, /) -> Tensor:
         """g(x), shaped like x."""
 
+    def part(self, positions: Tensor, /) -> Evaluation:
+        """The same for the samples at these positions, whoever they are."""
+
     def select(self, positions: Tensor, x: Tensor, /) -> Evaluation | None:
         """The same for these rows only; None where g does not treat samples independently.
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .. import _torch
 
-__all__ = ["Unseen", "owner_of", "precision", "python_values"]
+__all__ = ["Unseen", "owner_of", "precision", "python_values", "reads"]
 
 
 class Unseen(Exception):
@@ -142,7 +142,7 @@ def _of_library(module_name: Any) -> bool:
     return own and top in sys.stdlib_module_names and top != "__main__"
 
 
-class _Reads(NamedTuple):
+class Reads(NamedTuple):
     """Names that a function's code looks up."""
 
     globals: frozenset[str]
@@ -151,7 +151,8 @@ class _Reads(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _reads(code: CodeType) -> _Reads:
+def reads(code: CodeType) -> Reads:
+    """The names that code looks up, that of functions defined in it included."""
     found: dict[str, set[str]] = {"GLOBAL": set(), "ATTRIBUTE": set(), "IMPORT": set()}
     for instruction in dis.get_instructions(code):
         name = instruction.opname
@@ -163,12 +164,12 @@ def _reads(code: CodeType) -> _Reads:
             found["IMPORT"].add(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            for names, more in zip(found.values(), _reads(constant), strict=True):
+            for names, more in zip(found.values(), reads(constant), strict=True):
                 names.update(more)
         else:
             texts = constant if isinstance(constant, tuple) else (constant,)
             found["ATTRIBUTE"].update(t for t in texts if isinstance(t, str) and t.isidentifier())
-    return _Reads(*map(frozenset, found.values()))
+    return Reads(*map(frozenset, found.values()))
 
 
 class _Look:
@@ -375,12 +376,12 @@ class _Look:
         of_library = _of_library(f.__globals__.get("__name__"))
         if of_library and not f.__closure__:
             return "library", f
-        reads = _reads(f.__code__)
+        read = reads(f.__code__)
         scope = {} if of_library else f.__globals__
         if not of_library:
-            self._names |= reads.attributes
-            called = reads.globals - scope.keys() | {"import_module"} & (
-                reads.globals | reads.attributes
+            self._names |= read.attributes
+            called = read.globals - scope.keys() | {"import_module"} & (
+                read.globals | read.attributes
             )
             for name in sorted(_BLIND & called):
                 raise Unseen(f"{f.__name__} calls {name}(), which may read anything; {INSTEAD}")
@@ -394,11 +395,11 @@ class _Look:
                 found.append(self._at(name, contents))
         defaults = f.__defaults__, f.__kwdefaults__, vars(f)
         found += [self._at(f"a default of {f.__name__}", given) for given in defaults if given]
-        for name in sorted(reads.globals & scope.keys()):
+        for name in sorted(read.globals & scope.keys()):
             found.append(self._at(f"the global {name}", scope[name]))
-        if not _ENVIRONMENT.isdisjoint(reads.globals | reads.attributes):
+        if not _ENVIRONMENT.isdisjoint(read.globals | read.attributes):
             found.append(self._at("the environment", dict(os.environ)))
-        for name in self._imported(reads.imports, scope):
+        for name in self._imported(read.imports, scope):
             found.append(self._at(f"the import {name}", sys.modules[name]))
         return tuple(found)
 

@@ -10,66 +10,82 @@ from torch import Tensor
 from ..drivers.support import Solved
 from ..record import Record, Status
 from .direction import Direction
-from .independence import agree, norm_of
+from .independence import agree, norm_of, order_of
+from .problem import Report
 
-__all__ = ["depend"]
+__all__ = ["wrong"]
+
+PROBES = 2  # of a kind
 
 
-def depend(direction: Direction, solved: Solved) -> bool:
-    """Whether samples depend on each other, where this solve is one of those that are looked at.
+def wrong(direction: Direction, solved: Solved, report: Report) -> bool:
+    """Whether this solve has to be done again, if it is one of those that are looked at.
 
     What is looked at is g on the batch of all results. Where a CONVERGED sample's residual is not
-    within the tolerance there, and once a kind in any case, g's values for some samples are
+    within the tolerance there, and twice a kind in any case, g's values for some samples are
     compared with those beside other neighbours: what the solve started from (an adjoint: zeros).
+    An adjoint is looked at where its forward solve was.
     """
     samples, record = direction.problem.samples, solved.record
-    if record is None:
+    if record is None or samples.certain or direction.coupled:
         return False
     limits = record.progress.limits
-    fixed_count = limits.rtol == limits.offset == 0
-    if not samples.due(direction.adjoint, bool(record.failed) and not fixed_count):
+    failures = record.failed and not limits.rtol == limits.offset == 0
+    due = report.of_looked if direction.adjoint else samples.due()
+    if not (due or failures or samples.suspect):
         return False
     claimed = (record.status == Status.CONVERGED).reshape(-1)
     if not (samples.suspect or bool(claimed.any())):
         return False
-    before = direction.seen.calls
-    found = _depend(direction, solved.x, record, claimed)
+    report.looked, before = True, direction.seen.calls
+    again = _look(direction, solved.x, record, claimed)
     if not direction.adjoint:  # whose calls of g are its linearisations
         record.evaluations += direction.seen.calls - before
-    return found
+    return again
 
 
-def _depend(direction: Direction, x: Tensor, record: Record, claimed: Tensor) -> bool:
+def _look(direction: Direction, x: Tensor, record: Record, claimed: Tensor) -> bool:
     problem, evaluate = direction.problem, direction.evaluation()
-    samples, dims, dtype = problem.samples, problem.batch_dims, problem.context.autocast_dtype
-    b = x.shape[dims - 1]
+    samples, dims = problem.samples, problem.batch_dims
+    b, autocast = x.shape[dims - 1], problem.context.autocast_dtype
 
     def rows(t: Tensor) -> Tensor:
         return t.reshape(len(claimed), -1)
 
     y = rows(evaluate(x)).clone()  # g may return the same memory each time
-    met = _met(rows(x), y, record, direction.floor)
-    bits = (b - 1).bit_length()
-    if not samples.suspect and bool((met | ~claimed).all()):
-        bits = 0 if samples.probed else 1
-    samples.probed = True
+    met = bool((_met(rows(x), y, record, direction.floor) | ~claimed).all())
     others = torch.zeros_like(x) if direction.adjoint else direction.start
-    number = torch.arange(b, device=x.device)
+    number = order_of(b, x.device)
+    bits: range = range((b - 1).bit_length())  # any two samples' numbers differ in one of them
+    if met and not samples.suspect:
+        told = samples.probes < PROBES and not torch.equal(x, others)
+        bits = bits[samples.probes :][: int(told)]
+        samples.probes += told
     changed = False
-    # Any two samples' numbers differ in a bit, so that some mixture holds one's result alone.
-    for bit, which in itertools.product(range(bits), (0, 1)):
+    for bit, which in itertools.product(bits, (0, 1)):
         kept = ((number >> bit) & 1) == which
-        mixed = torch.where(kept.view(b, *(1,) * (x.dim() - dims)), x, others)
         try:
-            same = agree(rows(evaluate(mixed)), y, dtype)
+            mixed = torch.where(kept.view(b, *(1,) * (x.dim() - dims)), x, others)
+            same = agree(rows(evaluate(mixed)), y, x.dtype, 2)
         except Exception:  # a state that g was never meant to see
             continue
         changed = bool((~same & kept.expand(x.shape[:dims]).reshape(-1)).any())
         if changed:
             break
-    random = (changed or samples.suspect) and not bool(agree(rows(evaluate(x)), y, dtype).all())
-    samples.tell(changed and not random, random)
-    return changed and not random
+    steady = True
+    if changed or samples.suspect:  # unless g is random
+        steady = bool(agree(rows(evaluate(x)), y, x.dtype, 4).all())
+
+    def some(at: Tensor) -> Tensor:
+        return evaluate.part(at)(x.index_select(0, at))
+
+    # If neighbours do not matter, it may be that samples were left out.
+    left_out = samples.compactable and dims == 1
+    if steady and not (met or changed) and left_out and not samples.learn(some, y, autocast):
+        samples.tell()
+        return True
+    samples.tell(changed and steady, not steady, direction.adjoint)
+    return changed and steady
 
 
 def _met(x: Tensor, y: Tensor, record: Record, floor: Tensor | None) -> Tensor:

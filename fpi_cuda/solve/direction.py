@@ -19,7 +19,7 @@ from ..options import Solver
 from ..record import MASKED, Limits, accumulate_dtype
 from ..solvers.coupled import Coupled
 from .evaluation import Direct, Linearised, Masked, Seen, convolutions
-from .independence import Samples
+from .independence import Samples, norm_of
 from .maps import Map, TransposedMap, UserMap
 from .problem import Problem
 
@@ -261,12 +261,12 @@ class Backward(Direction):
         """
         b = self.problem.batch_dims
         rows = self.v.reshape(self.v.shape[:b].numel(), self.v.shape[b:].numel())
-        scale: Tensor = torch.linalg.vector_norm(rows.to(accumulate_dtype(rows.dtype)), dim=1)
-        if not self.coupled or not len(scale):
-            return scale
-        systems = scale.view(-1, self.v.shape[b - 1])
-        least = torch.linalg.vector_norm(systems, dim=1) / math.sqrt(systems.shape[1])
-        return torch.maximum(systems, least[:, None]).view(-1)
+        scale = norm_of(rows)
+        if self.coupled and len(scale):
+            systems = scale.view(-1, self.v.shape[b - 1])
+            least = norm_of(systems) / math.sqrt(systems.shape[1])
+            scale = torch.maximum(systems, least[:, None]).view(-1)
+        return scale.to(accumulate_dtype(rows.dtype))
 
     def measure(self) -> None:
         """Floor, and the samples where v is zero, but in a batch that is one system."""

@@ -76,17 +76,24 @@ class Direct:
             self.seen.closure = True
         return gx.detach()
 
-    def select(self, positions: Tensor, x: Tensor) -> Direct | None:
-        assert self.samples is not None
+    def part(self, positions: Tensor) -> Direct:
+        """The same for the samples there."""
         inputs = [take(t, positions) for t in self.inputs]
         part = Direct(self.context, self.seen, self.g, inputs, self.samples)
         part.first = False
-        if self.samples.compactable is None:
-            whole = self(x).index_select(0, positions)
-            dtype = self.context.autocast_dtype
-            if not self.samples.learn(lambda: part(x.index_select(0, positions)), whole, dtype):
-                return None
         return part
+
+    def select(self, positions: Tensor, x: Tensor) -> Direct | None:
+        samples = self.samples
+        assert samples is not None
+
+        def some(at: Tensor) -> Tensor:
+            return self.part(at)(x.index_select(0, at))
+
+        dtype, known = self.context.autocast_dtype, samples.compactable
+        if known is None and not samples.learn(some, self(x), dtype):
+            return None
+        return self.part(positions)
 
 
 class Linearised:
@@ -123,30 +130,26 @@ class Linearised:
     def __call__(self, c: Tensor) -> Tensor:
         return vjp(self.y, self.x, c) + self.v
 
+    def part(self, positions: Tensor) -> Linearised:
+        """The same for the samples there."""
+        if self.unattached is not None:
+            self.g, self.unattached = self.unattached(), None
+        inputs = [take(t.detach(), positions) for t in self.inputs]
+        x, v = (take(t.detach(), positions) for t in (self.x, self.v))
+        return Linearised(self.context, self.seen, self.g, x, v, inputs, self.samples)
+
     def select(self, positions: Tensor, c: Tensor) -> Linearised | None:
         del c
-        assert self.samples is not None
+        samples = self.samples
+        assert samples is not None
 
-        def rows(t: Tensor) -> Tensor:
-            return take(t.detach(), positions)
+        def some(at: Tensor) -> Tensor:
+            return self.part(at).y.detach()
 
-        def smaller() -> Linearised:
-            if self.unattached is not None:
-                self.g, self.unattached = self.unattached(), None
-            inputs = [rows(t) for t in self.inputs]
-            x, v = rows(self.x), rows(self.v)
-            return Linearised(self.context, self.seen, self.g, x, v, inputs, self.samples)
-
-        if self.samples.compactable is not None:
-            return smaller()
-        made: list[Linearised] = []
-
-        def part() -> Tensor:
-            made.append(smaller())
-            return made[0].y.detach()
-
-        dtype = self.context.autocast_dtype
-        return made[0] if self.samples.learn(part, rows(self.y), dtype) else None
+        dtype, known = self.context.autocast_dtype, samples.compactable
+        if known is None and not samples.learn(some, self.y.detach(), dtype):
+            return None
+        return self.part(positions)
 
 
 class Masked:
@@ -198,6 +201,9 @@ class Masked:
         x = x.contiguous(memory_format=torch.channels_last)
         self.chain(x, self.out, *self.active, self.norms)
         return self.out
+
+    def part(self, positions: Tensor) -> Masked:
+        raise NotImplementedError  # it leaves samples out by itself
 
     def select(self, positions: Tensor, x: Tensor) -> Masked | None:
         return None

@@ -76,9 +76,15 @@ class Report:
 
     record: Record | None = None
     closure = False  # whether g has closure tensors that need gradients
+    looked = False  # whether it was looked at whether samples depend on each other
 
     def __init__(self, parent: Report | None = None) -> None:
         self.parent = parent
+
+    @property
+    def of_looked(self) -> bool:
+        """Whether the solve that this one differentiates was looked at."""
+        return self.parent is not None and self.parent.looked
 
     def __call__(self, record: Record) -> None:
         self.record = record

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..drivers.support import Solved
 from ..record import MASKED, Record
 from ..solution import FixedPointError, FixedPointWarning, Solution, warn
-from .coupling import depend
+from .coupling import wrong
 from .direction import Direction
 from .problem import Problem, Report
 
@@ -24,7 +24,7 @@ def solve(direction: Direction, report: Report) -> Outcome:
     problem = direction.problem
     with torch.no_grad(), problem.context.full_precision():
         solved = _run(direction)
-        if depend(direction, solved):
+        if wrong(direction, solved, report):
             assert solved.record is not None
             before = solved.record.evaluations
             direction = direction.again()

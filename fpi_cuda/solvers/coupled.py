@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..record import (
     ACTIVE_ROWS,
     FAILED,
     NEVER,
+    REFERENCE,
     REFERENCE_ITERATION,
     RING_START,
     STATUS,
@@ -22,7 +24,7 @@ from ..record import (
 )
 from .picard import Update
 
-_CONVERGED, _DIVERGED = Status.CONVERGED + 1, Status.DIVERGED + 1
+_CONVERGED = Status.CONVERGED + 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Coupled:
         judged = torch.empty_like(x)
         status = progress.counters[:, STATUS].view(systems, samples)
         since = progress.counters[:, REFERENCE_ITERATION].view(systems, samples)
+        reference = progress.scalars[:, REFERENCE]
         ring = progress.scalars[:, RING_START:].view(systems, samples, -1)
         joint_status = joint.counters[:, STATUS]
         joint_since = joint.counters[:, REFERENCE_ITERATION, None]
@@ -77,11 +80,13 @@ class Coupled:
             judged.copy_(x)
             backend.picard_step(progress, judged, gx, 1.0)
             move(x.view(whole), gx.view(whole))
-            least, most = torch.aminmax(status.masked_fill(status == _DIVERGED, ACTIVE), dim=1)
+            least, most = torch.aminmax(status, dim=1)
             ended = torch.maximum(torch.where(least > ACTIVE, most, ACTIVE), joint_status)
             status.copy_(ended[:, None])
             joint_status.copy_(ended)
+            # What counts as growth or as progress, the system says.
             since.copy_(joint_since)
+            reference.fill_(math.nan)
             ring.copy_(joint_ring)
             progress.tally[ACTIVE_ROWS] = (ended == ACTIVE).sum() * samples
             progress.tally[FAILED] = (ended > _CONVERGED).sum() * samples
