@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import _torch
+from .. import _torch
 
 __all__ = ["Binding", "bindable", "has_stateful_buffers"]
 
