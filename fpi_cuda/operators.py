@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _torch
-from .modules import Binding, bindable
+from .modules import Binding
 
 __all__ = ["inner_product", "partial"]
 
@@ -56,14 +56,18 @@ def partial(r: Scalar, *s: Tensor, which: Sequence[int] | None = None) -> tuple[
             )
     if not (torch.is_grad_enabled() or _torch.transforming()):
         return _value(r, which, s)
-    if bindable(r):
-        binding, n = Binding(r), len(s)  # type: ignore[arg-type]
+    binding, n = Binding.of(r), len(s)
+    if binding is None:
+        return partial_bound(r, which, *s)
 
-        def bound(*q: Tensor) -> Tensor:
-            return binding.bind(q[n:])(*q[:n])  # type: ignore[no-any-return]
+    def bound(*q: Tensor) -> Tensor:
+        return binding.bind(q[n:])(*q[:n])  # type: ignore[no-any-return]
 
-        return partial_bound(bound, which, *s, *binding.params)
-    return partial_bound(r, which, *s)
+    out = partial_bound(bound, which, *s, *binding.own())
+    if not _torch.transforming():
+        binding.move()  # what r's one call did to its buffers and attributes
+    binding.close()
+    return out
 
 
 def inner_product(v: Sequence[Tensor], u: Callable[..., Sequence[Tensor]]) -> Scalar:
@@ -161,7 +165,12 @@ class _Partial(Function):
     def forward(r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             if tape.leaves is None:
-                tape.leaves = [_leaf(t) for t in s]
+                # No more than what derivatives are taken by: what g writes to (running statistics)
+                # can't have one.
+                tape.leaves = [
+                    _leaf(t) if t.requires_grad or i in which else t.detach()
+                    for i, t in enumerate(s)
+                ]
                 tape.y = r(*tape.leaves)
                 _check_scalar(tape)
             y, q = tape.y, tape.leaves

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _torch
+from ..modules import keeps_all_in_dict
 
 __all__ = ["Unseen", "owner_of", "precision", "python_values"]
 
@@ -94,10 +95,6 @@ INSTEAD = (
     "give g its values as numbers, strings or tensors (arguments, or attributes of a module), or "
     'use driver="eager"'
 )
-
-
-class _Plain:
-    pass
 
 
 class _Two(NamedTuple):
@@ -254,7 +251,7 @@ class _Look:
             return "operator", value
         parts = self._parts(value)
         own = getattr(value, "__dict__", None)
-        if parts is None and own is not None and _keeps_all_in_dict(cls):
+        if parts is None and own is not None and keeps_all_in_dict(cls):
             parts = []
         if parts is None:
             raise Unseen(
@@ -409,13 +406,3 @@ class _Look:
         bases = [".".join(package[:n]) for n in range(len(package) + 1)]
         whole = {".".join(filter(None, (base, name))) for base in bases for name in names}
         return sorted(whole & sys.modules.keys())
-
-
-def _keeps_all_in_dict(cls: type) -> bool:
-    """Whether a class statement made it, without slots, and no class written in C is a base."""
-    made = bool(cls.__flags__ & 1 << 9)  # on the heap
-    return made and _layout(cls) == _layout(_Plain)
-
-
-def _layout(cls: type) -> tuple[int, ...]:
-    return cls.__basicsize__, cls.__itemsize__, cls.__dictoffset__, cls.__weakrefoffset__

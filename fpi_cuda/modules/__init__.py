@@ -1,4 +1,4 @@
-"""A module's tensors taken out and put back in, without touching the module.
+"""The tensors of the modules that g calls, taken out and put back in, without touching the modules.
 
 `torch.func.functional_call` swaps the tensors of the shared module for the length of the call, so
 other threads see them. Here a structural clone (new containers, the same leaves) gets the tensors
@@ -7,126 +7,147 @@ for good: private to one solve, and free of the swap's cost in every iteration.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import _torch
+from .clones import clone, freeze_parametrizations
+from .search import Found, Kept, find, is_object, keeps_all_in_dict, unwraps
 
-__all__ = ["Binding", "bindable", "has_stateful_buffers"]
-
-
-def bindable(g: Any) -> bool:
-    """Whether g's own tensors can be taken out: a module of plain Python, and so all in it."""
-    return (
-        isinstance(g, nn.Module)
-        and not _torch.compiled_module(g)  # it calls the module it closed over
-        and not any(isinstance(m, _torch.ScriptModule) for m in g.modules())
-    )
-
-
-def has_stateful_buffers(g: Any) -> bool:
-    """Whether a training call of g may move a buffer (batch norm, spectral norm)."""
-    return isinstance(g, nn.Module) and any(
-        m.training and any(b is not None for b in _torch.buffers(m).values()) for m in g.modules()
-    )
+__all__ = ["Binding", "keeps_all_in_dict"]
 
 
 class Binding:
-    """A snapshot of a module's structure and buffers, callable with any parameters.
+    """g around the modules that it calls, callable with any tensors in the place of theirs.
+
+    g is a module, or something that leads to some: see `find`.
 
     Attributes:
-        params: the module's parameters, in a fixed order, each once, as they were found.
-
-    Buffers are cloned, and cloned again for every `bind`: whatever a call does to them (running
-    statistics, power iterations) is forgotten, so each bind starts from the same snapshot.
+        params: the modules' parameters, in a fixed order, each once, as they were found.
+        buffers: their buffers likewise.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._template = _clone(module, {})
-        self._template_buffers()
+    def __init__(self, g: Any, found: Found) -> None:
+        self._g, self._found = g, found
+        # What has attributes of its own.
+        self._objects = [
+            kept.value
+            for kept in found.values()
+            if is_object(v := kept.value) and not (isinstance(v, nn.Module) and unwraps(v))
+        ]
+        modules = [m for m in self._objects if isinstance(m, nn.Module)]
         self._index: dict[int, int] = {}
-        self.params: list[Tensor] = []
-        for m in module.modules():
-            for p in _torch.parameters(m).values():
-                if p is not None and id(p) not in self._index:
-                    self._index[id(p)] = len(self.params)
-                    self.params.append(p)
+        self.params = self._each(map(_torch.parameters, modules))
+        self.buffers = self._each(map(_torch.buffers, modules))
+        self._training = bool(self.buffers) and any(
+            m.training for m in modules if _torch.buffers(m)
+        )
+        self._closed = False
+        self._watched: list[tuple[dict[str, Any], list[int]]] = []  # attributes, and their values
+        self._moving: list[Tensor] = []  # buffers of what was bound last
 
-    def _template_buffers(self) -> None:
-        _map_buffers(self._template, lambda b: b.detach().clone())
+    @staticmethod
+    def of(g: Any) -> Binding | None:
+        """The binding of g; None where no module is found in it."""
+        found = find(g)
+        return Binding(g, found) if found else None
+
+    def _each(self, of_modules: Iterable[dict[str, Tensor | None]]) -> list[Tensor]:
+        index, each = self._index, []
+        for tensors in of_modules:
+            for t in tensors.values():
+                if t is not None and id(t) not in index:
+                    index[id(t)] = len(index)
+                    each.append(t)
+        return each
+
+    def own(self) -> list[Tensor]:
+        """The tensors that `bind` takes: the parameters, then a copy of each buffer.
+
+        The copies are attached to the buffers, and stay what they are where the buffers move.
+        """
+        return [*self.params, *(b.clone() for b in self.buffers)]
+
+    def bind(self, tensors: Sequence[Tensor], watch: bool = True) -> Callable[..., Any]:
+        """g with these tensors; parametrisations are evaluated here, once.
+
+        What its calls do to buffers is done to copies, so each bind starts from the same state.
+        watch: whether `left` is to tell of its calls; until `close`.
+        """
+        n, index = len(self.params), self._index
+        buffers = _copies(tensors[n:]) if self.buffers else []
+        own = [*tensors[:n], *buffers]
+        memo: dict[int, Any] = {}
+        bound: Callable[..., Any] = clone(self._g, self._found, memo)
+        clones = [memo[id(value)] for value in self._objects]
+        modules = [m for m in clones if isinstance(m, nn.Module)]
+        for m in modules:
+            for of_m in (_torch.parameters(m), _torch.buffers(m)):
+                for name, t in of_m.items():
+                    if t is not None:
+                        of_m[name] = own[index[id(t)]]
+        for m in modules:
+            freeze_parametrizations(m)
+            _torch.renew_flat_weights(m)
+        if not self._closed:
+            self._moving = buffers
+            watched = [vars(value) for value in clones] if watch else []
+            if buffers:
+                watched += map(_torch.buffers, modules)
+            self._watched = [(own, _ids(own)) for own in watched]
+        return bound
 
     @property
-    def buffers(self) -> list[Tensor]:
-        """The snapshot's buffers, in a fixed order, each once."""
-        found: list[Tensor] = []
+    def left(self) -> str:
+        """What the calls of what was bound last left behind: "attributes", "buffers" or ""."""
+        if any(before != _ids(own) for own, before in self._watched):
+            return "attributes"
+        # Not every write is counted (batch norm's is not): modules in training are taken to write.
+        return "buffers" if self._training or any(map(_written, self._moving)) else ""
 
-        def note(b: Tensor) -> Tensor:
-            found.append(b)
-            return b
+    def close(self, keep: bool = True) -> None:
+        """Watch no more; keep: what is bound from now on has the modules' modes of now."""
+        self._closed = True
+        self._watched, self._moving = [], []
+        if keep:
+            memo: dict[int, Any] = {}
+            self._g = clone(self._g, self._found, memo)
+            self._objects = [memo[id(value)] for value in self._objects]
+            # What torch.compile wrapped stands in the memo before its wrapper, as the same clone.
+            kept = {id(new): (new, self._found[key]) for key, new in reversed(memo.items())}
+            self._found = {key: Kept(new, old.plain) for key, (new, old) in kept.items()}
 
-        _map_buffers(self._template, note)
-        return found
-
-    def around(self, buffers: Sequence[Tensor]) -> Binding:
-        """The same structure around these buffers, which are not cloned."""
-        other = copy.copy(self)
-        other._template = _clone(self._template, {})
-        following = iter(buffers)
-        _map_buffers(other._template, lambda _: next(following))
-        return other
-
-    def bind(self, params: Sequence[Tensor]) -> Callable[..., Any]:
-        """The module with these parameters; parametrisations are evaluated here, once."""
-        clone = _clone(self._template, {})
-        _map_buffers(clone, lambda b: b.clone())
-        for m in clone.modules():
-            for name, p in _torch.parameters(m).items():
-                if p is not None:
-                    _torch.parameters(m)[name] = params[self._index[id(p)]]
-        for m in list(clone.modules()):
-            _freeze_parametrizations(m)
-            _torch.renew_flat_weights(m)
-        return clone
-
-
-def _clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    """New module objects and containers around the same tensors and attributes."""
-    if id(module) in memo:
-        return memo[id(module)]
-    clone = object.__new__(type(module))
-    memo[id(module)] = clone
-    clone.__dict__.update(module.__dict__)
-    for name in (_torch.PARAMETERS, _torch.BUFFERS, _torch.PRE_HOOKS):
-        clone.__dict__[name] = module.__dict__[name].copy()
-    clone.__dict__[_torch.CHILDREN] = {
-        name: None if child is None else _clone(child, memo)
-        for name, child in _torch.children(module).items()
-    }
-    return clone
+    def move(self) -> None:
+        """Leave the same on g's own modules, detached, as the calls did on what was bound last."""
+        with torch.no_grad():
+            for mine, moved in zip(self.buffers, self._moving, strict=False):
+                # Counted as the write was: batch norm's are not, so they spoil no backward.
+                (mine if _written(moved) else mine.data).copy_(moved)
+            values = [*self._objects, *(m for m in self._objects if isinstance(m, nn.Module))]
+            for value, (own, ids) in zip(values, self._watched, strict=False):
+                for (name, v), before in zip_longest(list(own.items()), ids):
+                    if id(v) != before:
+                        setattr(value, name, _torch.tree_map(_detached, v))
 
 
-def _map_buffers(module: nn.Module, f: Callable[[Tensor], Tensor]) -> None:
-    memo: dict[int, Tensor] = {}
-    for m in module.modules():
-        for name, b in _torch.buffers(m).items():
-            if b is not None:
-                if id(b) not in memo:
-                    memo[id(b)] = f(b)
-                _torch.buffers(m)[name] = memo[id(b)]
+def _copies(buffers: Sequence[Tensor]) -> list[Tensor]:
+    if torch.is_inference_mode_enabled():  # whose tensors count no writes
+        with torch.inference_mode(False):
+            return [b.clone() for b in buffers]
+    return [b.clone() for b in buffers]
 
 
-def _freeze_parametrizations(module: nn.Module) -> None:
-    """Replace computed tensors (spectral norm, weight norm) by their value, differentiably."""
-    if "parametrizations" in _torch.children(module):
-        names = list(module.parametrizations.keys())  # type: ignore[operator, union-attr]
-        values = {name: getattr(module, name) for name in names}
-        module.__class__ = type(module).__bases__[0]  # the class before it was parametrised
-        del _torch.children(module)["parametrizations"]
-        _torch.parameters(module).update(values)
-    for key, hook in list(_torch.pre_hooks(module).items()):
-        if _torch.computes_weight(hook):
-            hook(module, ())
-            del _torch.pre_hooks(module)[key]
+def _written(b: Tensor) -> bool:
+    return _torch.version(b) > 0  # type: ignore[no-any-return]
+
+
+def _ids(own: dict[str, Any]) -> list[int]:
+    return list(map(id, own.values()))
+
+
+def _detached(v: Any) -> Any:
+    return v.detach() if isinstance(v, Tensor) else v

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import drivers
-from .._torch import transforming
-from ..modules import has_stateful_buffers
 from ..options import Options
 from ..solution import Solution
 from ..state import check_inputs, state_of
@@ -44,9 +41,6 @@ def enter(
     )
     report = Report()
     x = options.adjoint.attach(problem, packed, (*inputs, *params, *map.own), report)
-    if has_stateful_buffers(g) and not transforming():
-        # The solve ran on a snapshot: running statistics move once a call, at the solution.
-        with torch.no_grad():
-            g(state.unpack(x.detach()), *inputs, *params)
+    map.settle(x, inputs, params)
     assert report.record is not None
     return Solution(state.unpack(x), report.record)
