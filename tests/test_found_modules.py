@@ -5,6 +5,7 @@
 import copy
 import functools
 import pickle
+import sys
 import types
 import warnings
 
@@ -148,7 +149,29 @@ def compiled_in_place(net):
     return net
 
 
+def by_globals(net):
+    globals()["NET"] = net
+    return lambda x, z: helper(x, z) + SHIFT
+
+
+def helper(x, z):
+    return NET(x, z)
+
+
+NET = None
+SHIFT = 0.0
+
+
+def test_globals_other_than_modules_are_those_of_now(monkeypatch):
+    z = double(4, 3)
+    layer = FixedPointLayer(by_globals(Net(d=3)), **EXACT)
+    before = layer(z)
+    monkeypatch.setattr(sys.modules[__name__], "SHIFT", 0.5)
+    assert not torch.allclose(layer(z), before)
+
+
 WAYS = {
+    "globals": by_globals,
     "module": lambda net: net,
     "lambda": lambda net: lambda x, z: net(x, z),
     "default": lambda net: lambda x, z, net=net: net(x, z),

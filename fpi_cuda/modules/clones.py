@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
 
 from .. import _torch
-from .search import Found, unwraps
+from .search import Found, global_names, unwraps
 
 __all__ = ["clone", "freeze_parametrizations"]
 
@@ -41,7 +41,7 @@ def clone(value: Any, found: Found, memo: Memo) -> Any:
             closure = tuple(map(again, value.__closure__ or ()))
             if key in memo:  # a function that calls itself
                 return memo[key]
-            new = memo[key] = _function(value, closure or None)
+            new = memo[key] = _function(value, closure or None, found, memo)
             new.__defaults__ = value.__defaults__ and tuple(map(again, value.__defaults__))
             if value.__kwdefaults__:
                 new.__kwdefaults__ = {n: again(v) for n, v in value.__kwdefaults__.items()}
@@ -86,11 +86,31 @@ def _module(m: nn.Module, found: Found, memo: Memo) -> nn.Module:
     return new
 
 
-def _function(f: FunctionType, closure: tuple[CellType, ...] | None) -> FunctionType:
-    new = FunctionType(f.__code__, f.__globals__, f.__name__, None, closure)
+def _function(
+    f: FunctionType, closure: tuple[CellType, ...] | None, found: Found, memo: Memo
+) -> FunctionType:
+    scope, names = f.__globals__, global_names(f.__code__)
+    held = [name for name in names if id(scope.get(name)) in found]
+    new = FunctionType(f.__code__, _Globals(scope) if held else scope, f.__name__, None, closure)
     new.__qualname__ = f.__qualname__
     new.__dict__.update(vars(f))
+    memo[id(f)] = new
+    for name in names if held else ():
+        if name in held or isinstance(scope.get(name), ModuleType):  # Python's own: found faster
+            new.__globals__[name] = clone(scope[name], found, memo)
     return new
+
+
+class _Globals(dict[str, Any]):
+    """Globals of which some are others; the rest is looked up where it is, which may change."""
+
+    def __init__(self, others: dict[str, Any]) -> None:
+        own = ("__name__", "__builtins__")
+        super().__init__({n: others[n] for n in own if n in others})
+        self._others = others
+
+    def __missing__(self, name: str) -> Any:
+        return self._others[name]
 
 
 def _replace(items: Any, found: Found, memo: Memo) -> None:

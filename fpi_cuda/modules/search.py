@@ -1,9 +1,10 @@
 """Which modules g can be seen to call, and what leads to them.
 
-The search goes through functions (what they close over, their defaults, what torch.compile
-wrapped), bound methods, functools.partial, lists, tuples and dicts, hooks, attributes of modules,
-and objects of plain Python classes that code holds or that can be called. Where code only looks up
-attributes of an object, as in `lambda x: self.net(x)`, those are what counts of it.
+The search goes through functions (what they close over, their defaults, the globals that they read,
+what torch.compile wrapped), bound methods, functools.partial, lists, tuples and dicts, hooks,
+attributes of modules, and objects of plain Python classes that code holds or that can be called.
+Where code only looks up attributes of an object, as in `lambda x: self.net(x)`, those are what
+counts of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import functools
 import sys
 from collections.abc import Set
 from itertools import pairwise
-from types import CellType, CodeType, FunctionType, MethodType
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,7 +29,7 @@ from torch import Tensor, nn
 
 from .. import _torch
 
-__all__ = ["Found", "Kept", "find", "is_object", "keeps_all_in_dict", "unwraps"]
+__all__ = ["Found", "Kept", "find", "global_names", "is_object", "keeps_all_in_dict", "unwraps"]
 
 
 class Kept(NamedTuple):
@@ -35,9 +43,11 @@ Found = dict[int, Kept]  # by their ids
 
 _LEAVES = frozenset({type(None), bool, int, float, str, Tensor, nn.Parameter})
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__)
+_CODE = frozenset({ModuleType, BuiltinFunctionType, type})
 _ROOM = 3  # of so many containers and objects within one another, from code on, each is looked into
 _MOST_ITEMS = 1000  # of such a container
 _FINDS_OWN = nn.Module.__getattr__
+_LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL")
 _Part = tuple[Any, int, Set[str] | None]  # a value, the room in it, the names that count of it
 
 
@@ -63,6 +73,21 @@ def find(g: Any) -> Found:
 def unwraps(m: nn.Module) -> bool:
     """Whether m is torch.compile's wrapper and no more: what it wraps may be a known layer."""
     return _torch.compiled_module(m) and not _torch.hooked(m, _torch.FORWARD_HOOKS)
+
+
+@functools.lru_cache(maxsize=4096)
+def global_names(code: CodeType) -> tuple[str, ...]:
+    """The globals that code reads, with the code in it; none where it sets globals too."""
+    names: dict[str, None] = {}
+    for this in dis.get_instructions(code):
+        if this.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            return ()
+        if this.opname == "LOAD_GLOBAL":
+            names[this.argval] = None
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            names.update(dict.fromkeys(global_names(inner)))
+    return tuple(names)
 
 
 class _State(NamedTuple):
@@ -136,6 +161,13 @@ def _inside(value: Any, room: int, names: Set[str] | None) -> list[_Part] | None
                 contents = _contents(cell)
                 if type(contents) not in _LEAVES:
                     parts.append((cell, _ROOM, _counting(code, name, contents)))
+        scope = value.__globals__
+        for name in global_names(value.__code__):
+            v = scope.get(name)
+            # Of functions those that stand beside it: not what it imported.
+            beside = not isinstance(v, FunctionType) or v.__globals__ is scope
+            if type(v) not in _CODE and type(v) not in _LEAVES and beside:
+                parts.append((v, _ROOM, _counting(value.__code__, name, v)))
         return parts
     if isinstance(value, CellType):
         return [(_contents(value), _ROOM, names)]
@@ -213,13 +245,14 @@ def _looked_up(code: CodeType, name: str, cls: type) -> Set[str] | None:
             continue
         done.add(at)
         for this, after in pairwise(dis.get_instructions(code)):
-            if this.opcode not in dis.haslocal and this.opcode not in dis.hasfree:
+            of_variable = this.opcode in dis.haslocal or this.opcode in dis.hasfree
+            if not of_variable and this.opname != "LOAD_GLOBAL":
                 continue
             if this.argval != name and not (isinstance(this.argval, tuple) and name in this.argval):
                 continue
             if this.opname in ("MAKE_CELL", "LOAD_CLOSURE"):  # for code within, which follows
                 continue
-            loads = this.argval == name and this.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+            loads = this.argval == name and this.opname.startswith(_LOADS)
             if loads and after.opname == "STORE_ATTR":
                 continue
             if not loads or after.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -236,7 +269,8 @@ def _looked_up(code: CodeType, name: str, cls: type) -> Set[str] | None:
         stack += [
             (inner, name)
             for inner in code.co_consts
-            if isinstance(inner, CodeType) and name in inner.co_freevars
+            if isinstance(inner, CodeType)
+            and (name in inner.co_freevars or name in global_names(inner))
         ]
     return frozenset(found)
 
