@@ -12,7 +12,7 @@ from __future__ import annotations
 import dis
 import functools
 import sys
-from collections.abc import Set
+from collections.abc import Iterator, Sequence, Set
 from itertools import pairwise
 from types import (
     BuiltinFunctionType,
@@ -161,13 +161,10 @@ def _inside(value: Any, room: int, names: Set[str] | None) -> list[_Part] | None
                 contents = _contents(cell)
                 if type(contents) not in _LEAVES:
                     parts.append((cell, _ROOM, _counting(code, name, contents)))
-        scope = value.__globals__
-        for name in global_names(value.__code__):
-            v = scope.get(name)
-            # Of functions those that stand beside it: not what it imported.
-            beside = not isinstance(v, FunctionType) or v.__globals__ is scope
-            if type(v) not in _CODE and type(v) not in _LEAVES and beside:
-                parts.append((v, _ROOM, _counting(value.__code__, name, v)))
+        if read := global_names(value.__code__):
+            scope = value.__globals__
+            if not _of_library(scope.get("__name__")):
+                parts += _globals(value.__code__, read, scope)
         return parts
     if isinstance(value, CellType):
         return [(_contents(value), _ROOM, names)]
@@ -195,6 +192,15 @@ def _inside(value: Any, room: int, names: Set[str] | None) -> list[_Part] | None
     return None
 
 
+def _globals(code: CodeType, read: Sequence[str], scope: dict[str, Any]) -> Iterator[_Part]:
+    for name in read:
+        v = scope.get(name)
+        # Of functions those that stand beside it: not what it imported.
+        beside = not isinstance(v, FunctionType) or v.__globals__ is scope
+        if type(v) not in _CODE and type(v) not in _LEAVES and beside:
+            yield v, _ROOM, _counting(code, name, v)
+
+
 def _runs_elsewhere(m: nn.Module) -> bool:
     """Whether a module does not compute with the tensors that it holds in Python.
 
@@ -207,8 +213,13 @@ def _runs_elsewhere(m: nn.Module) -> bool:
 
 
 def _keeps_to_itself(cls: type) -> bool:
-    """Whether objects of a class are never cloned: torch's, and those that act when they die."""
-    return cls.__module__.partition(".")[0] == "torch" or hasattr(cls, "__del__")
+    """Whether objects of a class are never cloned: a library's, or such as act when they die."""
+    return _of_library(cls.__module__) or hasattr(cls, "__del__")
+
+
+def _of_library(module: Any) -> bool:
+    top = module.partition(".")[0] if isinstance(module, str) else ""
+    return top == "torch" or top in sys.stdlib_module_names
 
 
 def _contents(cell: CellType) -> Any:
