@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import _torch
 from .clones import clone, freeze_parametrizations
-from .search import Found, Kept, find, is_object, keeps_all_in_dict, unwraps
+from .search import Found, find, is_object, keeps_all_in_dict, unwraps
 
 __all__ = ["Binding", "keeps_all_in_dict"]
 
@@ -35,9 +35,9 @@ class Binding:
         self._g, self._found = g, found
         # What has attributes of its own.
         self._objects = [
-            kept.value
-            for kept in found.values()
-            if is_object(v := kept.value) and not (isinstance(v, nn.Module) and unwraps(v))
+            v
+            for v, plain in found.values()
+            if plain or (is_object(v) and not (isinstance(v, nn.Module) and unwraps(v)))
         ]
         modules = [m for m in self._objects if isinstance(m, nn.Module)]
         self._index: dict[int, int] = {}
@@ -95,17 +95,18 @@ class Binding:
             _torch.renew_flat_weights(m)
         if not self._closed:
             self._moving = buffers
-            watched = [vars(value) for value in clones] if watch else []
+            watched = [value.__dict__ for value in clones] if watch else []
             if buffers:
                 watched += map(_torch.buffers, modules)
-            self._watched = [(own, _ids(own)) for own in watched]
+            self._watched = [(own, list(map(id, own.values()))) for own in watched]
         return bound
 
     @property
     def left(self) -> str:
         """What the calls of what was bound last left behind: "attributes", "buffers" or ""."""
-        if any(before != _ids(own) for own, before in self._watched):
-            return "attributes"
+        for own, before in self._watched:
+            if before != list(map(id, own.values())):
+                return "attributes"
         # Not every write is counted (batch norm's is not): modules in training are taken to write.
         return "buffers" if self._training or any(map(_written, self._moving)) else ""
 
@@ -118,8 +119,8 @@ class Binding:
             self._g = clone(self._g, self._found, memo)
             self._objects = [memo[id(value)] for value in self._objects]
             # What torch.compile wrapped stands in the memo before its wrapper, as the same clone.
-            kept = {id(new): (new, self._found[key]) for key, new in reversed(memo.items())}
-            self._found = {key: Kept(new, old.plain) for key, (new, old) in kept.items()}
+            again = reversed(memo.items())
+            self._found = {id(new): (new, self._found[key][1]) for key, new in again}
 
     def move(self) -> None:
         """Leave the same on g's own modules, detached, as the calls did on what was bound last."""
@@ -143,10 +144,6 @@ def _copies(buffers: Sequence[Tensor]) -> list[Tensor]:
 
 def _written(b: Tensor) -> bool:
     return _torch.version(b) > 0  # type: ignore[no-any-return]
-
-
-def _ids(own: dict[str, Any]) -> list[int]:
-    return list(map(id, own.values()))
 
 
 def _detached(v: Any) -> Any:

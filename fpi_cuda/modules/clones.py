@@ -78,7 +78,7 @@ def _module(m: nn.Module, found: Found, memo: Memo) -> nn.Module:
         _replace(own[_torch.CHILDREN], found, memo)
     if own[_torch.PRE_HOOKS]:
         own[_torch.PRE_HOOKS] = own[_torch.PRE_HOOKS].copy()
-    if not found[id(m)].plain:
+    if not found[id(m)][1]:
         for name in _torch.FORWARD_HOOKS:
             own[name] = own[name].copy()
             _replace(own[name], found, memo)

@@ -29,17 +29,12 @@ from torch import Tensor, nn
 
 from .. import _torch
 
-__all__ = ["Found", "Kept", "find", "global_names", "is_object", "keeps_all_in_dict", "unwraps"]
+__all__ = ["Found", "find", "global_names", "is_object", "keeps_all_in_dict", "unwraps"]
 
 
-class Kept(NamedTuple):
-    """Something found: a module, or what leads to one."""
-
-    value: Any
-    plain: bool  # a module that leads to others by its children alone
-
-
-Found = dict[int, Kept]  # by their ids
+# What was found, by ids: a module or what leads to one, and whether it is a module that leads to
+# others by its children alone.
+Found = dict[int, tuple[Any, bool]]
 
 _LEAVES = frozenset({type(None), bool, int, float, str, Tensor, nn.Parameter})
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__)
@@ -58,7 +53,7 @@ def find(g: Any) -> Found:
     state = _State({}, {}, set())
     _visit(g, 0, _ROOM, None, state)
     found, holders, _ = state
-    held = {key for key, kept in found.items() if isinstance(kept.value, nn.Module)}
+    held = {key for key, (v, plain) in found.items() if plain or isinstance(v, nn.Module)}
     if len(held) == len(found):
         return found
     stack = list(held)
@@ -107,7 +102,7 @@ def _visit(value: Any, holder: int, room: int, names: Set[str] | None, state: _S
         if names is None and _runs_elsewhere(value):
             return
         parts = _beside_children(value) if names is None else _named(value, names)
-        found[key] = Kept(value, plain=not parts)
+        found[key] = value, names is None and not parts
         if names is None:
             whole.add(key)
             for child in _torch.children(value).values():
@@ -119,7 +114,7 @@ def _visit(value: Any, holder: int, room: int, names: Set[str] | None, state: _S
         if inside is None:
             return
         parts = inside
-        found[key] = Kept(value, plain=False)
+        found[key] = value, False
         if names is None:
             whole.add(key)
     for part, left, its_names in parts:
@@ -161,7 +156,7 @@ def _inside(value: Any, room: int, names: Set[str] | None) -> list[_Part] | None
                 contents = _contents(cell)
                 if type(contents) not in _LEAVES:
                     parts.append((cell, _ROOM, _counting(code, name, contents)))
-        if read := global_names(value.__code__):
+        if value.__code__.co_names and (read := global_names(value.__code__)):
             scope = value.__globals__
             if not _of_library(scope.get("__name__")):
                 parts += _globals(value.__code__, read, scope)
