@@ -205,14 +205,22 @@ def computes_weight(hook: Any) -> bool:
     return type(hook).__name__ in ("SpectralNorm", "WeightNorm")
 
 
-def compiled_module(m: Any) -> bool:
-    """Whether m is torch.compile's wrapper; its class, private too, would import the compiler."""
-    return hasattr(m, "_orig_mod")
+def compiled_module(m: nn.Module) -> bool:
+    """Whether m is torch.compile's wrapper of the module `m._orig_mod`.
+
+    Its class, private too, would import the compiler.
+    """
+    return "_orig_mod" in children(m)
 
 
 def compiled_function(f: Any) -> bool:
     """Whether torch.compile made the function f."""
     return hasattr(f, "_torchdynamo_orig_callable")
+
+
+def before_compile(f: Any) -> Any:
+    """What torch.compile made such a function of."""
+    return f._torchdynamo_orig_callable
 
 
 # torch.jit is deprecated since 2.5 and may go; these say what its results are, while it is there.

@@ -45,10 +45,9 @@ from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 
 from . import backends, operators
-from ._torch import transforming, tree_map
+from ._torch import tree_map
 from .adjoint import ImplicitAdjoint
 from .drivers.support import Solved, Support
-from .modules import has_stateful_buffers
 from .options import Options, Solver, Tolerance
 from .record import ACTIVE_ROWS, NEVER, Progress
 from .solution import FixedPointWarning, warn
@@ -168,16 +167,14 @@ def fixed_point_iteration(
         drivers=(_Conditioned(forward_cond),),
         context=Context.here(x0[0].device.type),
         unpack=map.unpack,
-        samples=samples_of(True, g, x0[0]),
+        samples=samples_of(True, map, x0[0]),
         name="compat.fixed_point_iteration",
         advice="pass it in y or param",
     )
     tensors = (*y, *param, *map.own)
     x = adjoint.attach(problem, map.pack(x0).detach(), tensors, Report())
     out: Tensors = map.unpack(x)
-    if has_stateful_buffers(g) and not transforming():
-        with torch.no_grad():
-            g(tuple(t.detach() for t in out), y)
+    map.settle(x, (y,), ())
     return out
 
 

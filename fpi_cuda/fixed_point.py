@@ -34,8 +34,15 @@ def fixed_point(
     """Solve x̂ = g(x̂, *inputs, *params) for every sample; differentiable to any order.
 
     The derivative is implicit (paper eq. 6-11): memory does not grow with the iterations. It flows
-    to `inputs`, to `params` and, where g is a module, to its parameters; never to x0, on which the
-    fixed point does not depend.
+    to `inputs`, to `params`, and to parameters and buffers of the modules that g calls; never to
+    x0, on which the fixed point does not depend.
+
+    Those modules are g itself or found through what it closes over, defaults, globals that it
+    reads, bound methods, functools.partial, containers and attributes; not among the globals of
+    classes, in iterators, or behind torch.jit, FSDP and classes written in C. They keep the modes
+    of this call until its last backward, their buffers move once a call, and attributes that
+    forward sets are those of the solution, attached to it (neither under a torch.func transform).
+    torch.compile around g is taken off: compile what is around the layer.
 
     Args:
         g: a callable or module g(x, *inputs, *params) that returns x's shape, dtype and device.

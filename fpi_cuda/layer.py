@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._torch import stripped, transforming
 from .adjoint import ImplicitAdjoint
 from .fixed_point import fixed_point
-from .modules import Binding, bindable
+from .modules import Binding
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each
 from .solvers import Anderson
@@ -151,9 +151,9 @@ class FixedPointLayer(nn.Module):
         Such a g takes it as the shape of the whole batch, and takes no batch of another size.
         """
         g = self.g
-        if bindable(g):  # on a clone of the buffers
-            binding = Binding(g)  # type: ignore[arg-type]
-            g = binding.bind(binding.params)
+        binding = Binding.of(g)
+        if binding is not None:  # on copies of the buffers
+            g = binding.bind(binding.own(), watch=False)
 
         def takes(x0: State, *inputs: Tensor) -> bool:
             try:

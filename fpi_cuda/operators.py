@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from . import _torch
 from .captures import carries_tangent, followed, refuse_captures
-from .modules import Binding, bindable
+from .modules import Binding
 
 __all__ = ["inner_product", "partial"]
 
@@ -59,10 +59,9 @@ def partial(r: Scalar, *s: Tensor, which: Sequence[int] | None = None) -> tuple[
         _Partial.jvp(None)
     if not (torch.is_grad_enabled() or _torch.transforming()):
         return _value(r, which, s)
-    bound, n = r, len(s)
-    if bindable(r):
-        binding = Binding(r)  # type: ignore[arg-type]
-        s = (*s, *binding.params)
+    binding, n, bound = Binding.of(r), len(s), r
+    if binding is not None:
+        s = (*s, *binding.own())
 
         def bound(*q: Tensor) -> Tensor:
             return binding.bind(q[n:])(*q[:n])  # type: ignore[no-any-return]
@@ -74,7 +73,12 @@ def partial(r: Scalar, *s: Tensor, which: Sequence[int] | None = None) -> tuple[
             s,
             "pass it in s (to a step: in `inputs`), or make r an nn.Module that owns it",
         )
-    return partial_bound(bound, which, *s)
+    out = partial_bound(bound, which, *s)
+    if binding is not None:
+        if not _torch.transforming():
+            binding.move()  # what r's one call did to its buffers and attributes
+        binding.close()
+    return out
 
 
 def inner_product(v: Sequence[Tensor], u: Callable[..., Sequence[Tensor]]) -> Scalar:
@@ -172,7 +176,12 @@ class _Partial(Function):
     def forward(r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             if tape.leaves is None:
-                tape.leaves = [_leaf(t) for t in s]
+                # No more than what derivatives are taken by: what g writes to (running statistics)
+                # can't have one.
+                tape.leaves = [
+                    _leaf(t) if t.requires_grad or i in which else t.detach()
+                    for i, t in enumerate(s)
+                ]
                 tape.y = r(*tape.leaves)
                 _check_scalar(tape)
             y, q = tape.y, tape.leaves

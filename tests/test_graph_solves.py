@@ -276,3 +276,28 @@ def test_inference_mode(tape):
 def test_empty_batches_run_eagerly(tape):
     s = fixed_point(Affine(), torch.zeros(0, 3).double(), problem(b=0), driver="graph")
     assert "eager (the state is empty)" in s.path
+
+
+class Noting(Affine):
+    """Leaves a loss behind."""
+
+    aux = None
+
+    def forward(self, x, z):
+        self.aux = x.square().sum()
+        return super().forward(x, z)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_attributes_that_g_sets_come_from_the_solution_of_each_launch(tape, closure):
+    g = Noting()
+    z, before = problem().requires_grad_(), captures()
+    step = g.forward if closure else g
+    for _ in range(2):
+        g.aux = None  # a solve of the same kind as the first
+        s = fixed_point(step, torch.zeros_like(z), z, driver="graph", per_sample=False)
+        assert "graph" in s.path
+        same([g.aux], [s.x.square().sum()])
+        mine = torch.autograd.grad(g.aux, z, retain_graph=True)
+        same(mine, torch.autograd.grad(s.x.square().sum(), z))
+    assert captures() == before + 2  # forward and backward, once each

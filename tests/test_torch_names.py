@@ -326,7 +326,12 @@ m = torch.nn.Linear(2, 2)
 assert not _torch.compiled_module(m) and not _torch.compiled_function(print)
 assert "torch._dynamo" not in sys.modules  # the question loads no compiler
 assert _torch.compiled_module(torch.compile(m, backend="eager"))
-assert _torch.compiled_function(torch.compile(lambda x: x, backend="eager"))
+f = lambda x: x
+compiled = torch.compile(f, backend="eager")
+assert _torch.compiled_function(compiled) and _torch.before_compile(compiled) is f
+m.compile(backend="eager")  # it keeps what it calls as an attribute
+(call,) = filter(_torch.compiled_function, vars(m).values())
+assert _torch.before_compile(call).__self__ is m
 """
 
 

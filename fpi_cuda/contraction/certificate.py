@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from .._torch import FORWARD_HOOKS, hooked
 from ..forms.activations import SLOPES, steepest
-from ..modules import Binding, bindable
+from ..modules import Binding
 from ..steps import ConvStep, DenseEnergy, DenseStep, GradientStep, NeuralStep
 from .convolution import ROUNDING, check_size, convolution_bound, power
 
@@ -68,11 +68,11 @@ def lipschitz(step: nn.Module) -> float:
         >>> lipschitz(ConvStep(4, 1, hidden=(8,))) < 1
         True
     """
-    if not bindable(step):
+    binding = Binding.of(step)
+    if binding is None or not isinstance(step, nn.Module):
         raise TypeError(f"lipschitz: {_TAKES} (got {step!r})")
     with torch.no_grad():
-        binding = Binding(step)
-        return _lipschitz(cast(nn.Module, binding.bind(binding.params)))
+        return _lipschitz(cast(nn.Module, binding.bind(binding.own())))
 
 
 def spectral_normalize(
@@ -98,8 +98,7 @@ def spectral_normalize(
     constant may exceed `bound` by some percent, and more after a large step. `lipschitz` tells what
     it is. For convolutions that is done at `size`; without it they take `convolution_bound`, which
     has neither flaw, but waits for a device, as exact norms do: in a CUDA graph it needs `size`.
-    Derivatives take the vector as a constant. An energy's vector moves in solves,
-    not where its gradient is taken by itself.
+    Derivatives take the vector as a constant.
 
     Args:
         step: as in `lipschitz`, except that an energy must be convex and its step size a number,

@@ -53,7 +53,7 @@ class Request:
 
     Attributes:
         given: what is copied in at every launch; the first is where the iteration starts.
-        own: g's own parameters, used where they are.
+        own: the parameters of the modules that g calls, used where they are.
         options: all that fixes what is computed, beside g and the tensors.
     """
 
@@ -64,9 +64,9 @@ class Request:
         self.solver, self.limits = direction.solver, direction.limits
         self.backend = backends.choose(options.backend, direction.start)
         self._n, self._m = len(direction.given), self.map.n_params
-        params = direction.params
-        self.given = [*direction.given, *params[: self._m], *self.map.buffers]
-        self.own = [t.detach() for t in params[self._m :]]
+        params, at = direction.params, len(direction.params) - self.map.n_buffers
+        self.given = [*direction.given, *params[: self._m], *params[at:]]
+        self.own = [t.detach() for t in params[self._m : at]]
         self.options = (
             *(direction.adjoint, problem.tuple_state, self.map.n_inputs, self._m),
             *(problem.context.autocast_dtype, options.adjoint.failed, options.backend),
@@ -76,9 +76,8 @@ class Request:
     def around(self, static: Sequence[Tensor]) -> Any:
         """The direction with the static copies of `given`."""
         at = self._n + self._m
-        map = self.map.around(static[at:])
-        params = [*static[self._n : at], *self.own]
-        return self.direction.around(static[: self._n], params, map)
+        params = [*static[self._n : at], *self.own, *static[at:]]
+        return self.direction.around(static[: self._n], params, self.map)
 
 
 class Captured:
@@ -88,6 +87,7 @@ class Captured:
         with torch.inference_mode(False), torch.no_grad():
             self._lock = threading.Lock()
             self._outputs: list[Tensor | None] = []
+            self.left: str | None = None  # what g's calls left on its modules
             self._static = [t.detach().clone() for t in request.given]
             self._build(recorder, request, key)
 
@@ -105,6 +105,8 @@ class Captured:
             backend = evaluate.steps or backend
             evaluate.watch(Progress(start, request.limits))  # as in `prepare`: the same kernels
             layout = Layout(evaluate(start))  # the layout that g returns costs no copies
+            if request.map.binding:
+                self.left = request.map.binding.left
 
         def watched() -> None:
             watch = Watch((*static, *request.own))

@@ -150,6 +150,7 @@ def _launch(cache: _Cache, key: Any, captured: Captured, request: Request) -> So
         cache.graphs.pop(key, None)  # nobody knows what it is worth
         raise
     _, failed, iterations = progress.tally.tolist()
+    request.map.left = captured.left  # a launch runs none of g's Python
     adjoint = request.direction.adjoint
     record = Record(
         progress=progress,

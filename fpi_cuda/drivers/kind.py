@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _torch
+from ..modules import keeps_all_in_dict
 
-__all__ = ["Unseen", "owner_of", "precision", "python_values", "reads"]
+__all__ = ["Unseen", "owner_of", "precision", "python_values"]
 
 
 class Unseen(Exception):
@@ -96,10 +97,6 @@ INSTEAD = (
 )
 
 
-class _Plain:
-    pass
-
-
 class _Two(NamedTuple):
     a: int
 
@@ -142,7 +139,7 @@ def _of_library(module_name: Any) -> bool:
     return own and top in sys.stdlib_module_names and top != "__main__"
 
 
-class Reads(NamedTuple):
+class _Reads(NamedTuple):
     """Names that a function's code looks up."""
 
     globals: frozenset[str]
@@ -151,8 +148,7 @@ class Reads(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def reads(code: CodeType) -> Reads:
-    """The names that code looks up, that of functions defined in it included."""
+def _reads(code: CodeType) -> _Reads:
     found: dict[str, set[str]] = {"GLOBAL": set(), "ATTRIBUTE": set(), "IMPORT": set()}
     for instruction in dis.get_instructions(code):
         name = instruction.opname
@@ -164,12 +160,12 @@ def reads(code: CodeType) -> Reads:
             found["IMPORT"].add(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            for names, more in zip(found.values(), reads(constant), strict=True):
+            for names, more in zip(found.values(), _reads(constant), strict=True):
                 names.update(more)
         else:
             texts = constant if isinstance(constant, tuple) else (constant,)
             found["ATTRIBUTE"].update(t for t in texts if isinstance(t, str) and t.isidentifier())
-    return Reads(*map(frozenset, found.values()))
+    return _Reads(*map(frozenset, found.values()))
 
 
 class _Look:
@@ -255,7 +251,7 @@ class _Look:
             return "operator", value
         parts = self._parts(value)
         own = getattr(value, "__dict__", None)
-        if parts is None and own is not None and _keeps_all_in_dict(cls):
+        if parts is None and own is not None and keeps_all_in_dict(cls):
             parts = []
         if parts is None:
             raise Unseen(
@@ -376,12 +372,12 @@ class _Look:
         of_library = _of_library(f.__globals__.get("__name__"))
         if of_library and not f.__closure__:
             return "library", f
-        read = reads(f.__code__)
+        reads = _reads(f.__code__)
         scope = {} if of_library else f.__globals__
         if not of_library:
-            self._names |= read.attributes
-            called = read.globals - scope.keys() | {"import_module"} & (
-                read.globals | read.attributes
+            self._names |= reads.attributes
+            called = reads.globals - scope.keys() | {"import_module"} & (
+                reads.globals | reads.attributes
             )
             for name in sorted(_BLIND & called):
                 raise Unseen(f"{f.__name__} calls {name}(), which may read anything; {INSTEAD}")
@@ -395,11 +391,11 @@ class _Look:
                 found.append(self._at(name, contents))
         defaults = f.__defaults__, f.__kwdefaults__, vars(f)
         found += [self._at(f"a default of {f.__name__}", given) for given in defaults if given]
-        for name in sorted(read.globals & scope.keys()):
+        for name in sorted(reads.globals & scope.keys()):
             found.append(self._at(f"the global {name}", scope[name]))
-        if not _ENVIRONMENT.isdisjoint(read.globals | read.attributes):
+        if not _ENVIRONMENT.isdisjoint(reads.globals | reads.attributes):
             found.append(self._at("the environment", dict(os.environ)))
-        for name in self._imported(read.imports, scope):
+        for name in self._imported(reads.imports, scope):
             found.append(self._at(f"the import {name}", sys.modules[name]))
         return tuple(found)
 
@@ -410,13 +406,3 @@ class _Look:
         bases = [".".join(package[:n]) for n in range(len(package) + 1)]
         whole = {".".join(filter(None, (base, name))) for base in bases for name in names}
         return sorted(whole & sys.modules.keys())
-
-
-def _keeps_all_in_dict(cls: type) -> bool:
-    """Whether a class statement made it, without slots, and no class written in C is a base."""
-    made = bool(cls.__flags__ & 1 << 9)  # on the heap
-    return made and _layout(cls) == _layout(_Plain)
-
-
-def _layout(cls: type) -> tuple[int, ...]:
-    return cls.__basicsize__, cls.__itemsize__, cls.__dictoffset__, cls.__weakrefoffset__

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import drivers
-from .._torch import transforming
-from ..modules import has_stateful_buffers
 from ..options import Options
 from ..solution import Solution
 from ..state import check_inputs, state_of
@@ -40,15 +37,12 @@ def enter(
         drivers=drivers.ORDER[options.driver],
         context=Context.here(packed.device.type),
         unpack=state.unpack,
-        samples=samples_of(options.per_sample, g, packed),
+        samples=samples_of(options.per_sample, map, packed),
         lipschitz=None if certified is None else float(certified()),
         tuple_state=state.tuple_state,
     )
     report = Report()
     x = options.adjoint.attach(problem, packed, (*inputs, *params, *map.own), report)
-    if has_stateful_buffers(g) and not transforming():
-        # The solve ran on a snapshot: running statistics move once a call, at the solution.
-        with torch.no_grad():
-            g(state.unpack(x.detach()), *inputs, *params)
+    map.settle(x, inputs, params)
     assert report.record is not None
     return Solution(state.unpack(x), report.record)

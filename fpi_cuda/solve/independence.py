@@ -12,6 +12,7 @@ from torch import Tensor
 from ..forms import structured
 from ..solution import warn
 from .kinds import Look
+from .maps import UserMap
 
 __all__ = ["Samples", "agree", "samples_of"]
 
@@ -129,14 +130,15 @@ _kinds: dict[Any, _Kind] = {}
 _lock = threading.Lock()
 
 
-def samples_of(setting: bool | str, g: Any, x0: Tensor) -> Samples:
+def samples_of(setting: bool | str, map: UserMap, x0: Tensor) -> Samples:
     """What is known of the samples of x0, [B, ...]; setting: `fixed_point`'s per_sample."""
     if setting is False:
         return COUPLED
     shape = x0.shape
-    if setting is True or shape[0] < 2 or 0 in shape or structured(g):
+    if setting is True or shape[0] < 2 or 0 in shape or structured(map.g):
         return INDEPENDENT
-    look = Look(g, shape[0].bit_length(), shape[1:], x0.dtype)
+    objects = map.binding.objects if map.binding else ()
+    look = Look(map.g, objects, (shape[0].bit_length(), shape[1:], x0.dtype))
     details = tuple(look.details)
     known = _known.get(details)
     if known is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._torch import transforming
 from ..forms import Form, form_of
-from ..modules import Binding, bindable
+from ..modules import Binding
 from ..operators import vjp
 from ..state import same
 
@@ -56,7 +56,7 @@ class UserMap(Map):
 
     Args:
         g: a callable g(x, *inputs, *params).
-        n_inputs, n_params: how many of each the user passed; a module's own parameters follow.
+        n_inputs, n_params: how many of each the user passed; those of g's modules follow.
         pack, unpack: between the user's state (a tensor or a tuple) and the solver's one tensor.
     """
 
@@ -71,33 +71,45 @@ class UserMap(Map):
         self.g = self.root = g
         self.n_inputs, self.n_params = n_inputs, n_params
         self.pack, self.unpack = pack, unpack
-        self.binding = Binding(g) if bindable(g) else None  # type: ignore[arg-type]
+        self.binding = Binding.of(g)
+        self.left: str | None = None  # see `Binding.left`; None: not known yet
         self.form_dim = getattr(g, "form_dim", 0)
 
     @property
     def own(self) -> Sequence[Tensor]:
-        """The module's own parameters."""
-        return self.binding.params if self.binding else ()
+        """The tensors of the modules that g calls: parameters, then copies of the buffers."""
+        return self.binding.own() if self.binding else ()
 
     @property
-    def buffers(self) -> list[Tensor]:
-        """The snapshot of the module's buffers."""
-        return self.binding.buffers if self.binding else []
+    def n_buffers(self) -> int:
+        """How many of those are buffers."""
+        return len(self.binding.buffers) if self.binding else 0
 
-    def around(self, buffers: Sequence[Tensor]) -> UserMap:
-        """The same map with this snapshot of the buffers."""
-        other = copy.copy(self)
-        other.binding = self.binding.around(buffers) if self.binding else None
-        return other
+    def settle(self, x: Tensor, inputs: Sequence[Any], params: Sequence[Any]) -> None:
+        """Call g itself at the solution x, where a call leaves something on its modules.
+
+        All calls before were made on copies: buffers move once a solve, and attributes that g sets
+        (a router's loss) are those of the solution, attached to it.
+        """
+        binding = self.binding
+        if binding is None:
+            return
+        transformed = transforming()
+        left = "" if transformed else binding.left if self.left is None else self.left
+        binding.close(keep=transformed or x.requires_grad)  # else no derivative will bind again
+        if left:
+            attributes = left == "attributes"
+            with contextlib.nullcontext() if attributes else torch.no_grad():
+                self.g(self.unpack(x if attributes else x.detach()), *inputs, *params)
 
     def form(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
         """g as layers that the library knows, if that is all it is; x is what g would get."""
         if self.binding is None or self.n_params:
             return None
-        return form_of(self.binding.bind(params), "form", x, *inputs)
+        return form_of(self.binding.bind(params, watch=False), "form", x, *inputs)
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
-        """g with the user's params appended and the module's own put in."""
+        """g with the user's params appended, and its modules' tensors put in."""
         shared = params[: self.n_params]
         g = self.binding.bind(params[self.n_params :]) if self.binding else self.g
         pack, unpack = self.pack, self.unpack

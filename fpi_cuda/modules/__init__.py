@@ -1,0 +1,151 @@
+"""The tensors of the modules that g calls, taken out and put back in, without touching the modules.
+
+`torch.func.functional_call` swaps the tensors of the shared module for the length of the call, so
+other threads see them. Here a structural clone (new containers, the same leaves) gets the tensors
+for good: private to one solve, and free of the swap's cost in every iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _torch
+from .clones import clone, freeze_parametrizations
+from .search import Found, find, is_object, keeps_all_in_dict, unwraps
+
+__all__ = ["Binding", "keeps_all_in_dict"]
+
+
+class Binding:
+    """g around the modules that it calls, callable with any tensors in the place of theirs.
+
+    g is a module, or something that leads to some: see `find`.
+
+    Attributes:
+        params: the modules' parameters, in a fixed order, each once, as they were found.
+        buffers: their buffers likewise.
+        objects: the modules, and the objects that lead to some.
+    """
+
+    def __init__(self, g: Any, found: Found) -> None:
+        self._g, self._found = g, found
+        # What has attributes of its own.
+        self.objects = [
+            v
+            for v, plain in found.values()
+            if plain or (is_object(v) and not (isinstance(v, nn.Module) and unwraps(v)))
+        ]
+        modules = [m for m in self.objects if isinstance(m, nn.Module)]
+        self._index: dict[int, int] = {}
+        self.params = self._each(map(_torch.parameters, modules))
+        self.buffers = self._each(map(_torch.buffers, modules))
+        self._training = bool(self.buffers) and any(
+            m.training for m in modules if _torch.buffers(m)
+        )
+        self._closed = False
+        self._watched: list[tuple[dict[str, Any], list[int]]] = []  # attributes, and their values
+        self._moving: list[Tensor] = []  # buffers of what was bound last
+
+    @staticmethod
+    def of(g: Any) -> Binding | None:
+        """The binding of g; None where no module is found in it."""
+        found = find(g)
+        return Binding(g, found) if found else None
+
+    def _each(self, of_modules: Iterable[dict[str, Tensor | None]]) -> list[Tensor]:
+        index, each = self._index, []
+        for tensors in of_modules:
+            for t in tensors.values():
+                if t is not None and id(t) not in index:
+                    index[id(t)] = len(index)
+                    each.append(t)
+        return each
+
+    def own(self) -> list[Tensor]:
+        """The tensors that `bind` takes: the parameters, then a copy of each buffer.
+
+        The copies are attached to the buffers, and stay what they are where the buffers move.
+        """
+        return [*self.params, *(b.clone() for b in self.buffers)]
+
+    def bind(self, tensors: Sequence[Tensor], watch: bool = True) -> Callable[..., Any]:
+        """g with these tensors; parametrisations are evaluated here, once.
+
+        What its calls do to buffers is done to copies, so each bind starts from the same state.
+        watch: whether `left` is to tell of its calls; until `close`.
+        """
+        n, index = len(self.params), self._index
+        buffers = _copies(tensors[n:]) if self.buffers else []
+        own = [*tensors[:n], *buffers]
+        memo: dict[int, Any] = {}
+        bound: Callable[..., Any] = clone(self._g, self._found, memo)
+        clones = [memo[id(value)] for value in self.objects]
+        modules = [m for m in clones if isinstance(m, nn.Module)]
+        for m in modules:
+            for of_m in (_torch.parameters(m), _torch.buffers(m)):
+                for name, t in of_m.items():
+                    if t is not None:
+                        of_m[name] = own[index[id(t)]]
+        for m in modules:
+            freeze_parametrizations(m)
+            _torch.renew_flat_weights(m)
+        if not self._closed:
+            self._moving = buffers
+            watched = [value.__dict__ for value in clones] if watch else []
+            if buffers:
+                watched += map(_torch.buffers, modules)
+            self._watched = [(own, list(map(id, own.values()))) for own in watched]
+        return bound
+
+    @property
+    def left(self) -> str:
+        """What the calls of what was bound last left behind: "attributes", "buffers" or ""."""
+        for own, before in self._watched:
+            if before != list(map(id, own.values())):
+                return "attributes"
+        # Not every write is counted (batch norm's is not): modules in training are taken to write.
+        return "buffers" if self._training or any(map(_written, self._moving)) else ""
+
+    def close(self, keep: bool = True) -> None:
+        """Watch no more; keep: what is bound from now on has the modules' modes of now."""
+        self._closed = True
+        self._watched, self._moving = [], []
+        if keep:
+            memo: dict[int, Any] = {}
+            self._g = clone(self._g, self._found, memo)
+            self.objects = [memo[id(value)] for value in self.objects]
+            # What torch.compile wrapped stands in the memo before its wrapper, as the same clone.
+            again = reversed(memo.items())
+            self._found = {id(new): (new, self._found[key][1]) for key, new in again}
+
+    def move(self) -> None:
+        """Leave the same on g's own modules, detached, as the calls did on what was bound last."""
+        with torch.no_grad():
+            for mine, moved in zip(self.buffers, self._moving, strict=False):
+                # Counted as the write was: batch norm's are not, so they spoil no backward.
+                (mine if _written(moved) else mine.data).copy_(moved)
+            values = [*self.objects, *(m for m in self.objects if isinstance(m, nn.Module))]
+            for value, (own, ids) in zip(values, self._watched, strict=False):
+                for (name, v), before in zip_longest(list(own.items()), ids):
+                    if id(v) != before:
+                        setattr(value, name, _torch.tree_map(_detached, v))
+
+
+def _copies(buffers: Sequence[Tensor]) -> list[Tensor]:
+    if torch.is_inference_mode_enabled():  # whose tensors count no writes
+        with torch.inference_mode(False):
+            return [b.clone() for b in buffers]
+    return [b.clone() for b in buffers]
+
+
+def _written(b: Tensor) -> bool:
+    return _torch.version(b) > 0  # type: ignore[no-any-return]
+
+
+def _detached(v: Any) -> Any:
+    return v.detach() if isinstance(v, Tensor) else v
