@@ -140,15 +140,26 @@ def test_a_level_further_out_than_those_of_the_inputs_is_seen(case):
 
 
 def test_a_captured_tensor_of_autograd_under_vmap_is_refused():
-    """Its derivative would be lost: vmap of a closure over a module's parameters."""
-    net = nn.Linear(3, 3).double()
-    each = vmap(lambda z: solved(lambda x, z: 0.3 * net(x) + z, z[None]))
+    """Its derivative would be lost."""
+    w = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    each = vmap(lambda z: solved(lambda x, z: 0.3 * x @ w + z, z[None]))
     with pytest.raises(RuntimeError, match=REFUSED):
         each(Z)
     with torch.no_grad():
         assert each(Z).shape == (4,)
-    net.requires_grad_(False)
+    w.requires_grad_(False)
     assert each(Z).shape == (4,)
+
+
+def test_a_captured_modules_parameters_have_their_derivative_under_vmap():
+    net = nn.Linear(3, 3).double()
+    with torch.no_grad():
+        net.weight.mul_(0.3)
+    found = vmap(lambda z: solved(lambda x, z: net(x) + z, z[None]))(Z).sum()
+    beside = sum(solved(lambda x, z: net(x) + z, z[None]) for z in Z)
+    wanted = list(net.parameters())
+    for a, b in zip(grad(found, wanted), grad(beside, wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_g_is_asked_at_the_solution_never_at_zeros():
