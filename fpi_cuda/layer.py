@@ -129,11 +129,10 @@ class FixedPointLayer(nn.Module):
         several = len(shape) > 0 and isinstance(shape[0], (tuple, list))
 
         def zeros(*batch: int) -> State:
-            def of(s: Shape) -> Tensor:
-                return torch.zeros(*batch, *s, dtype=dtype, device=z.device)
-
+            if not several:
+                return torch.zeros(*batch, *shape, dtype=dtype, device=z.device)
             make = getattr(type(shape), "_make", tuple)
-            return make(map(of, shape)) if several else of(tuple(shape))
+            return make([torch.zeros(*batch, *s, dtype=dtype, device=z.device) for s in shape])
 
         b = z.shape[0]
         if shape is self.state_shape and b > 1 and not torch.compiler.is_compiling():

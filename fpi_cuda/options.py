@@ -70,7 +70,11 @@ class Solver(Protocol):
         """Iterations without progress before a sample at the rounding level counts as stalled."""
 
     def start(self, backend: Any, progress: Progress, x: Tensor, /) -> Any:
-        """The update `(x, gx) -> None` that moves x, [R, N], in place, for one solve."""
+        """The update `(x, gx) -> None` that moves x, [R, N], in place, for one solve.
+
+        Where the batch is one system, x is [1, B · N] and progress is the system's, with limits
+        that are never reached: when it stops, is decided outside.
+        """
 
     def contraction(self, ring: Tensor, iterations: Tensor, /) -> Tensor:
         """[B]: the measured rate of g, from what the update left in the record's ring."""
@@ -116,7 +120,7 @@ class Options(NamedTuple):
 
 
 def _check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if not any(type(value) is type(a) and value == a for a in allowed):  # 0 == False
+    if value not in allowed or type(value) is int:  # 0 == False
         raise ValueError(f"fixed_point: {name} must be one of {allowed} (got {value!r})")
 
 

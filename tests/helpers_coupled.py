@@ -4,6 +4,8 @@ import torch
 from helpers import TIGHT, TIGHT_ADJOINT, contraction
 from torch import nn
 
+from fpi_cuda import fixed_point
+
 EXACT = {"tolerance": TIGHT, "adjoint": TIGHT_ADJOINT, "max_iterations": 600}
 B, N = 24, 3
 
@@ -69,3 +71,16 @@ def loop(g, z, w, steps=250):
     for _ in range(steps):
         x = g(x, z, w)
     return x
+
+
+def solve(g, z, *params, **options):
+    return fixed_point(g, torch.zeros_like(z), z, params=params, **options)
+
+
+class Mixing(nn.Module):
+    def __init__(self, g, w):
+        super().__init__()
+        self.g, self.w = g, nn.Parameter(w.clone())
+
+    def forward(self, x, z):
+        return self.g(x, z, self.w)

@@ -245,7 +245,13 @@ def test_misspelt_option_is_a_type_error(call):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("backend", "cuda"), ("on_failure", "ignore"), ("per_sample", "yes"), ("backend", None)],
+    [
+        ("backend", "cuda"),
+        ("on_failure", "ignore"),
+        ("per_sample", "yes"),
+        ("per_sample", 0),
+        ("backend", None),
+    ],
 )
 def test_unknown_choice_names_the_choices(name, value):
     for call in (fixed_point, FixedPointLayer):

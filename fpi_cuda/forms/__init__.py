@@ -44,7 +44,8 @@ def _no_more_than(module: Any, method: str) -> bool:
     """
     kind: Any = type(module)
     return (
-        kind.__call__ is _CALL
+        hasattr(kind, method)
+        and kind.__call__ is _CALL
         and _says_it(kind, method)
         and "forward" not in vars(module)  # of this instance alone
         and not hooked(module)

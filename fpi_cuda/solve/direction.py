@@ -283,7 +283,7 @@ class Backward(Direction):
     def _look(self) -> Form | None:
         if self.higher:
             return None
-        with torch.enable_grad():
+        with torch.set_grad_enabled(True):
             form = self._layers(self.x, self._inputs, self._params)
             if form is None:
                 return None
@@ -298,7 +298,7 @@ class Backward(Direction):
             with torch.no_grad(), context.autocast():
                 return map.bind([t.detach() for t in params])
 
-        with torch.enable_grad(), context.autocast():
+        with torch.set_grad_enabled(True), context.autocast():
             g = self.map.bind(self._params)
         evaluate = Linearised(
             *(context, self.seen, g, self.x, self.v, self._inputs),

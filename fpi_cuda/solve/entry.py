@@ -30,7 +30,9 @@ def enter(
     check_inputs(g, inputs, params, packed)
     drivers.check(options.driver, packed.device)
     map = UserMap(g, len(inputs), len(params), state.pack, state.unpack)
-    certified = getattr(g, "certified_lipschitz", None)
+    certified: Any = None
+    if hasattr(type(g), "certified_lipschitz"):  # of its class, as in `UserMap`
+        certified = g.certified_lipschitz  # type: ignore[attr-defined]
     problem = Problem(
         map=map,
         options=options,

@@ -120,7 +120,7 @@ class Linearised:
         # Gives g without a path to the params, which smaller linearisations do not need.
         self.unattached = unattached
         seen.calls += 1
-        with torch.enable_grad(), context.autocast():
+        with torch.set_grad_enabled(True), context.autocast():
             self.x = x.detach().requires_grad_()
             self.y = check_output(g(self.x, *inputs), self.x)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..forms import structured
 from ..solution import warn
-from .kinds import Look
+from .kinds import look
 from .maps import UserMap
 
 __all__ = ["Samples", "agree", "samples_of"]
@@ -77,7 +77,7 @@ class Samples:
             )
         elif coupled:
             self.coupled = True
-            again = "Its gradient" if adjoint else "It"
+            again = "Its gradient, but not its state," if adjoint else "It"
             warn(
                 "fpi_cuda: the samples of this batch depend on each other through g (batch norm or "
                 f"attention across it, a graph whose nodes are the samples?). {again} was solved "
@@ -134,16 +134,16 @@ def samples_of(setting: bool | str, map: UserMap, x0: Tensor) -> Samples:
     """What is known of the samples of x0, [B, ...]; setting: `fixed_point`'s per_sample."""
     if setting is False:
         return COUPLED
-    shape = x0.shape
-    if setting is True or shape[0] < 2 or 0 in shape or structured(map.g):
+    b, values = len(x0), x0.numel()
+    if setting is True or b < 2 or not values or structured(map.g):
         return INDEPENDENT
-    objects = map.binding.objects if map.binding else ()
-    look = Look(map.g, objects, (shape[0].bit_length(), shape[1:], x0.dtype))
-    details = tuple(look.details)
+    found: list[Any] = [b.bit_length(), values // b, x0.dtype]
+    kind = look(map.g, map.binding.objects if map.binding else (), found)
+    details = tuple(found)
     known = _known.get(details)
     if known is None:
         with _lock:
-            known = _kind(tuple(look.kind)).new(details)
+            known = _kind(tuple(kind)).new(details)
     return known
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Look"]
+__all__ = ["look"]
 
 DEPTH = 4  # to which what g captures is followed
-MOST = 1000  # objects that are looked at
+MOST = 1000  # details beside those of modules
 ITEMS = 64  # of a container or an object
 LONG = 64  # of a string, above which its hash stands for it
 
@@ -27,46 +27,37 @@ _PLAIN = frozenset({bool, int, float, complex, type(None)})
 _PYTHON_CLASS = 1 << 9  # among a class's flags: its objects may have attributes
 
 
-class Look:
-    """One look at g.
+def look(g: Any, objects: Sequence[Any], details: list[Any]) -> list[Any]:
+    """The kind of g, its code and types; and with modules and values added to details.
 
-    Args:
-        g: the user's.
-        objects: the modules that it calls, and the objects that lead to some; see `Binding`.
-        details: what else counts.
-
-    Attributes:
-        kind: g's code and types.
-        details: the kind, and modules and values with it.
+    objects: the modules that g calls, and what leads to some; see `Binding`.
     """
+    kind: list[Any] = []
+    _at(g, kind, details, DEPTH)
+    if objects:
+        details.append(_ref(objects[0]))
+        details.extend(map(id, objects))
+        details.extend([v for o in objects for v in o.__dict__.values() if type(v) in _PLAIN])
+    return kind
 
-    def __init__(self, g: Any, objects: Iterable[Any], details: Iterable[Any]) -> None:
-        self.kind: list[Any] = []
-        self.details: list[Any] = list(details)
-        self._left = MOST
-        self._at(g, DEPTH)
-        for o in objects:
-            self.details.append(_ref(o))
-            self.details.extend([v for v in o.__dict__.values() if type(v) in _PLAIN])
 
-    def _at(self, o: Any, depth: int) -> None:
-        of = type(o)
-        if of in _PLAIN:
-            self.details.append(o)
-        elif of is str:
-            self.details.append(o if len(o) < LONG else hash(o))
-        elif of is Tensor:
-            self.details.append(o.shape)
-        else:
-            self._is(weakref.ref(o.__code__) if of is FunctionType else _ref(of))
-            for part in _parts(o, of) if depth else ():
-                if self._left:
-                    self._left -= 1
-                    self._at(part, depth - 1)
-
-    def _is(self, code_or_type: Any) -> None:
-        self.kind.append(code_or_type)
-        self.details.append(code_or_type)
+def _at(o: Any, kind: list[Any], details: list[Any], depth: int) -> None:
+    of = type(o)
+    if of in _PLAIN:
+        details.append(o)
+        return
+    if of is Tensor:
+        details.append(o.shape)
+        return
+    if of is str:
+        details.append(o if len(o) < LONG else hash(o))
+        return
+    code_or_type = weakref.ref(o.__code__) if of is FunctionType else _ref(of)
+    kind.append(code_or_type)
+    details.append(code_or_type)
+    for part in _parts(o, of) if depth else ():
+        if len(details) < MOST:
+            _at(part, kind, details, depth - 1)
 
 
 def _parts(o: Any, of: type) -> Iterable[Any]:

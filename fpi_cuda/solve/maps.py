@@ -73,7 +73,8 @@ class UserMap(Map):
         self.pack, self.unpack = pack, unpack
         self.binding = Binding.of(g)
         self.left: str | None = None  # see `Binding.left`; None: not known yet
-        self.form_dim = getattr(g, "form_dim", 0)
+        # Of its class: to ask a module for what it has not costs a search and an exception.
+        self.form_dim = g.form_dim if hasattr(type(g), "form_dim") else 0  # type: ignore[attr-defined]
 
     @property
     def own(self) -> Sequence[Tensor]:
@@ -144,7 +145,7 @@ class TransposedMap(Map):
                 return torch.func.vjp(lambda q: g(q, *inputs), x)[1](c)[0] + v  # type: ignore[no-any-return]
             # x is a leaf of an independent graph here, as everything is inside a node's forward.
             graph = torch.is_grad_enabled()
-            with torch.enable_grad():
+            with torch.set_grad_enabled(True):
                 leaf = x if x.requires_grad else x.detach().requires_grad_()
                 y = g(leaf, *inputs)
                 jc = vjp(y, leaf, c, create_graph=graph)

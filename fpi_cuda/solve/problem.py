@@ -36,7 +36,7 @@ class Context(NamedTuple):
 
     def grad(self) -> contextlib.AbstractContextManager[Any]:
         """Its grad mode, within a solve, where none is needed otherwise."""
-        return torch.enable_grad() if self.grad_enabled else _NOTHING
+        return torch.set_grad_enabled(True) if self.grad_enabled else _NOTHING
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Its autocast state."""
