@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..drivers.support import Solved
 from ..record import Record, Status
 from .direction import Direction
-from .independence import agree, norm_of, order_of
+from .independence import agree, norm_of
 from .problem import Report
 
 __all__ = ["wrong"]
@@ -56,15 +57,15 @@ def _look(direction: Direction, x: Tensor, record: Record, claimed: Tensor) -> b
     y = rows(evaluate(x)).clone()  # g may return the same memory each time
     met = bool((_met(rows(x), y, record, direction.floor) | ~claimed).all())
     others = torch.zeros_like(x) if direction.adjoint else direction.start
-    number = order_of(b, x.device)
-    bits: range = range((b - 1).bit_length())  # any two samples' numbers differ in one of them
+    digits = (b - 1).bit_length()
+    bits: Sequence[int] = range(digits)
     if met and not samples.suspect:
         told = samples.probes < PROBES and not torch.equal(x, others)
-        bits = bits[samples.probes :][: int(told)]
+        bits = (samples.probes,) if told else ()
         samples.probes += told
     changed = False
     for bit, which in itertools.product(bits, (0, 1)):
-        kept = ((number >> bit) & 1) == which
+        kept = _parted(b, digits, bit, x.device) == which
         try:
             mixed = torch.where(kept.view(b, *(1,) * (x.dim() - dims)), x, others)
             same = agree(rows(evaluate(mixed)), y, x.dtype, 2)
@@ -87,6 +88,13 @@ def _look(direction: Direction, x: Tensor, record: Record, claimed: Tensor) -> b
         return True
     samples.tell(changed and steady, not steady, direction.adjoint)
     return changed and steady
+
+
+def _parted(b: int, digits: int, bit: int, device: torch.device) -> Tensor:
+    """Zeros and ones for b samples, in no order that those may have; any two differ in some bit."""
+    odd = int(0.618 * 2**digits) | 1  # times an odd number: another order of 0 to 2^digits − 1
+    number: Tensor = torch.arange(b, device=device) * odd % 2**digits
+    return (number >> (digits - 1 - bit % digits)) & 1
 
 
 def _met(x: Tensor, y: Tensor, record: Record, floor: Tensor | None) -> Tensor:

@@ -166,12 +166,6 @@ def agree(part: Tensor, whole: Tensor, dtype: torch.dtype, roundings: int) -> Te
     return ~(norm_of(part - whole) > slack * norm_of(whole))
 
 
-def order_of(b: int, device: torch.device) -> Tensor:
-    """The numbers 0 to b − 1 in an order that has nothing to do with how samples are arranged."""
-    mixed = torch.arange(b, device=device) * 0x9E3779B1 % 2**32
-    return mixed.argsort()
-
-
 def norm_of(rows: Tensor) -> Tensor:
     """[B] in float64: the norm of each row, [B, N]; no square over- or underflows."""
     if rows.dtype != torch.float64:
