@@ -213,6 +213,11 @@ def compiled_module(m: nn.Module) -> bool:
     return "_orig_mod" in children(m)
 
 
+def within_compiled(m: nn.Module) -> Any:
+    """What such a wrapper wraps."""
+    return children(m)["_orig_mod"]
+
+
 def compiled_function(f: Any) -> bool:
     """Whether torch.compile made the function f."""
     return hasattr(f, "_torchdynamo_orig_callable")

@@ -65,7 +65,7 @@ def clone(value: Any, found: Found, memo: Memo) -> Any:
 
 def _module(m: nn.Module, found: Found, memo: Memo) -> nn.Module:
     if unwraps(m):
-        memo[id(m)] = unwrapped = clone(_torch.children(m)["_orig_mod"], found, memo)
+        memo[id(m)] = unwrapped = clone(_torch.within_compiled(m), found, memo)
         return unwrapped  # type: ignore[no-any-return]
     new: nn.Module = object.__new__(type(m))
     memo[id(m)] = new

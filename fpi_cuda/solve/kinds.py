@@ -20,7 +20,8 @@ __all__ = ["look"]
 
 DEPTH = 4  # to which what g captures is followed
 MOST = 1000  # details beside those of modules
-ITEMS = 64  # of a container or an object
+ITEMS = 8  # of a container, which is not looked into if it has more: a log that grows, say
+ATTRIBUTES = 64  # of an object
 LONG = 64  # of a string, above which its hash stands for it
 
 _PLAIN = frozenset({bool, int, float, complex, type(None)})
@@ -71,13 +72,13 @@ def _parts(o: Any, of: type) -> Iterable[Any]:
         return o.__func__, o.__self__
     if of is functools.partial:
         return o.func, *o.args, *o.keywords.values()
-    if of in (tuple, list):
-        return list(o[:ITEMS])
-    if issubclass(of, (nn.Module, Tensor)):
+    if of in (tuple, list, dict):
+        values = o.values() if of is dict else o
+        return tuple(values) if len(o) <= ITEMS else ()
+    if issubclass(of, (nn.Module, Tensor)) or not of.__flags__ & _PYTHON_CLASS:
         return ()
-    if of is not dict:
-        o = getattr(o, "__dict__", None) if of.__flags__ & _PYTHON_CLASS else None
-    return list(islice(o.values(), ITEMS)) if type(o) is dict else ()
+    own = getattr(o, "__dict__", None)
+    return tuple(islice(own.values(), ATTRIBUTES)) if type(own) is dict else ()
 
 
 def _content(cell: CellType) -> Any:
