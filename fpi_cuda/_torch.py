@@ -162,6 +162,16 @@ FORWARD_HOOKS = (PRE_HOOKS, "_forward_hooks")
 HOOKS = (*FORWARD_HOOKS, "_backward_pre_hooks", "_backward_hooks")
 
 
+def attribute(o: Any, name: str) -> Any:
+    """An attribute that is no parameter, buffer or child; None where there is none.
+
+    A module searches in those, and ends in an exception that costs more than the search.
+    """
+    if isinstance(o, nn.Module) and name not in o.__dict__ and not hasattr(type(o), name):
+        return None
+    return getattr(o, name, None)
+
+
 # A module's own; a change of the dict changes the module.
 parameters, buffers, children, pre_hooks = map(
     attrgetter, (PARAMETERS, BUFFERS, CHILDREN, PRE_HOOKS)

@@ -14,6 +14,8 @@ from .solve.problem import Problem, Report
 
 __all__ = ["ImplicitAdjoint"]
 
+_TOLERANCE = Tolerance()
+
 
 @dataclass(frozen=True)
 class ImplicitAdjoint:
@@ -57,7 +59,7 @@ class ImplicitAdjoint:
             map=TransposedMap(problem.map),
             options=options._replace(
                 solver=self.solver or options.solver,
-                tolerance=self.tolerance or Tolerance(),
+                tolerance=self.tolerance or _TOLERANCE,
                 max_iterations=self.max_iterations or options.max_iterations,
             ),
             unpack=lambda c: c,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import stripped, transforming
+from ._torch import attribute, stripped, transforming
 from .adjoint import ImplicitAdjoint
 from .fixed_point import fixed_point
 from .modules import Binding
@@ -104,7 +104,8 @@ class FixedPointLayer(nn.Module):
             self.last.x = each(_unwrapped, self.last.x)  # its wrappers end with the transform
         # What is kept, for a warm start and for the backward, is the solver's own: the caller may
         # change the output in place.
-        return each(torch.clone, solution.x)
+        x = solution.x
+        return x.clone() if isinstance(x, Tensor) else each(torch.clone, x)
 
     def _zeros(self, inputs: tuple[Tensor, ...]) -> State:
         if not inputs:
@@ -112,7 +113,7 @@ class FixedPointLayer(nn.Module):
         z = inputs[0]
         shape: Any = self.state_shape
         if shape is None:
-            shape = getattr(self.g, "state_shape", None)
+            shape = attribute(self.g, "state_shape")
         if callable(shape):
             shape = shape(z)
         if shape is None:

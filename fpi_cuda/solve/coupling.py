@@ -28,10 +28,8 @@ def wrong(direction: Direction, solved: Solved, report: Report) -> bool:
     An adjoint is looked at where its forward solve was.
     """
     samples, record = direction.problem.samples, solved.record
-    if record is None or direction.coupled:
-        return False
     due = report.of_looked if direction.adjoint else samples.due()
-    if not (due or record.failed or samples.suspect):
+    if record is None or not (due or record.failed or samples.suspect):
         return False
     limits = record.progress.limits
     if not (due or samples.suspect) and limits.rtol == limits.offset == 0:  # a fixed count

@@ -259,11 +259,11 @@ class Backward(Direction):
         ‖v‖; in a batch that is one system at least its root mean square there, so that a loss on
         few samples does not ask for digits of what is next to nothing elsewhere.
         """
-        b = self.problem.batch_dims
-        rows = self.v.reshape(self.v.shape[:b].numel(), self.v.shape[b:].numel())
+        b, shape = self.problem.batch_dims, self.v.shape
+        rows = self.v.reshape(shape[0] if b == 1 else shape[:b].numel(), shape[b:].numel())
         scale = norm_of(rows)
         if self.coupled and len(scale):
-            systems = scale.view(-1, self.v.shape[b - 1])
+            systems = scale.view(-1, shape[b - 1])
             least = norm_of(systems) / math.sqrt(systems.shape[1])
             scale = torch.maximum(systems, least[:, None]).view(-1)
         return scale.to(accumulate_dtype(rows.dtype))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import drivers
+from .._torch import attribute
 from ..options import Options
 from ..solution import Solution
 from ..state import check_inputs, state_of
@@ -28,11 +29,10 @@ def enter(
     state = state_of(x0)
     packed = state.packed
     check_inputs(g, inputs, params, packed)
-    drivers.check(options.driver, packed.device)
+    if options.driver == "graph":
+        drivers.check(options.driver, packed.device)
     map = UserMap(g, len(inputs), len(params), state.pack, state.unpack)
-    certified: Any = None
-    if hasattr(type(g), "certified_lipschitz"):  # of its class, as in `UserMap`
-        certified = g.certified_lipschitz  # type: ignore[attr-defined]
+    certified = attribute(g, "certified_lipschitz")
     problem = Problem(
         map=map,
         options=options,

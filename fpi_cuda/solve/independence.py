@@ -134,7 +134,7 @@ def samples_of(setting: bool | str, map: UserMap, x0: Tensor) -> Samples:
     """What is known of the samples of x0, [B, ...]; setting: `fixed_point`'s per_sample."""
     if setting is False:
         return COUPLED
-    b, values = len(x0), x0.numel()
+    b, values = x0.size(0), x0.numel()
     if setting is True or b < 2 or not values or structured(map.g):
         return INDEPENDENT
     found: list[Any] = [b.bit_length(), values // b, x0.dtype]

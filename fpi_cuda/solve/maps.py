@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import transforming
+from .._torch import attribute, transforming
 from ..forms import Form, form_of
 from ..modules import Binding
 from ..operators import vjp
@@ -73,8 +73,7 @@ class UserMap(Map):
         self.pack, self.unpack = pack, unpack
         self.binding = Binding.of(g)
         self.left: str | None = None  # see `Binding.left`; None: not known yet
-        # Of its class: to ask a module for what it has not costs a search and an exception.
-        self.form_dim = g.form_dim if hasattr(type(g), "form_dim") else 0  # type: ignore[attr-defined]
+        self.form_dim = attribute(g, "form_dim") or 0
 
     @property
     def own(self) -> Sequence[Tensor]:

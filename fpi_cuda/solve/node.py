@@ -58,7 +58,8 @@ def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Repo
     elif problem.context.grad_enabled and any(t.requires_grad for t in tensors):
         x, keep = FixedPoint.apply(_Call(problem, report), x0, None, *tensors)  # type: ignore[no-untyped-call]
     else:  # no node where nothing asks for one
-        x, keep, _ = solve(direction_of(problem, x0.detach(), tensors), report)
+        start = x0.detach() if x0.requires_grad else x0
+        x, keep, _ = solve(direction_of(problem, start, tensors), report)
     if not report.closure:
         return x  # type: ignore[no-any-return]
     # First derivatives for the closure tensors: the gradient at g(x̂) is c itself (eq. 11).
