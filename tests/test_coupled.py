@@ -1,6 +1,7 @@
 """Batches that are one system: their samples depend on each other through g."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from fpi_cuda import (
     Picard,
     Status,
     Tolerance,
+    backends,
     fixed_point,
 )
+from fpi_cuda.record import STATUS, Limits, Progress
+from fpi_cuda.solvers.coupled import Coupled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -317,3 +321,18 @@ def test_the_scale_of_a_loss_has_no_part_in_its_gradient(scale, per_sample, back
     x = solve(lambda x, z: 0.5 * x + z, z, per_sample=per_sample, backend=backend).x
     (found,) = grad(x, z, scale * torch.ones_like(x))
     torch.testing.assert_close(found / scale, torch.full_like(z, 2), rtol=1e-3, atol=0)
+
+
+def test_a_system_that_has_ended_stays_what_it_is(backend):
+    """A device is asked late: steps follow the last one."""
+    x = torch.ones(4, 3)
+    step = backends.choose(backend, x)
+    progress = Progress(x, Limits(1e-3, 0.0, 1e-6, 10, 50))
+    update = Coupled(Picard(), samples=2).start(step, progress, progress.out)
+    gx = torch.cat([x[:2], 2 * x[2:]])
+    update(x, gx.clone())
+    assert progress.tally.tolist() == [2, 0, 1]
+    update(x, torch.cat([math.nan * gx[:2], gx[2:]]))
+    assert progress.tally.tolist()[:2] == [0, 0]
+    assert torch.equal(progress.out, gx)
+    assert progress.counters[:, STATUS].tolist() == [Status.CONVERGED + 1] * 4

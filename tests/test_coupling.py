@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd import grad
 
 from fpi_cuda import Anderson, DenseStep, FixedPointLayer, Picard, Tolerance, fixed_point
-from fpi_cuda.solve import coupling
+from fpi_cuda.solve import coupling, independence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,12 +75,14 @@ def test_a_number_that_changes_is_looked_at_at_once():
     torch.testing.assert_close(x, step(x, z), rtol=1e-5, atol=1e-6)
 
 
-def test_a_gradient_that_is_coupled_where_x_is_not_shows_it(backend):
+@pytest.mark.parametrize("driver", ["eager", "graph"])
+def test_a_gradient_that_is_coupled_where_x_is_not_shows_it(driver, tape):
     """The forward solve starts at the solution: no residual there tells."""
     z, w = given("consensus")
     z.requires_grad_()
     true = loop(consensus, z, w)
-    x = fixed_point(consensus, true.detach(), z, params=(w,), backend=backend, **EXACT).x
+    options = {"params": (w,), "driver": driver, **EXACT}
+    x = fixed_point(consensus, true.detach(), z, **options).x
     with pytest.warns(UserWarning, match=FOUND):
         (found,) = grad(x[3].sum(), z)
     torch.testing.assert_close(found, grad(true[3].sum(), z)[0], rtol=1e-8, atol=1e-9)
@@ -212,8 +214,9 @@ def test_details_that_change_in_every_call_hide_nothing():
         warnings.simplefilter("ignore")
         for step in range(90):
             w = float(step % 3 > 0)
-            x = solve(lambda x, z, w=w, step=step: listen(x, z, w) + 0 * step, z).x
-            assert true_of(x, z, w)
+            s = solve(lambda x, z, w=w, step=step: listen(x, z, w) + 0 * step, z)
+            assert true_of(s.x, z, w)
+            assert ("one system" in s.path) == (w > 0)
 
 
 def test_rows_of_a_captured_tensor_by_the_size_of_the_batch(backend):
@@ -279,7 +282,8 @@ def test_a_first_solve_that_tells_nothing_is_not_the_one_that_counts(shift, back
     def g(x, z):
         return 0.1 * torch.tanh(x.roll(shift, 0)) + 0.3 * x + z
 
-    fixed_point(g, 0 * z, 0 * z, backend=backend)
+    for _ in range(3):
+        fixed_point(g, 0 * z, 0 * z, backend=backend)
     with pytest.warns(UserWarning, match=FOUND):
         fixed_point(g, 0 * z, z, backend=backend)
 
@@ -302,4 +306,5 @@ def test_nothing_that_g_is_made_of_is_kept():
 
     refs = run()
     gc.collect()
+    assert all(len(v) < 100 for key in independence._known for v in key if isinstance(v, str))
     assert [r() for r in refs] == [None] * 3

@@ -143,8 +143,7 @@ class Captured:
                 t.zero_()
             if floor is not None:
                 floor.copy_(direction.scale())
-                if not direction.coupled:
-                    progress.skip(floor == 0, x)
+                progress.skip(floor == 0, x)
             # What a solver keeps is made here, so that every launch begins with it fresh.
             made[:] = [(direction, evaluate, request.solver.start(backend, progress, progress.out))]
 

@@ -269,10 +269,9 @@ class Backward(Direction):
         return scale.to(accumulate_dtype(rows.dtype))
 
     def measure(self) -> None:
-        """Floor, and the samples where v is zero, but in a batch that is one system."""
+        """Floor, and the samples where it is zero, as v is (of one system: everywhere)."""
         self.floor = self.scale()
-        alone = not self.coupled and not bool(self.floor.all())
-        self.skip = self.floor == 0 if alone else None
+        self.skip = None if bool(self.floor.all()) else self.floor == 0
 
     def around(self, given: Sequence[Tensor], params: Sequence[Tensor], map: UserMap) -> Backward:
         """See `Direction`."""
