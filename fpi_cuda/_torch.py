@@ -167,9 +167,11 @@ def attribute(o: Any, name: str) -> Any:
 
     A module searches in those, and ends in an exception that costs more than the search.
     """
-    if isinstance(o, nn.Module) and name not in o.__dict__ and not hasattr(type(o), name):
-        return None
-    return getattr(o, name, None)
+    kind = type(o)
+    hands_on = not isinstance(o, nn.Module) or kind.__getattr__ is not nn.Module.__getattr__
+    if hands_on or name in o.__dict__ or hasattr(kind, name):
+        return getattr(o, name, None)
+    return None
 
 
 # A module's own; a change of the dict changes the module.

@@ -174,7 +174,7 @@ def fixed_point_iteration(
     tensors = (*y, *param, *map.own)
     x = adjoint.attach(problem, map.pack(x0).detach(), tensors, Report())
     out: Tensors = map.unpack(x)
-    map.settle(x, (y,), ())
+    map.settle(x, (y,), (), captured=False)
     return out
 
 

@@ -129,11 +129,11 @@ class FixedPointLayer(nn.Module):
 
         several = len(shape) > 0 and isinstance(shape[0], (tuple, list))
 
-        def zeros(*batch: int) -> State:
+        def zeros(*batch: int, skip: int = 0) -> State:
             if not several:
-                return torch.zeros(*batch, *shape, dtype=dtype, device=z.device)
-            make = getattr(type(shape), "_make", tuple)
-            return make([torch.zeros(*batch, *s, dtype=dtype, device=z.device) for s in shape])
+                return torch.zeros(*batch, *shape[skip:], dtype=dtype, device=z.device)
+            make, d = getattr(type(shape), "_make", tuple), z.device
+            return make([torch.zeros(*batch, *s[skip:], dtype=dtype, device=d) for s in shape])
 
         b = z.shape[0]
         if shape is self.state_shape and b > 1 and not torch.compiler.is_compiling():
@@ -165,7 +165,8 @@ class FixedPointLayer(nn.Module):
         b = inputs[0].shape[0]
         with torch.no_grad():
             more = [torch.cat([t, t[:1]]) for t in inputs]
-            if takes(zeros(), *inputs) and not takes(zeros(b + 1), *more):
+            whole = takes(zeros(), *inputs) and not takes(zeros(b + 1), *more)
+            if whole and takes(zeros(b + 1, skip=1), *more):
                 raise ValueError(
                     "FixedPointLayer: state_shape must be the shape of one sample's state, without "
                     f"the batch (got {tuple(shape)} for a batch of {b}, and g returns that shape "

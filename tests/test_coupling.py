@@ -111,8 +111,9 @@ def test_a_lambda_made_anew_in_each_call_is_of_one_kind(backend):
             solver=Picard(),
         )
         counts.append(alone["calls"] - before - int(s.iterations.max()))
-    # Beside the iterations: what a compaction compares; a look at the result; two mixtures, twice.
-    assert counts[:3] == [2 + 1 + 2, 1 + 2, 1]
+    # Beside the iterations: what a compaction compares; a look at the results; twice two mixtures,
+    # and the results again.
+    assert counts[:3] == [2 + 1 + 3, 1 + 3, 1]
     looked = [n for n, extra in enumerate(counts) if extra]
     assert looked == [0, 1, 2, 3, 4, 8, 16, 32, 61, 64, 122, 128]
 

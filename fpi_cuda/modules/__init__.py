@@ -7,6 +7,7 @@ for good: private to one solve, and free of the swap's cost in every iteration.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import _torch
-from .clones import clone, freeze_parametrizations
+from .clones import WRITTEN_TO, clone, freeze_parametrizations
 from .search import Found, find, is_object, keeps_all_in_dict, unwraps
 
 __all__ = ["Binding", "keeps_all_in_dict"]
+
+_LAZY = frozenset({nn.UninitializedParameter, nn.UninitializedBuffer})
 
 
 class Binding:
@@ -27,13 +30,14 @@ class Binding:
     g is a module, or something that leads to some: see `find`.
 
     Attributes:
+        g: the user's; after `close` one like it, around modules that are nobody else's.
         params: the modules' parameters, in a fixed order, each once, as they were found.
         buffers: their buffers likewise.
         objects: the modules, and the objects that lead to some.
     """
 
     def __init__(self, g: Any, found: Found) -> None:
-        self._g, self._found = g, found
+        self.g, self._found = g, found
         # What has attributes of its own.
         self.objects = [
             v
@@ -42,20 +46,25 @@ class Binding:
         ]
         modules = [m for m in self.objects if isinstance(m, nn.Module)]
         self._index: dict[int, int] = {}
+        self._lazy = False  # whether its first call makes a parameter
         self.params = self._each(map(_torch.parameters, modules))
         self.buffers = self._each(map(_torch.buffers, modules))
         self._training = bool(self.buffers) and any(
             m.training for m in modules if _torch.buffers(m)
         )
         self._closed = False
-        self._watched: list[tuple[dict[str, Any], list[int]]] = []  # attributes, and their values
+        # Attributes of the clones, then what lists and dicts they hold, and the values at first.
+        self._watched: list[tuple[dict[str, Any], list[int]]] = []
+        self._containers: list[tuple[Any, list[int]]] = []
+        self._first: dict[int, Any] = {}  # what such a list or dict held at the start
         self._moving: list[Tensor] = []  # buffers of what was bound last
 
     @staticmethod
     def of(g: Any) -> Binding | None:
         """The binding of g; None where no module is found in it."""
         found = find(g)
-        return Binding(g, found) if found else None
+        binding = Binding(g, found) if found else None
+        return None if binding is None or binding._lazy else binding
 
     def _each(self, of_modules: Iterable[dict[str, Tensor | None]]) -> list[Tensor]:
         index, each = self._index, []
@@ -64,6 +73,7 @@ class Binding:
                 if t is not None and id(t) not in index:
                     index[id(t)] = len(index)
                     each.append(t)
+                    self._lazy |= type(t) in _LAZY
         return each
 
     def own(self) -> list[Tensor]:
@@ -83,7 +93,7 @@ class Binding:
         buffers = _copies(tensors[n:]) if self.buffers else []
         own = [*tensors[:n], *buffers]
         memo: dict[int, Any] = {}
-        bound: Callable[..., Any] = clone(self._g, self._found, memo)
+        bound: Callable[..., Any] = clone(self.g, self._found, memo)
         clones = [memo[id(value)] for value in self.objects]
         modules = [m for m in clones if isinstance(m, nn.Module)]
         for m in modules:
@@ -100,7 +110,21 @@ class Binding:
             if buffers:
                 watched += map(_torch.buffers, modules)
             self._watched = [(own, list(map(id, own.values()))) for own in watched]
+        held = {key: v for key, v in memo.items() if type(v) in WRITTEN_TO}
+        if held:
+            self._restore(held)
+            if watch and not self._closed:
+                self._containers = [(v, _items(v)) for v in held.values()]
         return bound
+
+    def _restore(self, held: dict[int, Any]) -> None:
+        """Give lists and dicts what they held at the start of the solve."""
+        for key, v in held.items():
+            if key not in self._first:
+                self._first[key] = copy.copy(v)
+            elif key not in self._found:  # those that lead to modules hold the clones of now
+                v.clear()
+                (v.update if isinstance(v, dict) else v.extend)(self._first[key])
 
     @property
     def left(self) -> str:
@@ -108,20 +132,46 @@ class Binding:
         for own, before in self._watched:
             if before != list(map(id, own.values())):
                 return "attributes"
+        if any(before != _items(v) for v, before in self._containers):
+            return "attributes"
         # Not every write is counted (batch norm's is not): modules in training are taken to write.
         return "buffers" if self._training or any(map(_written, self._moving)) else ""
 
     def close(self, keep: bool = True) -> None:
         """Watch no more; keep: what is bound from now on has the modules' modes of now."""
         self._closed = True
-        self._watched, self._moving = [], []
+        if not keep:  # a clone that leads to itself ends here: it holds copies of the buffers
+            for own, _ in self._watched:
+                own.clear()
+        self._watched, self._containers, self._moving = [], [], []
         if keep:
             memo: dict[int, Any] = {}
-            self._g = clone(self._g, self._found, memo)
+            self.g = clone(self.g, self._found, memo)
             self.objects = [memo[id(value)] for value in self.objects]
+            held = {key: v for key, v in memo.items() if type(v) in WRITTEN_TO}
+            if held:
+                self._restore(held)
+                self._first = {id(v): self._first[key] for key, v in held.items()}
+            # What a solve before left there would make this one's node hold that one's.
+            for own in (*map(vars, self.objects), *held.values(), *self._first.values()):
+                named = list(own.items() if isinstance(own, dict) else enumerate(own))
+                for name, v in named:
+                    if type(v) is Tensor and _attached(v):
+                        own[name] = v.detach()
             # What torch.compile wrapped stands in the memo before its wrapper, as the same clone.
-            again = reversed(memo.items())
+            again = [(key, new) for key, new in reversed(memo.items()) if key in self._found]
             self._found = {id(new): (new, self._found[key][1]) for key, new in again}
+
+    def begin(self) -> None:
+        """Leave on g's own modules the tensors that the first of all calls made and kept.
+
+        A mask, say, that is drawn where there is none yet: not another one in the next call.
+        """
+        for value, (own, _) in zip(self.objects, self._watched, strict=False):
+            before = vars(value)
+            for name, v in own.items():
+                if type(v) is Tensor and before.get(name) is None:
+                    before[name] = v.detach()
 
     def move(self) -> None:
         """Leave the same on g's own modules, detached, as the calls did on what was bound last."""
@@ -133,7 +183,20 @@ class Binding:
             for value, (own, ids) in zip(values, self._watched, strict=False):
                 for (name, v), before in zip_longest(list(own.items()), ids):
                     if id(v) != before:
-                        setattr(value, name, _torch.tree_map(_detached, v))
+                        plain = _torch.tree_map(_detached, v)
+                        if isinstance(value, nn.Module):
+                            setattr(value, name, plain)
+                        else:  # which may forbid it, and do it by itself
+                            vars(value)[name] = plain
+
+
+def _items(v: Any) -> list[int]:
+    """A list's or dict's values, by their ids."""
+    return list(map(id, v.values() if isinstance(v, dict) else v))
+
+
+def _attached(t: Tensor) -> bool:
+    return not _torch.wrapped(t) and t.grad_fn is not None
 
 
 def _copies(buffers: Sequence[Tensor]) -> list[Tensor]:

@@ -10,11 +10,13 @@ from typing import Any
 from torch import nn
 
 from .. import _torch
-from .search import Found, global_names, unwraps
+from .search import OF_ANY_MODULE, Found, global_names, unwraps
 
 __all__ = ["clone", "freeze_parametrizations"]
 
 Memo = dict[int, Any]  # clones by the ids of what they are of
+WRITTEN_TO = frozenset({list, dict})
+LONGEST = 1000  # of those that are copied
 
 
 def clone(value: Any, found: Found, memo: Memo) -> Any:
@@ -38,7 +40,7 @@ def clone(value: Any, found: Found, memo: Memo) -> Any:
         if _torch.compiled_function(value):
             new = again(_torch.before_compile(value))
         else:
-            closure = tuple(map(again, value.__closure__ or ()))
+            closure = tuple(_cell(c, found, memo) for c in value.__closure__ or ())
             if key in memo:  # a function that calls itself
                 return memo[key]
             new = memo[key] = _function(value, closure or None, found, memo)
@@ -58,9 +60,40 @@ def clone(value: Any, found: Found, memo: Memo) -> Any:
     else:
         new = memo[key] = object.__new__(type(value))
         new.__dict__.update(vars(value))
+        _own_containers(vars(new), found, memo)
         _replace(vars(new), found, memo)
     memo[key] = new
     return new
+
+
+def _own_containers(own: dict[str, Any], found: Found, memo: Memo) -> None:
+    """Copies of the lists and dicts among the attributes of a clone.
+
+    g may keep there what it makes of its tensors: each bind's are others.
+    """
+    for name, v in own.items():
+        written_to = type(v) in WRITTEN_TO and name not in OF_ANY_MODULE
+        if written_to and len(v) <= LONGEST and id(v) not in found:
+            own[name] = _copied(v, memo)
+
+
+def _cell(cell: CellType, found: Found, memo: Memo) -> CellType:
+    """Likewise what a function closes over."""
+    if id(cell) in found:
+        return clone(cell, found, memo)  # type: ignore[no-any-return]
+    try:
+        v = cell.cell_contents
+    except ValueError:  # not assigned yet
+        return cell
+    if type(v) in WRITTEN_TO and len(v) <= LONGEST and id(cell) not in memo:
+        memo[id(cell)] = CellType(_copied(v, memo))
+    return memo.get(id(cell), cell)  # type: ignore[no-any-return]
+
+
+def _copied(v: Any, memo: Memo) -> Any:
+    if id(v) not in memo:
+        memo[id(v)] = copy.copy(v)
+    return memo[id(v)]
 
 
 def _module(m: nn.Module, found: Found, memo: Memo) -> nn.Module:
@@ -71,6 +104,9 @@ def _module(m: nn.Module, found: Found, memo: Memo) -> nn.Module:
     memo[id(m)] = new
     own = new.__dict__
     own.update(m.__dict__)
+    for name in _slots(type(m)):
+        if hasattr(m, name):
+            setattr(new, name, getattr(m, name))
     for name in (_torch.PARAMETERS, _torch.BUFFERS):
         own[name] = own[name].copy()
     if own[_torch.CHILDREN]:
@@ -82,8 +118,16 @@ def _module(m: nn.Module, found: Found, memo: Memo) -> nn.Module:
         for name in _torch.FORWARD_HOOKS:
             own[name] = own[name].copy()
             _replace(own[name], found, memo)
+        _own_containers(own, found, memo)
         _replace(own, found, memo)
     return new
+
+
+def _slots(cls: type) -> list[str]:
+    if cls.__basicsize__ == nn.Module.__basicsize__:
+        return []
+    given = [vars(c).get("__slots__", ()) for c in cls.__mro__]
+    return [n for one in given for n in ((one,) if isinstance(one, str) else one)]
 
 
 def _function(
@@ -101,12 +145,19 @@ def _function(
     return new
 
 
+# What Python's own code asks a function's globals for.
+_OF_A_FILE = (
+    *("__name__", "__builtins__", "__package__", "__spec__", "__path__", "__file__"),
+    "__warningregistry__",
+)
+
+
 class _Globals(dict[str, Any]):
     """Globals of which some are others; the rest is looked up where it is, which may change."""
 
     def __init__(self, others: dict[str, Any]) -> None:
-        own = ("__name__", "__builtins__")
-        super().__init__({n: others[n] for n in own if n in others})
+        others.setdefault("__warningregistry__", {})
+        super().__init__({n: others[n] for n in _OF_A_FILE if n in others})
         self._others = others
 
     def __missing__(self, name: str) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dis
 import functools
 import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence, Set
 from itertools import pairwise
 from types import (
@@ -23,13 +24,21 @@ from types import (
     ModuleType,
 )
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import CallableProxyType, ProxyType, WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from .. import _torch
 
-__all__ = ["Found", "find", "global_names", "is_object", "keeps_all_in_dict", "unwraps"]
+__all__ = [
+    "OF_ANY_MODULE",
+    "Found",
+    "find",
+    "global_names",
+    "is_object",
+    "keeps_all_in_dict",
+    "unwraps",
+]
 
 
 # What was found, by ids: a module or what leads to one, and whether it is a module that leads to
@@ -37,12 +46,15 @@ __all__ = ["Found", "find", "global_names", "is_object", "keeps_all_in_dict", "u
 Found = dict[int, tuple[Any, bool]]
 
 _LEAVES = frozenset({type(None), bool, int, float, str, Tensor, nn.Parameter})
-_OF_ANY_MODULE = frozenset(nn.Module().__dict__)
+OF_ANY_MODULE = frozenset(nn.Module().__dict__)
 _CODE = frozenset({ModuleType, BuiltinFunctionType, type})
 _ROOM = 3  # of so many containers and objects within one another, from code on, each is looked into
-_MOST_ITEMS = 1000  # of such a container
+_MOST_ITEMS = 64  # of such a container: data has more
+_DEEPEST = 60  # what leads to what leads to what ...
+_CONTAINERS = frozenset({list, tuple, dict, OrderedDict, defaultdict})
 _FINDS_OWN = nn.Module.__getattr__
 _LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL")
+_PROXIES = (ProxyType, CallableProxyType)  # isinstance sees through them
 _Part = tuple[Any, int, Set[str] | None]  # a value, the room in it, the names that count of it
 
 
@@ -52,7 +64,7 @@ def find(g: Any) -> Found:
         return {}
     state = _State({}, {}, set())
     _visit(g, 0, _ROOM, None, state)
-    found, holders, _ = state
+    found, holders, *_ = state
     held = {key for key, (v, plain) in found.items() if plain or isinstance(v, nn.Module)}
     if len(held) == len(found):
         return found
@@ -89,15 +101,17 @@ class _State(NamedTuple):
     found: Found
     holders: dict[int, list[int]]  # what leads to it and is no module
     whole: set[int]  # looked through, and not only for some names
+    depth: int = 0
 
 
 def _visit(value: Any, holder: int, room: int, names: Set[str] | None, state: _State) -> None:
-    found, holders, whole = state
+    found, holders, whole, depth = state
     key = id(value)
     if holder:
         holders.setdefault(key, []).append(holder)
-    if key in whole:
+    if key in whole or depth > _DEEPEST or type(value) in _PROXIES:
         return
+    state = state._replace(depth=depth + 1)
     if isinstance(value, nn.Module):
         if names is None and _runs_elsewhere(value):
             return
@@ -127,7 +141,7 @@ def _beside_children(m: nn.Module) -> list[_Part]:
     parts: list[_Part] = [
         (v, _ROOM - 1, None)
         for name, v in list(own.items())  # another thread may set one
-        if type(v) not in _LEAVES and name not in _OF_ANY_MODULE
+        if type(v) not in _LEAVES and name not in OF_ANY_MODULE
     ]
     for kind in _torch.FORWARD_HOOKS:
         if own[kind]:
@@ -170,7 +184,7 @@ def _inside(value: Any, room: int, names: Set[str] | None) -> list[_Part] | None
         return [(f, _ROOM, None), (owner, _ROOM, counting)]
     if isinstance(value, functools.partial):
         return [(v, _ROOM, None) for v in (value.func, *value.args, *value.keywords.values())]
-    if isinstance(value, (list, tuple, dict)):
+    if is_container(value):
         if not room or len(value) > _MOST_ITEMS:
             return None
         return [(v, room - 1, None) for v in (value.values() if isinstance(value, dict) else value)]
@@ -279,6 +293,11 @@ def _looked_up(code: CodeType, name: str, cls: type) -> Set[str] | None:
             and (name in inner.co_freevars or name in global_names(inner))
         ]
     return frozenset(found)
+
+
+def is_container(value: Any) -> bool:
+    """Whether it is a list, tuple or dict that can be made anew from its items."""
+    return type(value) in _CONTAINERS or (isinstance(value, tuple) and hasattr(value, "_fields"))
 
 
 def is_object(value: Any) -> bool:

@@ -261,7 +261,7 @@ class Backward(Direction):
         """
         b, shape = self.problem.batch_dims, self.v.shape
         rows = self.v.reshape(shape[0] if b == 1 else shape[:b].numel(), shape[b:].numel())
-        scale = norm_of(rows)
+        scale: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         if self.coupled and len(scale):
             systems = scale.view(-1, shape[b - 1])
             least = norm_of(systems) / math.sqrt(systems.shape[1])

@@ -45,6 +45,6 @@ def enter(
     )
     report = Report()
     x = options.adjoint.attach(problem, packed, (*inputs, *params, *map.own), report)
-    map.settle(x, inputs, params)
+    map.settle(x, inputs, params, options.driver == "graph")
     assert report.record is not None
     return Solution(state.unpack(x), report.record)

@@ -85,22 +85,31 @@ class UserMap(Map):
         """How many of those are buffers."""
         return len(self.binding.buffers) if self.binding else 0
 
-    def settle(self, x: Tensor, inputs: Sequence[Any], params: Sequence[Any]) -> None:
+    def settle(
+        self, x: Tensor, inputs: Sequence[Any], params: Sequence[Any], captured: bool
+    ) -> None:
         """Call g itself at the solution x, where a call leaves something on its modules.
 
         All calls before were made on copies: buffers move once a solve, and attributes that g sets
-        (a router's loss) are those of the solution, attached to it.
+        (a router's loss) are those of the solution, attached to it. captured: whether the graph
+        driver was asked for.
         """
         binding = self.binding
         if binding is None:
             return
         transformed = transforming()
         left = "" if transformed else binding.left if self.left is None else self.left
+        attributes = left == "attributes"
+        if attributes:
+            binding.begin()
         binding.close(keep=transformed or x.requires_grad)  # else no derivative will bind again
         if left:
-            attributes = left == "attributes"
             with contextlib.nullcontext() if attributes else torch.no_grad():
                 self.g(self.unpack(x if attributes else x.detach()), *inputs, *params)
+        if attributes and x.requires_grad and not captured:
+            # g's modules hold now what leads to the node, which must not lead to them: Python's
+            # collector does not see through it. (Captured graphs are found by the user's g.)
+            self.g = self.root = binding.g
 
     def form(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
         """g as layers that the library knows, if that is all it is; x is what g would get."""
