@@ -6,6 +6,7 @@ import copy
 import functools
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -54,9 +55,15 @@ def clone(value: Any, found: Found, memo: Memo) -> Any:
         new = functools.partial(again(value.func), *map(again, value.args), **keywords)
     elif isinstance(value, tuple):
         new = tuple.__new__(type(value), map(again, value))
-    elif isinstance(value, (list, dict)):
+    elif isinstance(value, list):
         new = memo[key] = copy.copy(value)
         _replace(new, found, memo)
+    elif isinstance(value, (dict, WeakKeyDictionary)):
+        new = memo[key] = copy.copy(value)
+        new.clear()
+        new.update((again(k), again(v)) for k, v in value.items())
+    elif isinstance(value, (set, frozenset)):
+        new = type(value)(map(again, value))
     else:
         new = memo[key] = object.__new__(type(value))
         new.__dict__.update(vars(value))
@@ -140,8 +147,11 @@ def _function(
     new.__dict__.update(vars(f))
     memo[id(f)] = new
     for name in names if held else ():
-        if name in held or isinstance(scope.get(name), ModuleType):  # Python's own: found faster
-            new.__globals__[name] = clone(scope[name], found, memo)
+        v: Any = scope.get(name)
+        if name in held or isinstance(v, ModuleType):  # Python's own: found faster
+            new.__globals__[name] = clone(v, found, memo)
+        elif type(v) in WRITTEN_TO and len(v) <= LONGEST:
+            new.__globals__[name] = _copied(v, memo)
     return new
 
 

@@ -51,7 +51,9 @@ _CODE = frozenset({ModuleType, BuiltinFunctionType, type})
 _ROOM = 3  # of so many containers and objects within one another, from code on, each is looked into
 _MOST_ITEMS = 64  # of such a container: data has more
 _DEEPEST = 60  # what leads to what leads to what ...
-_CONTAINERS = frozenset({list, tuple, dict, OrderedDict, defaultdict})
+_CONTAINERS = frozenset(
+    {list, tuple, set, frozenset, dict, OrderedDict, defaultdict, WeakKeyDictionary}
+)
 _FINDS_OWN = nn.Module.__getattr__
 _LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL")
 _PROXIES = (ProxyType, CallableProxyType)  # isinstance sees through them
@@ -187,7 +189,9 @@ def _inside(value: Any, room: int, names: Set[str] | None) -> list[_Part] | None
     if is_container(value):
         if not room or len(value) > _MOST_ITEMS:
             return None
-        return [(v, room - 1, None) for v in (value.values() if isinstance(value, dict) else value)]
+        items = [v for v in value if isinstance(v, nn.Module)] if hasattr(value, "keys") else value
+        items = [*items, *(value.values() if hasattr(value, "keys") else ())]
+        return [(v, room - 1, None) for v in items]
     cls = type(value)
     if not room or not keeps_all_in_dict(cls) or _keeps_to_itself(cls):
         return None
@@ -296,7 +300,7 @@ def _looked_up(code: CodeType, name: str, cls: type) -> Set[str] | None:
 
 
 def is_container(value: Any) -> bool:
-    """Whether it is a list, tuple or dict that can be made anew from its items."""
+    """Whether it is a list, tuple, set or dict that can be made anew from its items."""
     return type(value) in _CONTAINERS or (isinstance(value, tuple) and hasattr(value, "_fields"))
 
 
