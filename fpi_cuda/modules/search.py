@@ -62,7 +62,7 @@ _Part = tuple[Any, int, Set[str] | None]  # a value, the room in it, the names t
 
 def find(g: Any) -> Found:
     """The modules that g calls, and all that leads to them."""
-    if not isinstance(g, nn.Module) and not _inside(g, _ROOM, None):
+    if not isinstance(g, nn.Module) and (_holds_values(g) or not _inside(g, _ROOM, None)):
         return {}
     state = _State({}, {}, set())
     _visit(g, 0, _ROOM, None, state)
@@ -77,6 +77,12 @@ def find(g: Any) -> Found:
                 held.add(holder)
                 stack.append(holder)
     return {key: kept for key, kept in found.items() if key in held}
+
+
+def _holds_values(g: Any) -> bool:
+    """Whether g is an object of numbers, strings and tensors alone: seen without a search."""
+    kept = keeps_all_in_dict(type(g)) and not isinstance(g, FunctionType)
+    return kept and all(type(v) in _LEAVES for v in vars(g).values())
 
 
 def unwraps(m: nn.Module) -> bool:

@@ -112,9 +112,10 @@ class _Kind:
             oldest = next(iter(self.details))
             del self.details[oldest]
             _known.pop(oldest, None)
-        samples, coupled = Samples(), [other.coupled for other in self.details.values()]
+        samples = Samples()
         if self.met > FIRST:
-            samples = self.later if not any(coupled) else Samples(coupled=all(coupled))
+            coupled = [other.coupled for other in self.details.values()]
+            samples = Samples(coupled=all(coupled)) if True in coupled else self.later
         _known[details] = self.details[details] = samples
         return samples
 
