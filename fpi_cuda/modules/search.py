@@ -66,7 +66,7 @@ def find(g: Any) -> Found:
         return {}
     state = _State({}, {}, set())
     _visit(g, 0, _ROOM, None, state)
-    found, holders, *_ = state
+    found, holders, _ = state
     held = {key for key, (v, plain) in found.items() if plain or isinstance(v, nn.Module)}
     if len(held) == len(found):
         return found
@@ -109,17 +109,17 @@ class _State(NamedTuple):
     found: Found
     holders: dict[int, list[int]]  # what leads to it and is no module
     whole: set[int]  # looked through, and not only for some names
-    depth: int = 0
 
 
-def _visit(value: Any, holder: int, room: int, names: Set[str] | None, state: _State) -> None:
-    found, holders, whole, depth = state
+def _visit(
+    value: Any, holder: int, room: int, names: Set[str] | None, state: _State, depth: int = 0
+) -> None:
+    found, holders, whole = state
     key = id(value)
     if holder:
         holders.setdefault(key, []).append(holder)
     if key in whole or depth > _DEEPEST or type(value) in _PROXIES:
         return
-    state = state._replace(depth=depth + 1)
     if isinstance(value, nn.Module):
         if names is None and _runs_elsewhere(value):
             return
@@ -129,7 +129,7 @@ def _visit(value: Any, holder: int, room: int, names: Set[str] | None, state: _S
             whole.add(key)
             for child in _torch.children(value).values():
                 if child is not None:
-                    _visit(child, 0, _ROOM, None, state)
+                    _visit(child, 0, _ROOM, None, state, depth + 1)
         key = 0  # a module is found whatever it leads to
     else:
         inside = _inside(value, room, names)
@@ -141,7 +141,7 @@ def _visit(value: Any, holder: int, room: int, names: Set[str] | None, state: _S
             whole.add(key)
     for part, left, its_names in parts:
         if type(part) not in _LEAVES:
-            _visit(part, key, left, its_names, state)
+            _visit(part, key, left, its_names, state, depth + 1)
 
 
 def _beside_children(m: nn.Module) -> list[_Part]:
