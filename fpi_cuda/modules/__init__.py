@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _torch
-from .clones import WRITTEN_TO, clone, freeze_parametrizations
+from .clones import COPIES, clone, freeze_parametrizations
 from .search import Found, find, is_object, keeps_all_in_dict, unwraps
 
 __all__ = ["Binding", "keeps_all_in_dict"]
@@ -110,7 +110,7 @@ class Binding:
             if buffers:
                 watched += map(_torch.buffers, modules)
             self._watched = [(own, list(map(id, own.values()))) for own in watched]
-        held = {key: v for key, v in memo.items() if type(v) in WRITTEN_TO}
+        held = memo.get(COPIES)
         if held:
             self._restore(held)
             if watch and not self._closed:
@@ -148,16 +148,15 @@ class Binding:
             memo: dict[int, Any] = {}
             self.g = clone(self.g, self._found, memo)
             self.objects = [memo[id(value)] for value in self.objects]
-            held = {key: v for key, v in memo.items() if type(v) in WRITTEN_TO}
+            held = memo.get(COPIES, {})
             if held:
                 self._restore(held)
                 self._first = {id(v): self._first[key] for key, v in held.items()}
             # What a solve before left there would make this one's node hold that one's.
             for own in (*map(vars, self.objects), *held.values(), *self._first.values()):
-                named = list(own.items() if isinstance(own, dict) else enumerate(own))
-                for name, v in named:
-                    if type(v) is Tensor and _attached(v):
-                        own[name] = v.detach()
+                named = own.items() if isinstance(own, dict) else enumerate(own)
+                for name, v in [(n, v) for n, v in named if type(v) is Tensor and _attached(v)]:
+                    own[name] = v.detach()
             # What torch.compile wrapped stands in the memo before its wrapper, as the same clone.
             again = [(key, new) for key, new in reversed(memo.items()) if key in self._found]
             self._found = {id(new): (new, self._found[key][1]) for key, new in again}

@@ -16,6 +16,7 @@ from .search import OF_ANY_MODULE, Found, global_names, unwraps
 __all__ = ["clone", "freeze_parametrizations"]
 
 Memo = dict[int, Any]  # clones by the ids of what they are of
+COPIES = 0  # under which a memo has those of lists and dicts alone
 WRITTEN_TO = frozenset({list, dict})
 LONGEST = 1000  # of those that are copied
 
@@ -56,10 +57,10 @@ def clone(value: Any, found: Found, memo: Memo) -> Any:
     elif isinstance(value, tuple):
         new = tuple.__new__(type(value), map(again, value))
     elif isinstance(value, list):
-        new = memo[key] = copy.copy(value)
+        new = _copied(value, memo)
         _replace(new, found, memo)
     elif isinstance(value, (dict, WeakKeyDictionary)):
-        new = memo[key] = copy.copy(value)
+        new = _copied(value, memo)
         new.clear()
         new.update((again(k), again(v)) for k, v in value.items())
     elif isinstance(value, (set, frozenset)):
@@ -100,6 +101,8 @@ def _cell(cell: CellType, found: Found, memo: Memo) -> CellType:
 def _copied(v: Any, memo: Memo) -> Any:
     if id(v) not in memo:
         memo[id(v)] = copy.copy(v)
+        if type(v) in WRITTEN_TO:
+            memo.setdefault(COPIES, {})[id(v)] = memo[id(v)]
     return memo[id(v)]
 
 
@@ -111,9 +114,10 @@ def _module(m: nn.Module, found: Found, memo: Memo) -> nn.Module:
     memo[id(m)] = new
     own = new.__dict__
     own.update(m.__dict__)
-    for name in _slots(type(m)):
-        if hasattr(m, name):
-            setattr(new, name, getattr(m, name))
+    if type(m).__basicsize__ != nn.Module.__basicsize__:
+        for name in _slots(type(m)):
+            if hasattr(m, name):
+                setattr(new, name, getattr(m, name))
     for name in (_torch.PARAMETERS, _torch.BUFFERS):
         own[name] = own[name].copy()
     if own[_torch.CHILDREN]:
@@ -131,8 +135,6 @@ def _module(m: nn.Module, found: Found, memo: Memo) -> nn.Module:
 
 
 def _slots(cls: type) -> list[str]:
-    if cls.__basicsize__ == nn.Module.__basicsize__:
-        return []
     given = [vars(c).get("__slots__", ()) for c in cls.__mro__]
     return [n for one in given for n in ((one,) if isinstance(one, str) else one)]
 

@@ -62,8 +62,10 @@ _Part = tuple[Any, int, Set[str] | None]  # a value, the room in it, the names t
 
 def find(g: Any) -> Found:
     """The modules that g calls, and all that leads to them."""
-    if not isinstance(g, nn.Module) and (_holds_values(g) or not _inside(g, _ROOM, None)):
-        return {}
+    if not isinstance(g, nn.Module):
+        values = type(g) is not FunctionType and _holds_values(g)
+        if values or not _inside(g, _ROOM, None):
+            return {}
     state = _State({}, {}, set())
     _visit(g, 0, _ROOM, None, state)
     found, holders, _ = state
@@ -81,7 +83,7 @@ def find(g: Any) -> Found:
 
 def _holds_values(g: Any) -> bool:
     """Whether g is an object of numbers, strings and tensors alone: seen without a search."""
-    kept = keeps_all_in_dict(type(g)) and not isinstance(g, FunctionType)
+    kept = keeps_all_in_dict(type(g))
     return kept and all(type(v) in _LEAVES for v in vars(g).values())
 
 
