@@ -331,7 +331,8 @@ compiled = torch.compile(f, backend="eager")
 assert _torch.compiled_function(compiled) and _torch.before_compile(compiled) is f
 m.compile(backend="eager")  # it keeps what it calls as an attribute
 (call,) = filter(_torch.compiled_function, vars(m).values())
-assert _torch.before_compile(call).__self__ is m
+before = _torch.before_compile(call)  # a method of m, or from 2.14 on the class's function
+assert getattr(before, "__self__", m) is m and before.__name__ == "_call_impl"
 """
 
 
