@@ -47,6 +47,8 @@ Found = dict[int, tuple[Any, bool]]
 
 _LEAVES = frozenset({type(None), bool, int, float, str, Tensor, nn.Parameter})
 OF_ANY_MODULE = frozenset(nn.Module().__dict__)
+_FIRST, *_, _LAST = nn.Module().__dict__
+_OWN = len(OF_ANY_MODULE)
 _CODE = frozenset({ModuleType, BuiltinFunctionType, type})
 _ROOM = 3  # of so many containers and objects within one another, from code on, each is looked into
 _MOST_ITEMS = 64  # of such a container: data has more
@@ -148,15 +150,19 @@ def _visit(
 
 def _beside_children(m: nn.Module) -> list[_Part]:
     own = m.__dict__
-    parts: list[_Part] = [
-        (v, _ROOM - 1, None)
-        for name, v in list(own.items())  # another thread may set one
-        if type(v) not in _LEAVES and name not in OF_ANY_MODULE
-    ]
+    parts: list[_Part] = [(v, _ROOM - 1, None) for _, v in _attributes(m) if type(v) not in _LEAVES]
     for kind in _torch.FORWARD_HOOKS:
         if own[kind]:
             parts += [(hook, _ROOM, None) for hook in own[kind].values()]
     return parts
+
+
+def _attributes(m: nn.Module) -> list[tuple[str, Any]]:
+    """A module's attributes but those that any module has, which come first in its dict."""
+    items = list(m.__dict__.items())  # another thread may set one
+    if len(items) >= _OWN and items[_OWN - 1][0] == _LAST and items[0][0] == _FIRST:
+        return items[_OWN:]
+    return [(name, v) for name, v in items if name not in OF_ANY_MODULE]
 
 
 def _named(value: Any, names: Set[str]) -> list[_Part]:
