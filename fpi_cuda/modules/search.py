@@ -150,7 +150,12 @@ def _visit(
 
 def _beside_children(m: nn.Module) -> list[_Part]:
     own = m.__dict__
-    parts: list[_Part] = [(v, _ROOM - 1, None) for _, v in _attributes(m) if type(v) not in _LEAVES]
+    parts: list[_Part] = [
+        (v, _ROOM - 1, None)
+        for _, v in _attributes(m)
+        # Sizes (of a kernel, of what is normalised) make up most of the tuples.
+        if not (type(v) in _LEAVES or (type(v) is tuple and _LEAVES.issuperset(map(type, v))))
+    ]
     for kind in _torch.FORWARD_HOOKS:
         if own[kind]:
             parts += [(hook, _ROOM, None) for hook in own[kind].values()]
