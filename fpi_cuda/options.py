@@ -120,7 +120,7 @@ class Options(NamedTuple):
 
 
 def _check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed or type(value) is int:  # 0 == False
+    if value not in allowed or not isinstance(value, (str, bool)):  # 0 == False == numpy's
         raise ValueError(f"fixed_point: {name} must be one of {allowed} (got {value!r})")
 
 

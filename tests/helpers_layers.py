@@ -2,6 +2,7 @@
 
 import torch
 from helpers import TIGHT, TIGHT_ADJOINT, unroll
+from torch import nn
 
 from fpi_cuda import FixedPointLayer, NeuralStep
 
@@ -22,3 +23,20 @@ def double(*shape):
 
 def unrolled(net, z, steps=150):
     return unroll(net, torch.zeros(len(z), 3, dtype=z.dtype), z, steps=steps)
+
+
+class Normalised(nn.Module):
+    """A contraction with batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, dtype=torch.float64)
+        self.linear = nn.Linear(3, 3, dtype=torch.float64)
+        with torch.no_grad():
+            self.linear.weight.mul_(0.2)
+
+    def forward(self, x, z):
+        return torch.tanh(self.linear(x) + self.norm(z + 0.1 * x))
+
+    def step(self, x, z):
+        return self(x, z)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import Counter
@@ -250,6 +251,7 @@ def test_misspelt_option_is_a_type_error(call):
         ("on_failure", "ignore"),
         ("per_sample", "yes"),
         ("per_sample", 0),
+        ("per_sample", np.False_),
         ("backend", None),
     ],
 )

@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 from helpers import Net, unroll
-from helpers_layers import EXACT, close, double
+from helpers_layers import EXACT, Normalised, close, double
 from torch import nn
 from torch.autograd import grad
 
@@ -20,23 +20,6 @@ from fpi_cuda import DenseStep, FixedPointLayer, fixed_point
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOOSE = {"rtol": 1e-8, "atol": 1e-8}
-
-
-class Normalised(nn.Module):
-    """A contraction with batch norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(3, dtype=torch.float64)
-        self.linear = nn.Linear(3, 3, dtype=torch.float64)
-        with torch.no_grad():
-            self.linear.weight.mul_(0.2)
-
-    def forward(self, x, z):
-        return torch.tanh(self.linear(x) + self.norm(z + 0.1 * x))
-
-    def step(self, x, z):
-        return self(x, z)
 
 
 class Holder:

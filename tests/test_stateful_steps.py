@@ -6,25 +6,13 @@ import warnings
 import pytest
 import torch
 from helpers import unroll
-from helpers_layers import EXACT, close, double, unrolled
+from helpers_layers import EXACT, Normalised, close, double, unrolled
 from torch import nn
 from torch.autograd import grad
 
 from fpi_cuda import FixedPointLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Normalised(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(3, dtype=torch.float64)
-        self.linear = nn.Linear(3, 3, dtype=torch.float64)
-        with torch.no_grad():
-            self.linear.weight.mul_(0.2)
-
-    def forward(self, x, z):
-        return torch.tanh(self.linear(x) + self.norm(z + 0.1 * x))
 
 
 def test_batch_norm_moves_its_buffers_once_a_call_and_never_in_backward(backend, solver):

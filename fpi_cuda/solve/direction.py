@@ -19,7 +19,7 @@ from ..options import Solver
 from ..record import MASKED, Limits, accumulate_dtype
 from ..solvers.coupled import Coupled
 from .evaluation import Direct, Linearised, Masked, Seen, convolutions
-from .independence import Samples, norm_of
+from .independence import INDEPENDENT, Samples, norm_of
 from .maps import Map, TransposedMap, UserMap
 from .problem import Problem
 
@@ -114,7 +114,7 @@ class Direction:
                 tf32 = wanted and tf32_allowed(self.limits)
                 return Masked(self.seen, kernels, form, self.start, tf32=tf32, norms=norms)
         g, inputs = form.opened()  # what does not depend on x stays out of the loop
-        return Direct(problem.context, self.seen, g, inputs, None if self.coupled else LAYERS)
+        return Direct(problem.context, self.seen, g, inputs, None if self.coupled else INDEPENDENT)
 
     def _layers(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
         problem, dim = self.problem, self.map.form_dim
@@ -313,9 +313,6 @@ class Backward(Direction):
         if not self._wanted or y is None or not y.requires_grad:
             return [c, *[None] * len(self._wanted)]
         return [c, *torch.autograd.grad(y, self._wanted, c, allow_unused=True)]
-
-
-LAYERS = Samples(compactable=True, certain=True)
 
 
 def direction_of(problem: Problem, x0: Tensor, tensors: Sequence[Tensor]) -> Direction:

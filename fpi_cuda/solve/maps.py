@@ -28,14 +28,12 @@ class Map:
         n_states: how many of those are shaped like the state, and so are mapped wherever it is.
         form_dim: dimensions of the states for which the map may have a form; 0: it never has one.
         g: the user's, for a map that is no more than that; else None.
-        root: the user's g that the map is made of.
     """
 
     n_inputs: int
     n_states = 0
     form_dim = 0
     g: Any = None
-    root: Any
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
         """The map with its shared tensors put in."""
@@ -68,7 +66,7 @@ class UserMap(Map):
         pack: Callable[[Any], Tensor],
         unpack: Callable[[Tensor], Any],
     ) -> None:
-        self.g = self.root = g
+        self.g = g
         self.n_inputs, self.n_params = n_inputs, n_params
         self.pack, self.unpack = pack, unpack
         self.binding = Binding.of(g)
@@ -109,7 +107,7 @@ class UserMap(Map):
         if attributes and x.requires_grad and not captured:
             # g's modules hold now what leads to the node, which must not lead to them: Python's
             # collector does not see through it. (Captured graphs are found by the user's g.)
-            self.g = self.root = binding.g
+            self.g = binding.g
 
     def form(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
         """g as layers that the library knows, if that is all it is; x is what g would get."""
@@ -137,7 +135,7 @@ class TransposedMap(Map):
     n_states = 2
 
     def __init__(self, inner: Map) -> None:
-        self.inner, self.root = inner, inner.root
+        self.inner = inner
         self.n_inputs = 2 + inner.n_inputs
 
     def mapped(self, dims: Sequence[int | None]) -> Map:
@@ -166,7 +164,7 @@ class VmappedMap(Map):
     """torch.vmap of a map; see `Map.mapped`."""
 
     def __init__(self, inner: Map, dims: Sequence[int | None]) -> None:
-        self.inner, self.root, self.dims = inner, inner.root, tuple(dims)
+        self.inner, self.dims = inner, tuple(dims)
         self.n_inputs = inner.n_inputs
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
