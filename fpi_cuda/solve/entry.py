@@ -23,8 +23,13 @@ def enter(
     inputs: Sequence[Tensor],
     params: Sequence[Tensor],
     options: Options,
+    *,
+    together: bool = False,
 ) -> Solution:
-    """Solve x̂ = g(x̂, *inputs, *params); see `fixed_point`."""
+    """Solve x̂ = g(x̂, *inputs, *params); see `fixed_point`.
+
+    together: g can't be given a part of the batch: finished samples are frozen, and stay in it.
+    """
     options.check()
     state = state_of(x0)
     packed = state.packed
@@ -39,7 +44,7 @@ def enter(
         drivers=drivers.ORDER[options.driver],
         context=Context.here(packed.device.type),
         unpack=state.unpack,
-        samples=samples_of(options.per_sample, map, packed),
+        samples=samples_of(options.per_sample, map, packed, together),
         lipschitz=None if certified is None else float(certified()),
         tuple_state=state.tuple_state,
     )

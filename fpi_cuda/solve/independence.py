@@ -124,6 +124,7 @@ PERIOD = 61  # a prime: else a loop of as many steps would always be looked at i
 KINDS, DETAILS = 256, 64  # and details of a kind, that are kept; the oldest goes first
 FIRST = 16  # details of a kind that are each looked at from their first solve on
 INDEPENDENT = Samples(compactable=True, certain=True)
+TOGETHER = Samples(compactable=False, certain=True)  # independent, but g takes the whole batch only
 COUPLED = Samples(coupled=True, certain=True)
 
 _known: dict[Any, Samples] = {}  # by kind and details
@@ -131,20 +132,31 @@ _kinds: dict[Any, _Kind] = {}
 _lock = threading.Lock()
 
 
-def samples_of(setting: bool | str, map: UserMap, x0: Tensor) -> Samples:
-    """What is known of the samples of x0, [B, ...]; setting: `fixed_point`'s per_sample."""
+def samples_of(setting: bool | str, map: UserMap, x0: Tensor, together: bool = False) -> Samples:
+    """What is known of the samples of x0, [B, ...].
+
+    Args:
+        setting: `fixed_point`'s per_sample.
+        map: the map.
+        x0: where the solve starts.
+        together: whether g can't be given a part of the batch, whatever it makes of it.
+    """
     if setting is False:
         return COUPLED
     b, values = x0.size(0), x0.numel()
     if setting is True or b < 2 or not values or structured(map.g):
-        return INDEPENDENT
+        return TOGETHER if together else INDEPENDENT
     found: list[Any] = [b.bit_length(), values // b, x0.dtype]
     kind = look(map.g, map.binding.objects if map.binding else (), found)
+    kind.append(together)
+    found.append(together)
     details = tuple(found)
     known = _known.get(details)
     if known is None:
         with _lock:
             known = _kind(tuple(kind)).new(details)
+    if together:
+        known.compactable = False
     return known
 
 
