@@ -22,9 +22,9 @@ from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # torch's own walk over nested containers, which agrees with its transforms about what a leaf is.
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-__all__ = ["TorchDispatchMode", "tree_leaves", "tree_map"]
+__all__ = ["TorchDispatchMode", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
 
 # ---- derivatives: torch.func and forward mode tell no caller of their levels ----
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,9 +83,21 @@ def fixed_point(
     options = Options(
         solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver
     )
+    return solve(g, x0, inputs, params, options)
+
+
+def solve(
+    g: Callable[..., Any],
+    x0: State,
+    inputs: Sequence[Any],
+    params: Sequence[Tensor],
+    options: Options,
+    keywords: Mapping[str, Any] | None = None,
+) -> Solution:
+    """What `fixed_point` does; for `keywords` see `enter`."""
     if torch.compiler.is_compiling():
         # A loop whose length depends on the data: one graph break, and the solve runs as it is.
         from ._uncompiled import uncompiled
 
-        return uncompiled(g, x0, inputs, params, options)  # type: ignore[no-any-return]
-    return enter(g, x0, inputs, params, options)
+        return uncompiled(g, x0, inputs, params, options, keywords)  # type: ignore[no-any-return]
+    return enter(g, x0, inputs, params, options, keywords)

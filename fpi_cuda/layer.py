@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,10 +12,11 @@ from torch import Tensor, nn
 
 from ._torch import attribute, stripped, transforming
 from .adjoint import ImplicitAdjoint
-from .fixed_point import fixed_point
+from .fixed_point import solve
 from .modules import Binding
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each
+from .solve.arguments import Arguments
 from .solvers import Anderson
 
 __all__ = ["FixedPointLayer"]
@@ -34,6 +37,8 @@ class FixedPointLayer(nn.Module):
             None: g's own `state_shape` where it has one, else the first input's.
         solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver: as
             in `fixed_point`.
+        eval_factor: in eval mode a solve takes so many times max_iterations, and a tolerance that
+            many times smaller; the adjoint keeps its own tolerance.
 
     Raises:
         TypeError, ValueError: an option is not as `fixed_point` says.
@@ -54,6 +59,9 @@ class FixedPointLayer(nn.Module):
     on_failure: str
     per_sample: bool | str
     driver: str
+    g: Any
+    state_shape: Any
+    eval_factor: float = 1.0
     last: Solution | None
     _fits: Any = None  # state_shape and a batch size that are no mistake
 
@@ -70,24 +78,47 @@ class FixedPointLayer(nn.Module):
         on_failure: str = "warn",
         per_sample: bool | str = "auto",
         driver: str = "auto",
+        eval_factor: float = 1.0,
     ) -> None:
         super().__init__()
         options = Options(
             solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver
         )
         options.check()
+        if not (isinstance(eval_factor, Real) and 0 < eval_factor < math.inf):
+            raise ValueError(
+                f"FixedPointLayer: eval_factor must be a finite number > 0 (got {eval_factor!r}); "
+                "1 treats eval mode as training"
+            )
         self.g = g
+        self.eval_factor = eval_factor
         self.state_shape = state_shape
         for name in _OPTIONS:
             setattr(self, name, getattr(options, name))
         self.last = None
 
-    def forward(self, *inputs: Tensor, x0: State | None = None) -> Any:
-        """The fixed point for these inputs.
+    def forward(
+        self,
+        *inputs: Any,
+        x0: State | None = None,
+        params: Sequence[Tensor] = (),
+        tolerance: Tolerance | None = None,
+        max_iterations: Any = None,
+        **keywords: Any,
+    ) -> Any:
+        """The fixed point for these inputs: of x ↦ g(x, *inputs, *params, **keywords).
 
         Args:
-            inputs: tensors [B, ...]; the first is z.
+            inputs: tensors [B, ...]; the first is z. None and whatever is no tensor go to g as they
+                are.
             x0: where to start; None: zeros. Pass `layer.last.x` to start warm.
+            params: tensors that the batch shares, as in `fixed_point`.
+            tolerance: of this call; None: the layer's.
+            max_iterations: likewise.
+            keywords: go to g under their names: an edge index, a mask, a time step. Tensors in
+                them, in lists, tuples and dicts too, get gradients of every order; g gets them
+                whole. If one of them has B rows, all samples stay in the batch given to g until
+                the last has ended: pass what belongs to samples by position.
 
         Returns:
             x̂, shaped like the state; attached to autograd.
@@ -95,10 +126,20 @@ class FixedPointLayer(nn.Module):
         Raises:
             TypeError: no input and no x0 was given.
         """
+        tensors = [t for t in inputs if isinstance(t, Tensor)]
+        given = None if len(tensors) == len(inputs) and not keywords else keywords
+        if given is not None:
+            _check_first(inputs)
         if x0 is None:
-            x0 = self._zeros(inputs)
-        options = {name: getattr(self, name) for name in _OPTIONS}
-        solution = fixed_point(self.g, x0, *inputs, **options)
+            x0 = self._zeros(tensors, inputs, params, given)
+        options = Options(*[getattr(self, name) for name in _OPTIONS])
+        if not self.training and self.eval_factor != 1:
+            options = self._evaluating(options, x0)
+        if tolerance is not None:
+            options = options._replace(tolerance=tolerance)
+        if max_iterations is not None:
+            options = options._replace(max_iterations=max_iterations)
+        solution = solve(self.g, x0, inputs, params, options, given)
         self.last = solution.detach()
         if not torch.compiler.is_compiling() and transforming():
             self.last.x = each(_unwrapped, self.last.x)  # its wrappers end with the transform
@@ -107,10 +148,19 @@ class FixedPointLayer(nn.Module):
         x = solution.x
         return x.clone() if isinstance(x, Tensor) else each(torch.clone, x)
 
-    def _zeros(self, inputs: tuple[Tensor, ...]) -> State:
-        if not inputs:
+    def _evaluating(self, options: Options, x0: State) -> Options:
+        """The options in eval mode."""
+        factor, dtype = self.eval_factor, _parts(x0)[0].dtype
+        tolerance = Tolerance(*(v / factor for v in options.tolerance.resolve(dtype)))
+        most = options.max_iterations * factor
+        return options._replace(tolerance=tolerance, max_iterations=math.ceil(most))
+
+    def _zeros(
+        self, tensors: Sequence[Tensor], inputs: Sequence[Any], params: Any, keywords: Any
+    ) -> State:
+        if not tensors:
             raise TypeError("FixedPointLayer: needs an input or x0 to know the batch size")
-        z = inputs[0]
+        z = tensors[0]
         shape: Any = self.state_shape
         if shape is None:
             shape = attribute(self.g, "state_shape")
@@ -123,7 +173,8 @@ class FixedPointLayer(nn.Module):
                 "FixedPointLayer: state_shape must be the shape of one sample's state, a tuple "
                 f"(got {shape!r}); write state_shape=(n,)"
             )
-        dtype = z.dtype if z.is_floating_point() else torch.get_default_dtype()
+        part = z.real if z.is_complex() else z
+        dtype = part.dtype if part.is_floating_point() else torch.get_default_dtype()
         if torch.is_autocast_enabled(z.device.type):
             dtype = torch.promote_types(dtype, torch.float32)  # the state stays wide
 
@@ -139,12 +190,17 @@ class FixedPointLayer(nn.Module):
         if shape is self.state_shape and b > 1 and not torch.compiler.is_compiling():
             doubtful = all(s and s[0] == b for s in (shape if several else [shape]))
             if doubtful and self._fits != (shape, b):
-                self._check_shape(shape, zeros, inputs)
+                self._check_shape(shape, zeros, inputs, params, keywords)
                 self._fits = shape, b
         return zeros(b)
 
     def _check_shape(
-        self, shape: Any, zeros: Callable[..., State], inputs: tuple[Tensor, ...]
+        self,
+        shape: Any,
+        zeros: Callable[..., State],
+        inputs: Sequence[Any],
+        params: Any,
+        keywords: Any,
     ) -> None:
         """Raise where state_shape holds the batch too, which a g that broadcasts would hide.
 
@@ -154,6 +210,8 @@ class FixedPointLayer(nn.Module):
         binding = Binding.of(g)
         if binding is not None:  # on copies of the buffers
             g = binding.bind(binding.own(), watch=False)
+        arguments = Arguments(inputs, keywords or {})
+        g, inputs = arguments.put(g, (*params, *arguments.shared)), arguments.inputs
 
         def takes(x0: State, *inputs: Tensor) -> bool:
             try:
@@ -184,6 +242,17 @@ class FixedPointLayer(nn.Module):
 
 def _parts(x: Any) -> Any:
     return (x,) if isinstance(x, Tensor) else x
+
+
+def _check_first(inputs: Sequence[Any]) -> None:
+    """Raise where the layer is called as a solver is: with g."""
+    first = inputs[0] if inputs else None
+    if callable(first) and not isinstance(first, Tensor):
+        raise TypeError(
+            "FixedPointLayer: is called with the inputs of its g, the first a tensor [B, ...] (got "
+            f"the callable {getattr(first, '__name__', type(first).__name__)!r}); give g where the "
+            "layer is made, FixedPointLayer(g)(z), or use fixed_point(g, x0)"
+        )
 
 
 def _unwrapped(t: Tensor) -> Tensor:

@@ -115,8 +115,8 @@ def check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], x: Tensor
         for i, t in enumerate(group):
             if not isinstance(t, Tensor):
                 raise TypeError(
-                    f"fixed_point: {name}[{i}] must be a tensor (got {type(t).__name__}); bind "
-                    "other values to g with functools.partial"
+                    f"fixed_point: {name}[{i}] must be a tensor (got {type(t).__name__}); "
+                    + _instead(t)
                 )
             if t.device != device and not (t.dim() == 0 and group is params):
                 raise ValueError(
@@ -128,5 +128,13 @@ def check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], x: Tensor
         if t.dim() == 0 or t.shape[0] != b:
             raise ValueError(
                 f"fixed_point: inputs[{i}] must have the batch size {b} as first dimension (got "
-                f"shape {tuple(t.shape)}); a tensor that the batch shares goes into params=(...)"
+                f"shape {tuple(t.shape)}); a tensor that the batch shares goes into params=(...), "
+                "or to a layer by its name in g"
             )
+
+
+def _instead(value: Any) -> str:
+    """How a value that is no tensor reaches g."""
+    if isinstance(value, (tuple, list)) and value and all(isinstance(t, Tensor) for t in value):
+        return "pass its tensors one by one, and take them together: lambda x, *u: g(x, u)"
+    return "bind other values to g with functools.partial"

@@ -182,7 +182,7 @@ def _key(request: Request) -> tuple[Any, ...]:
         request.limits,
         tuple((t.shape, _dense(t), t.dtype, t.device) for t in request.given),
         tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in request.own),
-        kind.python_values(request.map.g),
+        kind.python_values(request.map.values),
         kind.precision(),
     )
 

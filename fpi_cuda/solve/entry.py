@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from .._torch import attribute
 from ..options import Options
 from ..solution import Solution
 from ..state import check_inputs, state_of
+from .arguments import Arguments
 from .independence import samples_of
 from .maps import UserMap
 from .problem import Context, Problem, Report
@@ -20,23 +21,38 @@ from .problem import Context, Problem, Report
 def enter(
     g: Callable[..., Any],
     x0: Any,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any],
     params: Sequence[Tensor],
     options: Options,
+    keywords: Mapping[str, Any] | None = None,
     *,
     together: bool = False,
 ) -> Solution:
-    """Solve x̂ = g(x̂, *inputs, *params); see `fixed_point`.
+    """Solve x̂ = g(x̂, *inputs, *params, **keywords); see `fixed_point`.
 
-    together: g can't be given a part of the batch: finished samples are frozen, and stay in it.
+    Args:
+        g: see there.
+        x0: see there.
+        inputs: see there.
+        params: see there.
+        options: see there.
+        keywords: not None: the inputs may be other than tensors too. The tensors in them, and in
+            the keywords, count as params, behind those.
+        together: g can't be given a part of the batch: finished samples are frozen, and stay in it.
     """
     options.check()
     state = state_of(x0)
     packed = state.packed
+    arguments = None
+    if keywords is not None:
+        arguments = Arguments(inputs, keywords)
+        inputs, together = arguments.inputs, together or arguments.of_samples(packed.shape[0])
     check_inputs(g, inputs, params, packed)
+    if arguments is not None:
+        params = (*params, *arguments.shared)
     if options.driver == "graph":
         drivers.check(options.driver, packed.device)
-    map = UserMap(g, len(inputs), len(params), state.pack, state.unpack)
+    map = UserMap(g, len(inputs), len(params), state.pack, state.unpack, arguments)
     certified = attribute(g, "certified_lipschitz")
     problem = Problem(
         map=map,

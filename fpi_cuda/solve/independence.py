@@ -147,7 +147,8 @@ def samples_of(setting: bool | str, map: UserMap, x0: Tensor, together: bool = F
     if setting is True or b < 2 or not values or structured(map.g):
         return TOGETHER if together else INDEPENDENT
     found: list[Any] = [b.bit_length(), values // b, x0.dtype]
-    kind = look(map.g, map.binding.objects if map.binding else (), found)
+    given = map.g if map.arguments is None else (map.g, map.arguments.plain)
+    kind = look(given, map.binding.objects if map.binding else (), found)
     kind.append(together)
     found.append(together)
     details = tuple(found)

@@ -14,6 +14,7 @@ from ..forms import Form, form_of
 from ..modules import Binding
 from ..operators import vjp
 from ..state import same
+from .arguments import Arguments
 
 Bound = Callable[..., Tensor]
 
@@ -56,6 +57,8 @@ class UserMap(Map):
         g: a callable g(x, *inputs, *params).
         n_inputs, n_params: how many of each the user passed; those of g's modules follow.
         pack, unpack: between the user's state (a tensor or a tuple) and the solver's one tensor.
+        arguments: how g takes its arguments, where those are not tensors by position alone; the
+            tensors that it gets whole are the last of the n_params.
     """
 
     def __init__(
@@ -65,8 +68,9 @@ class UserMap(Map):
         n_params: int,
         pack: Callable[[Any], Tensor],
         unpack: Callable[[Tensor], Any],
+        arguments: Arguments | None = None,
     ) -> None:
-        self.g = g
+        self.g, self.arguments = g, arguments
         self.n_inputs, self.n_params = n_inputs, n_params
         self.pack, self.unpack = pack, unpack
         self.binding = Binding.of(g)
@@ -82,6 +86,17 @@ class UserMap(Map):
     def n_buffers(self) -> int:
         """How many of those are buffers."""
         return len(self.binding.buffers) if self.binding else 0
+
+    @property
+    def values(self) -> Any:
+        """All that is read in Python where the map is called."""
+        return self.g if self.arguments is None else (self.g, self.arguments.values)
+
+    def _with(self, g: Callable[..., Any], shared: Sequence[Tensor]) -> Callable[..., Any]:
+        """f(x, *inputs) by g with the shared tensors that the user passed; x as the user's."""
+        if self.arguments is not None:
+            return self.arguments.put(g, shared)
+        return (lambda x, *inputs: g(x, *inputs, *shared)) if shared else g
 
     def settle(
         self, x: Tensor, inputs: Sequence[Any], params: Sequence[Any], captured: bool
@@ -103,7 +118,8 @@ class UserMap(Map):
         binding.close(keep=transformed or x.requires_grad)  # else no derivative will bind again
         if left:
             with contextlib.nullcontext() if attributes else torch.no_grad():
-                self.g(self.unpack(x if attributes else x.detach()), *inputs, *params)
+                g = self._with(self.g, params)
+                g(self.unpack(x if attributes else x.detach()), *inputs)
         if attributes and x.requires_grad and not captured:
             # g's modules hold now what leads to the node, which must not lead to them: Python's
             # collector does not see through it. (Captured graphs are found by the user's g.)
@@ -111,20 +127,27 @@ class UserMap(Map):
 
     def form(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
         """g as layers that the library knows, if that is all it is; x is what g would get."""
-        if self.binding is None or self.n_params:
+        if self.binding is None or self.n_params or self.arguments is not None:
             return None
         return form_of(self.binding.bind(params, watch=False), "form", x, *inputs)
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
         """g with the user's params appended, and its modules' tensors put in."""
-        shared = params[: self.n_params]
-        g = self.binding.bind(params[self.n_params :]) if self.binding else self.g
-        pack, unpack = self.pack, self.unpack
-        if pack is same and not shared:
+        n, pack, unpack = self.n_params, self.pack, self.unpack
+        g = self._with(self.binding.bind(params[n:]) if self.binding else self.g, params[:n])
+        if pack is same:
             return g
 
         def bound(x: Tensor, *inputs: Tensor) -> Tensor:
-            return pack(g(unpack(x), *inputs, *shared))
+            parts = unpack(x)
+            try:
+                return pack(g(parts, *inputs))
+            except (TypeError, AttributeError) as error:
+                error.add_note(
+                    f"fixed_point gives g the state as one tuple of {len(parts)} tensors, like x0; "
+                    "where g takes them one by one, write lambda x, *z: g(*x, *z)"
+                )
+                raise
 
         return bound
 

@@ -1,0 +1,61 @@
+"""What a layer's call gives g beside the state: the tensors taken out, all else as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .._torch import tree_flatten, tree_unflatten
+
+__all__ = ["Arguments"]
+
+
+class Arguments:
+    """The arguments of one call g(x, *args, **kwargs), with every tensor taken out.
+
+    Attributes:
+        inputs: the positional tensors: per sample.
+        shared: those in the other arguments, in lists, tuples and dicts too, which g gets whole.
+        plain: what the other arguments hold beside tensors.
+    """
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+        self.inputs = [args[i] for i in self._at]
+        others = [None if isinstance(a, Tensor) else a for a in args]
+        leaves, self._nest = tree_flatten((others, dict(kwargs)))
+        self._places = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
+        self.shared = [leaves[i] for i in self._places]
+        self.plain = [None if isinstance(v, Tensor) else v for v in leaves]
+
+    @property
+    def values(self) -> Any:
+        """All that g reads of them in Python, for a captured graph."""
+        return self.plain, self._at, str(self._nest)
+
+    def of_samples(self, b: int) -> bool:
+        """Whether one of the tensors that g gets whole may hold a row for each of b samples."""
+        return b > 1 and any(t.dim() and t.shape[0] == b for t in self.shared)
+
+    def put(self, g: Callable[..., Any], shared: Sequence[Tensor]) -> Callable[..., Any]:
+        """f(x, *inputs) by g with these.
+
+        Args:
+            g: the callable.
+            shared: further positional arguments, then tensors in the place of `self.shared`.
+        """
+        leaves, n = list(self.plain), len(shared) - len(self._places)
+        for i, t in zip(self._places, shared[n:], strict=True):
+            leaves[i] = t
+        others, kwargs = tree_unflatten(leaves, self._nest)
+        params, at = shared[:n], self._at
+
+        def f(x: Any, *inputs: Tensor) -> Any:
+            args = list(others)
+            for i, t in zip(at, inputs, strict=True):
+                args[i] = t
+            return g(x, *args, *params, **kwargs)
+
+        return f
