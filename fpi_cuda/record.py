@@ -234,8 +234,11 @@ class Record(Account):
         """How many samples ended with this status."""
         return int((self.status == status).sum())
 
-    def failures(self) -> str:
-        """A sentence per status other than CONVERGED, with counts and the first samples; or ''."""
+    def failures(self, advice: bool = True) -> str:
+        """A sentence per status other than CONVERGED, with counts and the first samples; or ''.
+
+        advice: whether to say what each means and what to try.
+        """
         parts = []
         flat = self.status.reshape(-1)
         for status in Status:
@@ -247,6 +250,6 @@ class Record(Account):
                 more = ", ..." if len(samples) > 8 else ""
                 parts.append(
                     f"{len(samples)} of {flat.numel()} samples {status.name} "
-                    f"(samples {shown}{more}): {status.message}"
+                    f"(samples {shown}{more}){': ' + status.message if advice else '.'}"
                 )
         return " ".join(parts)

@@ -60,7 +60,8 @@ class Solution(Account):
         iterations: int32 [B].
         residual_norm: [B], ‖g(x) − x‖₂ of the iterate whose g is returned.
         contraction, error_estimate: [B]; see `docs/math.md`. `error_bound`: [B] or None.
-        evaluations: calls of g, those by which "auto" looks at how samples depend included.
+        evaluations: calls of g, those included by which "auto" looks at how samples depend, and two
+            by which a solve that did not converge sees whether g is random.
         path: which backend and driver ran, and why.
         adjoint: the record of the last backward solve, or None before one.
 

@@ -131,7 +131,6 @@ def test_expansive_maps_and_random_ones_are_not_taken_for_coupled(backend):
                 z,
                 backend=backend,
                 tolerance=Tolerance(1e-3),
-                on_failure="return",
                 max_iterations=50,
             )
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import Counter, assert_close
 from helpers_bad_input import half, raises
 
 from fpi_cuda import (
@@ -179,7 +179,7 @@ def test_rotation_ends_at_max_iterations_with_a_warning(backend):
         )
     assert solution.status.tolist() == [Status.MAX_ITERATIONS] * 2
     assert solution.iterations.tolist() == [30, 30]
-    assert solution.evaluations == 30
+    assert solution.evaluations == 30 + 2  # at one state twice: is g random?
 
 
 def test_damping_or_anderson_tames_the_rotation(backend):
@@ -294,3 +294,33 @@ def test_warning_points_at_the_callers_line():
     with pytest.warns(FixedPointWarning) as caught:
         fixed_point(lambda x: 4 * x + 1, torch.zeros(2, 1), solver=Picard())
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("per_sample", ["auto", True, False])
+@pytest.mark.parametrize("b", [1, 6])
+def test_a_random_g_is_named_as_random_where_a_sample_does_not_converge(b, per_sample):
+    calls = Counter(lambda x, z: torch.nn.functional.dropout(0.5 * torch.tanh(x) + z))
+    with pytest.warns(FixedPointWarning) as warned:
+        s = fixed_point(
+            calls,
+            torch.zeros(b, 4),
+            torch.randn(b, 4),
+            max_iterations=20,
+            per_sample=per_sample,
+        )
+    (message,) = {str(w.message) for w in warned}
+    assert "other values for the same arguments (dropout" in message
+    assert f"{b} of {b} samples MAX_ITERATIONS" in message
+    assert "raise max_iterations" not in message
+    assert s.evaluations == calls.calls
+
+
+def test_a_g_that_is_not_random_is_called_twice_more_at_most_and_not_called_random():
+    calls = Counter(lambda x, z: -x + z)
+    z = torch.randn(6, 4)
+    given = calls, torch.zeros(6, 4), z
+    with pytest.warns(FixedPointWarning, match="raise max_iterations"):
+        fixed_point(*given, solver=Picard(), max_iterations=20, per_sample=True)
+    assert calls.calls == 22
+    fixed_point(*given, solver=Picard(), max_iterations=20, per_sample=True, on_failure="return")
+    assert calls.calls == 42

@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from ..drivers.support import Solved
+from ..forms import structured
 from ..record import Record, Status
 from .direction import Direction
 from .independence import agree, norm_of
 from .problem import Report
 
-__all__ = ["wrong"]
+__all__ = ["RANDOM", "random", "wrong"]
 
 PROBES = 2  # of a kind
+RANDOM = (
+    "g gives other values for the same arguments (dropout, noise?), so it has no fixed point. Call "
+    "g.eval(), or draw once a solve and pass what was drawn as an input."
+)
 
 
 def wrong(direction: Direction, solved: Solved, report: Report) -> bool:
@@ -42,6 +47,23 @@ def wrong(direction: Direction, solved: Solved, report: Report) -> bool:
     if not direction.adjoint:  # whose calls of g are its linearisations
         record.evaluations += direction.seen.calls - before
     return again
+
+
+def random(direction: Direction, x: Tensor, record: Record) -> bool:
+    """Whether g gives other values for the same arguments, where that is not known yet.
+
+    Looked at where a sample did not converge: no iteration could make it.
+    """
+    seen = direction.seen
+    if seen.random is None and not direction.adjoint and not structured(direction.map.g):
+        evaluate, before = direction.evaluation(), seen.calls
+        try:
+            first, second = (evaluate(x).clone().flatten(1) for _ in range(2))
+            seen.random = not bool(agree(second, first, x.dtype, 4).all())
+        except Exception:  # a state that g was never meant to see
+            seen.random = False
+        record.evaluations += seen.calls - before
+    return bool(seen.random)
 
 
 def _look(direction: Direction, x: Tensor, record: Record, claimed: Tensor) -> bool:
@@ -75,7 +97,9 @@ def _look(direction: Direction, x: Tensor, record: Record, claimed: Tensor) -> b
     steady = True
     if bits:  # unless g is random; and what g notes of its last call is of the results
         again = rows(evaluate(x))
-        steady = not (changed or samples.suspect) or bool(agree(again, y, x.dtype, 4).all())
+        if changed or samples.suspect:
+            steady = bool(agree(again, y, x.dtype, 4).all())
+            direction.seen.random = not steady
 
     def some(at: Tensor) -> Tensor:
         return evaluate.part(at)(x.index_select(0, at))
@@ -85,7 +109,9 @@ def _look(direction: Direction, x: Tensor, record: Record, claimed: Tensor) -> b
     if steady and not (met or changed) and left_out and not samples.learn(some, y, autocast):
         samples.tell()
         return True
-    samples.tell(changed and steady, not steady, direction.adjoint)
+    if not steady:  # that explains what was suspected
+        samples.suspect = False
+    samples.tell(changed and steady, direction.adjoint)
     return changed and steady
 
 

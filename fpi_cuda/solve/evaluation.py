@@ -26,6 +26,7 @@ class Seen:
 
     calls = 0  # of g
     closure = False  # g reads a tensor that needs gradients and is no argument: first call
+    random: bool | None = None  # g gives other values for the same arguments; None: not looked at
 
 
 class Direct:

@@ -66,16 +66,10 @@ class Samples:
         self.compactable, self.suspect = same, not same
         return same
 
-    def tell(self, coupled: bool = False, random: bool = False, adjoint: bool = False) -> None:
+    def tell(self, coupled: bool = False, adjoint: bool = False) -> None:
         """What was found by looking."""
         suspect, self.suspect = self.suspect, False
-        if random:
-            warn(
-                "fpi_cuda: g gives other values for the same arguments (dropout, noise?), so it "
-                "has no fixed point. Call g.eval(), or draw once a solve and pass it as an input.",
-                UserWarning,
-            )
-        elif coupled:
+        if coupled:
             self.coupled = True
             again = "Its gradient, but not its state," if adjoint else "It"
             warn(

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..drivers.support import Solved
-from ..record import MASKED, Record
+from ..record import MASKED, Record, Status
 from ..solution import FixedPointError, FixedPointWarning, Solution, warn
-from .coupling import wrong
+from .coupling import RANDOM, random, wrong
 from .direction import Direction
-from .problem import Problem, Report
+from .problem import Report
 
 # x, [*batch, *sample]; bool [*batch], the samples whose gradient is kept (None: all); and the
 # direction's outputs: for an adjoint c, then the gradients.
@@ -59,17 +59,24 @@ def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | N
     record.lipschitz = problem.lipschitz
     report(record)
     if not record.failed:
+        if direction.seen.random:
+            warn(f"{problem.name}: {RANDOM}", UserWarning)
         return None
-    _complain(problem, solved.x, record)
+    _complain(direction, solved.x, record)
     return direction.kept(record.status)
 
 
-def _complain(problem: Problem, x: Tensor, record: Record) -> None:
-    on_failure, limits = problem.options.on_failure, record.progress.limits
+def _complain(direction: Direction, x: Tensor, record: Record) -> None:
+    problem, limits = direction.problem, record.progress.limits
+    on_failure = problem.options.on_failure
     fixed_count = limits.rtol == 0 and limits.offset == 0
     if on_failure == "return" or (fixed_count and not any(record.count(s) for s in MASKED)):
         return
-    message = f"{problem.name}: {record.failures()}"
+    stuck = record.count(Status.MAX_ITERATIONS) or record.count(Status.STALLED)
+    if stuck and random(direction, x, record):
+        message = f"{problem.name}: {RANDOM} {record.failures(advice=False)}"
+    else:
+        message = f"{problem.name}: {record.failures()}"
     if on_failure == "raise":
         raise FixedPointError(message, Solution(problem.unpack(x), record))
     warn(message, FixedPointWarning)
