@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ._torch import attribute, stripped, transforming
 from .adjoint import ImplicitAdjoint
+from .arguments import Arguments
 from .fixed_point import solve
 from .modules import Binding
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each
-from .solve.arguments import Arguments
 from .solvers import Anderson
 
 __all__ = ["FixedPointLayer"]

@@ -10,7 +10,14 @@ from tape import captures, tape_fixture  # noqa: F401
 from torch import nn
 from torch.autograd import grad
 
-from fpi_cuda import FixedPointLayer, Picard, Tolerance, fixed_point
+from fpi_cuda import (
+    FixedPointLayer,
+    GradientStep,
+    NeuralStep,
+    Picard,
+    Tolerance,
+    fixed_point,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -237,3 +244,34 @@ def test_eval_mode_iterates_longer_to_a_tighter_tolerance():
     for wrong in (0, -1, float("inf"), "2", torch.tensor(2.0)):
         with pytest.raises(ValueError, match=r"eval_factor must be a finite number > 0"):
             FixedPointLayer(torch.tanh, eval_factor=wrong)
+
+
+@pytest.mark.parametrize("kind", ["net", "energy"])
+def test_the_papers_steps_hand_on_what_a_call_gives(kind):
+    w = (double(3, 3) / 4).requires_grad_()
+    z, mask = double(4, 3).requires_grad_(), torch.rand(4, 3).double().requires_grad_()
+
+    class Net(nn.Module):
+        def forward(self, x, z, power, *, mask, w):
+            return mask * torch.tanh(x @ w) ** power + z
+
+    def attracted(x, z, power, *, mask, w):
+        return (x**power / power - mask * (x @ w).cos().mean(1, keepdim=True) - x * z).sum(1)
+
+    if kind == "net":
+        step, power = NeuralStep(Net()), 1
+        true = unroll(lambda x: mask * torch.tanh(x @ w) + z, torch.zeros(4, 3).double(), steps=100)
+    else:
+        step, power = GradientStep(attracted, 0.5), 2
+
+        def descend(x):
+            energy = attracted(x, z, 2, mask=mask, w=w).sum()
+            return x - 0.5 * grad(energy, x, create_graph=True)[0]
+
+        true = unroll(descend, torch.zeros(4, 3).double().requires_grad_(), steps=100)
+    x = FixedPointLayer(step, **EXACT)(z, power, mask=mask, w=w)
+    close(x, true)
+    tensors = (z, mask, w)
+    for mine, right in zip(second(x, tensors), second(true, tensors), strict=True):
+        for a, b in zip(mine, right, strict=True):
+            close(a, b)

@@ -129,6 +129,8 @@ class Direction:
             reason = "a tuple state"
         elif dim != x.dim():
             reason = f"a state of {x.dim()} dimensions"
+        elif self.map.arguments is not None:
+            reason = "g is given more than tensors by position"
         else:
             found = self.map.form(x, inputs, params)
             if found is not None:

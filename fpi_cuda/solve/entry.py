@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .. import drivers
 from .._torch import attribute
+from ..arguments import Arguments
 from ..options import Options
 from ..solution import Solution
 from ..state import check_inputs, state_of
-from .arguments import Arguments
 from .independence import samples_of
 from .maps import UserMap
 from .problem import Context, Problem, Report

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .._torch import attribute, transforming
+from ..arguments import Arguments
 from ..forms import Form, form_of
 from ..modules import Binding
 from ..operators import vjp
 from ..state import same
-from .arguments import Arguments
 
 Bound = Callable[..., Tensor]
 
@@ -127,7 +127,7 @@ class UserMap(Map):
 
     def form(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
         """g as layers that the library knows, if that is all it is; x is what g would get."""
-        if self.binding is None or self.n_params or self.arguments is not None:
+        if self.binding is None or self.n_params:
             return None
         return form_of(self.binding.bind(params, watch=False), "form", x, *inputs)
 

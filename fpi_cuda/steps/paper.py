@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import Arguments
 from ..forms import Form, form_of
 from ..operators import partial
 
@@ -39,7 +40,7 @@ class NeuralStep(_Around):
     """FPI_NN: g is a network, x⁺ = net(x, z).
 
     Args:
-        net: a module net(x, *inputs) that returns x's shape.
+        net: a module net(x, *inputs, **keywords) that returns x's shape.
     """
 
     _form_of_part = ("net", "form")
@@ -52,9 +53,9 @@ class NeuralStep(_Around):
         """The step's form where the net is a `DenseStep` or `ConvStep`."""
         return form_of(self.net, "form", x, *inputs)
 
-    def forward(self, x: Any, *inputs: Tensor) -> Any:
-        """net(x, *inputs), shaped like x."""
-        return self.net(x, *inputs)
+    def forward(self, x: Any, *inputs: Any, **keywords: Any) -> Any:
+        """net(x, *inputs, **keywords), shaped like x."""
+        return self.net(x, *inputs, **keywords)
 
 
 class GradientStep(_Around):
@@ -64,8 +65,8 @@ class GradientStep(_Around):
     gradient is taken by P, so z and the energy's parameters may depend on x outside.
 
     Args:
-        energy: f(x, *inputs) returning [B], the energy of each sample. A module's parameters are
-            found; a plain function must capture no tensor that needs gradients.
+        energy: f(x, *inputs, **keywords) returning [B], the energy of each sample. A module's
+            parameters are found; a plain function must capture no tensor that needs gradients.
         step_size: γ > 0, a number or an nn.Parameter. For an energy whose gradient is L-Lipschitz
             and m-strongly monotone, γ < 2/L makes g a contraction.
 
@@ -87,13 +88,18 @@ class GradientStep(_Around):
         """The step as dense layers where the energy is a `DenseEnergy`."""
         return form_of(self.energy, "gradient_form", self.step_size, x, *inputs)
 
-    def forward(self, x: Any, *inputs: Tensor) -> Any:
+    def forward(self, x: Any, *inputs: Any, **keywords: Any) -> Any:
         """x − γ ∂f/∂x, shaped like x."""
         parts = x if isinstance(x, tuple) else (x,)
         n = len(parts)
         make = getattr(type(x), "_make", tuple)  # the energy too gets a named tuple as one
-        total = _Total(self.energy, n, make if n > 1 or make is not tuple else itemgetter(0))
-        gradients = partial(total, *parts, *inputs, which=tuple(range(n)))
+        arguments, tensors = None, inputs
+        if keywords or not all(isinstance(t, Tensor) for t in inputs):
+            arguments = Arguments(inputs, keywords)
+            tensors = (*arguments.inputs, *arguments.shared)
+        state = make if n > 1 or make is not tuple else itemgetter(0)
+        total = _Total(self.energy, n, state, arguments)
+        gradients = partial(total, *parts, *tensors, which=tuple(range(n)))
         moved = (t - self.step_size * d for t, d in zip(parts, gradients, strict=True))
         return make(moved) if isinstance(x, tuple) else next(moved)
 
@@ -101,13 +107,23 @@ class GradientStep(_Around):
 class _Total(nn.Module):
     """The batch's total energy: its gradient is every sample's own."""
 
-    def __init__(self, energy: Callable[..., Tensor], n: int, state: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        energy: Callable[..., Tensor],
+        n: int,
+        state: Callable[[Any], Any],
+        arguments: Arguments | None,
+    ) -> None:
         super().__init__()
-        self.energy, self.n, self.state = energy, n, state
+        self.energy, self.n, self.state, self.arguments = energy, n, state, arguments
 
     def forward(self, *s: Tensor) -> Tensor:
-        x = s[: self.n]
-        values = self.energy(self.state(x), *s[self.n :])
+        x, rest = s[: self.n], s[self.n :]
+        energy: Callable[..., Any] = self.energy
+        if self.arguments is not None:
+            at = len(self.arguments.inputs)
+            energy, rest = self.arguments.put(energy, rest[at:]), rest[:at]
+        values = energy(self.state(x), *rest)
         if not isinstance(values, Tensor) or values.shape != x[0].shape[:1]:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(

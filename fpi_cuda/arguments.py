@@ -1,4 +1,4 @@
-"""What a layer's call gives g beside the state: the tensors taken out, all else as it is."""
+"""What a call gives g beside the state: the tensors taken out, all else as it is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._torch import tree_flatten, tree_unflatten
+from ._torch import tree_flatten, tree_unflatten
 
 __all__ = ["Arguments"]
 
