@@ -159,8 +159,17 @@ class FixedPointLayer(nn.Module):
         self, tensors: Sequence[Tensor], inputs: Sequence[Any], params: Any, keywords: Any
     ) -> State:
         if not tensors:
-            raise TypeError("FixedPointLayer: needs an input or x0 to know the batch size")
+            given = [*(type(v).__name__ for v in inputs), *(f"{name}=" for name in keywords or ())]
+            raise TypeError(
+                "FixedPointLayer: needs an input or x0 to know the batch size: a tensor [B, ...] by "
+                f"position (got {', '.join(given) or 'nothing'})"
+            )
         z = tensors[0]
+        if z.is_nested:
+            raise TypeError(
+                "FixedPointLayer: an input must be a plain tensor [B, ...] (got a nested one); pad it, "
+                "torch.nested.to_padded_tensor(z, 0.0), and give g the lengths by name"
+            )
         shape: Any = self.state_shape
         if shape is None:
             shape = attribute(self.g, "state_shape")
@@ -168,7 +177,7 @@ class FixedPointLayer(nn.Module):
             shape = shape(z)
         if shape is None:
             shape = tuple(z.shape[1:])
-        if not isinstance(shape, (tuple, list)):
+        if not isinstance(shape, (tuple, list)) or any(isinstance(n, float) for n in shape):
             raise TypeError(
                 "FixedPointLayer: state_shape must be the shape of one sample's state, a tuple "
                 f"(got {shape!r}); write state_shape=(n,)"
