@@ -161,14 +161,14 @@ class FixedPointLayer(nn.Module):
         if not tensors:
             given = [*(type(v).__name__ for v in inputs), *(f"{name}=" for name in keywords or ())]
             raise TypeError(
-                "FixedPointLayer: needs an input or x0 to know the batch size: a tensor [B, ...] by "
-                f"position (got {', '.join(given) or 'nothing'})"
+                "FixedPointLayer: needs an input or x0 to know the batch size: a tensor [B, ...] "
+                f"by position (got {', '.join(given) or 'nothing'})"
             )
         z = tensors[0]
         if z.is_nested:
             raise TypeError(
-                "FixedPointLayer: an input must be a plain tensor [B, ...] (got a nested one); pad it, "
-                "torch.nested.to_padded_tensor(z, 0.0), and give g the lengths by name"
+                "FixedPointLayer: an input must be a plain tensor [B, ...] (got a nested one); pad "
+                "it, torch.nested.to_padded_tensor(z, 0.0), and give g the lengths by name"
             )
         shape: Any = self.state_shape
         if shape is None:
