@@ -12,6 +12,7 @@ from ._torch import attribute, stripped, transforming
 from .adjoint import ImplicitAdjoint
 from .fixed_point import fixed_point
 from .modules import Binding
+from .operators import differentiable
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each
 from .solvers import Anderson
@@ -123,7 +124,7 @@ class FixedPointLayer(nn.Module):
                 "FixedPointLayer: state_shape must be the shape of one sample's state, a tuple "
                 f"(got {shape!r}); write state_shape=(n,)"
             )
-        dtype = z.dtype if z.is_floating_point() else torch.get_default_dtype()
+        dtype = torch.real(z).dtype if differentiable(z) else torch.get_default_dtype()
         if torch.is_autocast_enabled(z.device.type):
             dtype = torch.promote_types(dtype, torch.float32)  # the state stays wide
 

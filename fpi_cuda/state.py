@@ -89,6 +89,21 @@ def check_tuple(owner: str, x: Any, n: int) -> None:
 def _check_part(name: str, part: Any) -> None:
     if not isinstance(part, Tensor):
         raise TypeError(f"fixed_point: {name} must be a tensor (got {type(part).__name__})")
+    refuse_sharded(name, part)
+    if part.is_nested:
+        raise TypeError(
+            f"fixed_point: {name} must have one shape for all samples (got a nested tensor); write "
+            "torch.nested.to_padded_tensor(x0, 0.0), and let g leave the padding at zero"
+        )
+    if part.layout != torch.strided:
+        raise TypeError(
+            f"fixed_point: {name} must be dense (got {part.layout}); write x0.to_dense()"
+        )
+    if part.is_complex():
+        raise TypeError(
+            f"fixed_point: {name} must be real (got {part.dtype}); start from "
+            "torch.view_as_real(x0), and take torch.view_as_complex(x) in g"
+        )
     if part.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(
             f"fixed_point: {name} must be float64, float32, float16 or bfloat16 (got "
@@ -98,6 +113,16 @@ def _check_part(name: str, part: Any) -> None:
         raise ValueError(
             f"fixed_point: {name} must have a batch dimension first (got a scalar); write "
             "x0.reshape(1, 1)"
+        )
+
+
+def refuse_sharded(name: str, t: Tensor) -> None:
+    """Raise where a tensor is spread over processes, each of which would stop by its own part."""
+    if type(t) is not Tensor and hasattr(t, "full_tensor"):
+        raise TypeError(
+            f"fixed_point: {name} must be a plain tensor (got {type(t).__name__}); write "
+            f"{name}.to_local() for this process's samples, or {name}.full_tensor() for all, and "
+            "solve in each process"
         )
 
 
@@ -118,6 +143,7 @@ def check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], x: Tensor
                     f"fixed_point: {name}[{i}] must be a tensor (got {type(t).__name__}); bind "
                     "other values to g with functools.partial"
                 )
+            refuse_sharded(f"{name}[{i}]", t)
             if t.device != device and not (t.dim() == 0 and group is params):
                 raise ValueError(
                     f"fixed_point: {name}[{i}] must be on x0's device, {device} (got {t.device}); "

@@ -167,7 +167,9 @@ def test_params_given_as_a_bare_tensor_is_an_error(params):
 
 
 def test_integer_argument_of_partial_that_is_to_be_differentiated_is_an_error():
-    with raises(TypeError, r"s\[1\] must be floating to be differentiated \(got torch.int64\)"):
+    with raises(
+        TypeError, r"s\[1\] must be floating or complex to be differentiated \(got torch.int64\)"
+    ):
         operators.partial(lambda a, b: (a * b).sum(), X0, torch.arange(3), which=(1,))
 
 

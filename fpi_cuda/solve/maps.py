@@ -12,7 +12,7 @@ from torch import Tensor
 from .._torch import attribute, transforming
 from ..forms import Form, form_of
 from ..modules import Binding
-from ..operators import vjp
+from ..operators import free, vjp
 from ..state import same
 
 Bound = Callable[..., Tensor]
@@ -149,10 +149,10 @@ class TransposedMap(Map):
         def bound(c: Tensor, x: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
             if transforming():
                 return torch.func.vjp(lambda q: g(q, *inputs), x)[1](c)[0] + v  # type: ignore[no-any-return]
-            # x is a leaf of an independent graph here, as everything is inside a node's forward.
+            # x belongs to an independent graph here, as everything does inside a node's forward.
             graph = torch.is_grad_enabled()
             with torch.set_grad_enabled(True):
-                leaf = x if x.requires_grad else x.detach().requires_grad_()
+                leaf = x if x.requires_grad else free(x)
                 y = g(leaf, *inputs)
                 jc = vjp(y, leaf, c, create_graph=graph)
             return jc + v
@@ -193,8 +193,10 @@ def check_output(gx: Any, x: Tensor) -> Tensor:
     if gx.dtype != x.dtype:
         if torch.is_autocast_enabled(x.device.type) and gx.is_floating_point():
             return gx.to(x.dtype)
+        advice = "convert x0, the inputs or the parameters to one dtype"
+        if gx.is_complex():
+            advice = "return torch.view_as_real of it, and start from torch.view_as_real(x0)"
         raise TypeError(
-            f"fixed_point: g must return x's dtype, {x.dtype} (got {gx.dtype}); convert x0, the "
-            "inputs or the parameters to one dtype"
+            f"fixed_point: g must return x's dtype, {x.dtype} (got {gx.dtype}); {advice}"
         )
     return gx
