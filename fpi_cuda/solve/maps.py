@@ -104,6 +104,7 @@ class UserMap(Map):
         if left:
             with contextlib.nullcontext() if attributes else torch.no_grad():
                 self.g(self.unpack(x if attributes else x.detach()), *inputs, *params)
+            binding.reshard()
         if attributes and x.requires_grad and not captured:
             # g's modules hold now what leads to the node, which must not lead to them: Python's
             # collector does not see through it. (Captured graphs are found by the user's g.)
