@@ -125,7 +125,7 @@ class FixedPointLayer(nn.Module):
                 f"(got {shape!r}); write state_shape=(n,)"
             )
         dtype = torch.real(z).dtype if differentiable(z) else torch.get_default_dtype()
-        if torch.is_autocast_enabled(z.device.type):
+        if not z.is_meta and torch.is_autocast_enabled(z.device.type):
             dtype = torch.promote_types(dtype, torch.float32)  # the state stays wide
 
         several = len(shape) > 0 and isinstance(shape[0], (tuple, list))

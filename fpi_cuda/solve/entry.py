@@ -14,6 +14,7 @@ from ..solution import Solution
 from ..state import check_inputs, state_of
 from .independence import samples_of
 from .maps import UserMap
+from .meta import shapes
 from .problem import Context, Problem, Report
 
 
@@ -36,6 +37,8 @@ def enter(
     check_inputs(g, inputs, params, packed)
     if options.driver == "graph":
         drivers.check(options.driver, packed.device)
+    if packed.is_meta:
+        return shapes(g, state, (*inputs, *params), options)
     map = UserMap(g, len(inputs), len(params), state.pack, state.unpack)
     certified = attribute(g, "certified_lipschitz")
     problem = Problem(

@@ -192,7 +192,8 @@ def check_output(gx: Any, x: Tensor) -> Tensor:
             f"fixed_point: g must return a tensor on x's device, {x.device} (got {gx.device})"
         )
     if gx.dtype != x.dtype:
-        if torch.is_autocast_enabled(x.device.type) and gx.is_floating_point():
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        if autocast and gx.is_floating_point():
             return gx.to(x.dtype)
         advice = "convert x0, the inputs or the parameters to one dtype"
         if gx.is_complex():
