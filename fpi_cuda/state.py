@@ -93,21 +93,21 @@ def _check_part(name: str, part: Any) -> None:
     if part.is_nested:
         raise TypeError(
             f"fixed_point: {name} must have one shape for all samples (got a nested tensor); write "
-            "torch.nested.to_padded_tensor(x0, 0.0), and let g leave the padding at zero"
+            f"torch.nested.to_padded_tensor({name}, 0.0), and let g leave the padding at zero"
         )
     if part.layout != torch.strided:
         raise TypeError(
-            f"fixed_point: {name} must be dense (got {part.layout}); write x0.to_dense()"
+            f"fixed_point: {name} must be dense (got {part.layout}); write {name}.to_dense()"
         )
     if part.is_complex():
         raise TypeError(
             f"fixed_point: {name} must be real (got {part.dtype}); start from "
-            "torch.view_as_real(x0), and take torch.view_as_complex(x) in g"
+            f"torch.view_as_real({name}), and take torch.view_as_complex(x) in g"
         )
     if part.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(
             f"fixed_point: {name} must be float64, float32, float16 or bfloat16 (got "
-            f"{part.dtype}); write x0.float()"
+            f"{part.dtype}); write {name}.float()"
         )
     if part.dim() == 0:
         raise ValueError(
