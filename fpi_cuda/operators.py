@@ -302,16 +302,18 @@ def differentiable(t: Tensor) -> bool:
 def free(t: Tensor) -> Tensor:
     """The tensor as a variable of an independent graph; where gradients are on."""
     t = t.detach()
-    return no_leaf(t.requires_grad_()) if differentiable(t) else t
+    return for_modules([t.requires_grad_()])[0] if differentiable(t) else t
 
 
-def no_leaf(t: Tensor) -> Tensor:
-    """A view of a leaf, for modules to see.
+def for_modules(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors as modules may see them: no leaves where there are hooks of all modules.
 
     torch.utils.module_tracker, which FlopCounterMode uses, sets hooks on what modules are given;
     and autograd.grad by a leaf refuses those that stand there.
     """
-    return t.expand_as(t) if t.requires_grad else t  # the layout stays
+    if not _torch.any_global_hook():
+        return tensors
+    return [t.expand_as(t) if t.requires_grad else t for t in tensors]  # the layout stays
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -350,14 +352,16 @@ def _check_scalar(tape: _Tape) -> None:
 
 
 def closes_over(y: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Whether y's graph reaches a leaf, beyond the variables `leaves` (see `free`)."""
+    """Whether y's graph reaches a leaf that is not among `leaves`, or views of such (`free`)."""
+    known = {id(t) for t in leaves}
     stack, seen = [y.grad_fn], {t.grad_fn for t in leaves}
     while stack:
         node: Any = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
             return True
         stack.extend(edge[0] for edge in node.next_functions)
-    return y.grad_fn is None and y.requires_grad
+    return y.grad_fn is None and y.requires_grad and id(y) not in known

@@ -89,7 +89,8 @@ def check_tuple(owner: str, x: Any, n: int) -> None:
 def _check_part(name: str, part: Any) -> None:
     if not isinstance(part, Tensor):
         raise TypeError(f"fixed_point: {name} must be a tensor (got {type(part).__name__})")
-    refuse_sharded(name, part)
+    if type(part) is not Tensor:
+        refuse_sharded(name, part)
     if part.is_nested:
         raise TypeError(
             f"fixed_point: {name} must have one shape for all samples (got a nested tensor); write "
@@ -118,7 +119,7 @@ def _check_part(name: str, part: Any) -> None:
 
 def refuse_sharded(name: str, t: Tensor) -> None:
     """Raise where a tensor is spread over processes, each of which would stop by its own part."""
-    if type(t) is not Tensor and hasattr(t, "full_tensor"):
+    if hasattr(type(t), "full_tensor"):
         raise TypeError(
             f"fixed_point: {name} must be a plain tensor (got {type(t).__name__}); write "
             f"{name}.to_local() for this process's samples, or {name}.full_tensor() for all, and "
@@ -143,7 +144,8 @@ def check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], x: Tensor
                     f"fixed_point: {name}[{i}] must be a tensor (got {type(t).__name__}); bind "
                     "other values to g with functools.partial"
                 )
-            refuse_sharded(f"{name}[{i}]", t)
+            if type(t) is not Tensor:
+                refuse_sharded(f"{name}[{i}]", t)
             if t.device != device and not (t.dim() == 0 and group is params):
                 raise ValueError(
                     f"fixed_point: {name}[{i}] must be on x0's device, {device} (got {t.device}); "

@@ -154,9 +154,9 @@ def test_derivatives_of_higher_order(mesh):
         wanted = [*g.parameters(), z]
         y, found = FixedPointLayer(g, **EXACT)(z).sin().sum(), []
         for _ in range(3):
-            grads = gathered(grad(y, wanted, create_graph=True))
-            found += grads
-            y = sum(t.sin().sum() for t in grads)
+            grads = grad(y, wanted, create_graph=True)
+            found += gathered(grads)
+            y = sum(gathered(t.sin().sum() for t in grads))
         return found
 
     for a, b in zip(orders(net), orders(twin), strict=True):
