@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import _torch
 from .clones import COPIES, clone, freeze_parametrizations
 from .search import Found, find, is_object, keeps_all_in_dict, unwraps
-from .shards import is_sharded, shards, whole
+from .shards import sharded, shards, whole
 
 __all__ = ["Binding", "keeps_all_in_dict"]
 
@@ -47,9 +47,9 @@ class Binding:
         ]
         modules = [m for m in self.objects if isinstance(m, nn.Module)]
         self._index: dict[int, int] = {}
-        self._sharded = [m for m in modules if is_sharded(m)]
+        self._sharded = sharded(modules)
         self.reshard()
-        self._shards = {id(p) for m in self._sharded for p in shards(m)}
+        self._shards = shards(self._sharded)
         self._lazy = False  # whether its first call makes a parameter
         self.params = self._each(map(_torch.parameters, modules))
         self.buffers = self._each(map(_torch.buffers, modules))

@@ -9,7 +9,7 @@ clones; the gradients go back once, averaged over the processes, as FSDP does it
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,22 +17,21 @@ from torch.autograd import Function
 
 from .. import _torch
 
-__all__ = ["is_sharded", "shards", "whole"]
+__all__ = ["sharded", "shards", "whole"]
 
 
-def is_sharded(m: nn.Module) -> bool:
-    """Whether fully_shard was called of the module (its clone has none of its hooks)."""
+def sharded(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of which fully_shard was called; their clones have none of its hooks."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import
-    return (
-        fsdp is not None
-        and isinstance(m, fsdp.FSDPModule)
-        and any(map(_torch.of_fsdp, _torch.pre_hooks(m).values()))
-    )
+    if fsdp is None:
+        return []
+    found = [m for m in modules if isinstance(m, fsdp.FSDPModule)]
+    return [m for m in found if any(map(_torch.of_fsdp, _torch.pre_hooks(m).values()))]
 
 
-def shards(m: nn.Module) -> Iterator[Tensor]:
-    """The parameters of such a module of which each process holds a part."""
-    return (p for p in m.parameters() if hasattr(p, "full_tensor"))
+def shards(modules: Iterable[nn.Module]) -> set[int]:
+    """The ids of the parameters of such modules, of which each process holds a part."""
+    return {id(p) for m in modules for p in m.parameters() if hasattr(p, "full_tensor")}
 
 
 def whole(shard: Any) -> Tensor:
