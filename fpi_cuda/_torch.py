@@ -217,6 +217,11 @@ def computes_weight(hook: Any) -> bool:
     return type(hook).__name__ in ("SpectralNorm", "WeightNorm")
 
 
+def of_fsdp(hook: Any) -> bool:
+    """Whether a hook is one by which fully_shard gathers parameters around a module's calls."""
+    return getattr(hook, "__module__", "") == "torch.distributed.fsdp._fully_shard._fsdp_state"
+
+
 def compiled_module(m: nn.Module) -> bool:
     """Whether m is torch.compile's wrapper of the module `m._orig_mod`.
 

@@ -39,10 +39,13 @@ def fixed_point(
 
     Those modules are g itself or found through what it closes over, defaults, globals that it
     reads, bound methods, functools.partial, containers and attributes; not among the globals of
-    classes, in iterators, or behind torch.jit, FSDP and classes written in C. They keep the modes
-    of this call until its last backward, their buffers move once a call, and attributes that
-    forward sets are those of the solution, attached to it (neither under a torch.func transform).
-    torch.compile around g is taken off: compile what is around the layer.
+    classes, in iterators, or behind torch.jit, FullyShardedDataParallel and classes written in C.
+    They keep the modes of this call until its last backward, their buffers move once a call, and
+    attributes that forward sets are those of the solution, attached to it (neither under a
+    torch.func transform). Parameters that `fully_shard` spreads over processes are gathered once a
+    call. torch.compile around g is taken off: compile what is around the layer.
+
+    x is real; what g computes with besides may be complex (gradients by torch's convention).
 
     Args:
         g: a callable or module g(x, *inputs, *params) that returns x's shape, dtype and device.

@@ -15,6 +15,7 @@ from .adjoint import ImplicitAdjoint
 from .arguments import Arguments
 from .fixed_point import solve
 from .modules import Binding
+from .operators import differentiable
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each
 from .solvers import Anderson
@@ -182,9 +183,8 @@ class FixedPointLayer(nn.Module):
                 "FixedPointLayer: state_shape must be the shape of one sample's state, a tuple "
                 f"(got {shape!r}); write state_shape=(n,)"
             )
-        part = z.real if z.is_complex() else z
-        dtype = part.dtype if part.is_floating_point() else torch.get_default_dtype()
-        if torch.is_autocast_enabled(z.device.type):
+        dtype = torch.real(z).dtype if differentiable(z) else torch.get_default_dtype()
+        if not z.is_meta and torch.is_autocast_enabled(z.device.type):
             dtype = torch.promote_types(dtype, torch.float32)  # the state stays wide
 
         several = len(shape) > 0 and isinstance(shape[0], (tuple, list))

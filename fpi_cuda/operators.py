@@ -24,19 +24,20 @@ def partial(r: Scalar, *s: Tensor, which: Sequence[int] | None = None) -> tuple[
     Computed on an independent graph, so it does not matter how the arguments depend on each other
     outside. The result is attached to the graph of s, and P is its own derivative: differentiate it
     as often as you like. r is called once, whatever the order, outside torch.func's transforms.
+    By a complex argument a + ib the derivative is ∂r/∂a + i ∂r/∂b, as in all of torch.
 
     Args:
-        r: a function of s that returns a scalar. A module's own parameters are found and treated as
-            further arguments (their derivatives flow; `which` does not count them).
+        r: a function of s that returns a real scalar. A module's own parameters are found and
+            treated as further arguments (their derivatives flow; `which` does not count them).
         s: tensors of any shape.
-        which: positions in s to differentiate by; None: every floating tensor.
+        which: positions in s to differentiate by; None: every floating or complex tensor.
 
     Returns:
         One tensor a position, shaped like that argument; zeros where r does not depend on it.
 
     Raises:
-        TypeError: an argument is no tensor, or a position names a tensor that is not floating.
-        ValueError: r returns no scalar, or captures a tensor that needs gradients.
+        TypeError: an argument is no tensor, or a position names one neither floating nor complex.
+        ValueError: r returns no real scalar, or captures a tensor that needs gradients.
 
     Example:
         >>> x = torch.tensor(3.0, requires_grad=True)
@@ -48,12 +49,12 @@ def partial(r: Scalar, *s: Tensor, which: Sequence[int] | None = None) -> tuple[
         if not isinstance(t, Tensor):
             raise TypeError(f"partial: s[{i}] must be a tensor (got {type(t).__name__})")
     if which is None:
-        which = tuple(i for i, t in enumerate(s) if t.is_floating_point())
+        which = tuple(i for i, t in enumerate(s) if differentiable(t))
     for i in which:
-        if not s[i].is_floating_point():
+        if not differentiable(s[i]):
             raise TypeError(
-                f"partial: s[{i}] must be floating to be differentiated (got {s[i].dtype}); "
-                "convert it, or leave its position out of `which`"
+                f"partial: s[{i}] must be floating or complex to be differentiated (got "
+                f"{s[i].dtype}); convert it, or leave its position out of `which`"
             )
     if any(carries_tangent(t) for t in s):
         _Partial.jvp(None)
@@ -82,7 +83,10 @@ def partial(r: Scalar, *s: Tensor, which: Sequence[int] | None = None) -> tuple[
 
 
 def inner_product(v: Sequence[Tensor], u: Callable[..., Sequence[Tensor]]) -> Scalar:
-    """H(v; u): the function s ↦ Σᵢ ⟨vᵢ, u(s)ᵢ⟩.
+    """H(v; u): the function s ↦ Σᵢ Re ⟨vᵢ, u(s)ᵢ⟩.
+
+    Of complex tensors ⟨v, u⟩ is the sum of conj(v) u: P of H is then the derivative that torch's
+    autograd gives where v comes in.
 
     Args:
         v: tensors shaped like the outputs of u.
@@ -99,17 +103,15 @@ def inner_product(v: Sequence[Tensor], u: Callable[..., Sequence[Tensor]]) -> Sc
             raise ValueError(
                 f"inner_product: u must return {len(v)} tensors, as many as v (got {len(out)})"
             )
-        return _sum(torch.sum(a * b) for a, b in zip(v, out, strict=True))
+        return _sum(_dot(a, b) for a, b in zip(v, out, strict=True))
 
     return eta
 
 
 def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """P where nothing is to be differentiated again: no graph outlives the call."""
-    q = [t.detach() for t in s]
-    for i in which:
-        q[i].requires_grad_()
     with torch.enable_grad():
+        q = [free(t) if i in which else t.detach() for i, t in enumerate(s)]
         tape = _Tape(False, q, r(*q))
         _check_scalar(tape)
     assert tape.y is not None
@@ -125,7 +127,10 @@ def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor
 def partial_bound(r: Scalar, which: Sequence[int], *s: Tensor) -> tuple[Tensor, ...]:
     """`partial` for an r whose every tensor is in s, without its checks of s."""
     graph = torch.is_grad_enabled() or _torch.transforming()
-    out = _Partial.apply(r, tuple(which), _Tape(keep=graph), *s)  # type: ignore[no-untyped-call]
+    tape = _Tape(keep=graph)
+    out = _Partial.apply(r, tuple(which), tape, *s)  # type: ignore[no-untyped-call]
+    if _torch.transforming():  # it knows nothing of the levels around, and may outlive them
+        tape.drop()
     return out  # type: ignore[no-any-return]
 
 
@@ -168,6 +173,11 @@ class _Tape:
         self.y = y
         self.outputs: list[Tensor | None] = []
 
+    def drop(self) -> None:
+        """Whoever needs it makes another."""
+        self.leaves = self.y = None
+        self.outputs = []
+
 
 class _Partial(Function):
     """∂r(s)/∂s[which] on an independent graph; its backward is made of itself."""
@@ -179,7 +189,7 @@ class _Partial(Function):
                 # No more than what derivatives are taken by: what g writes to (running statistics)
                 # can't have one.
                 tape.leaves = [
-                    _leaf(t) if t.requires_grad or i in which else t.detach()
+                    free(t) if t.requires_grad or i in which else t.detach()
                     for i, t in enumerate(s)
                 ]
                 tape.y = r(*tape.leaves)
@@ -200,8 +210,7 @@ class _Partial(Function):
             for i, g in zip(which, tape.outputs, strict=True)
         )
         if not tape.keep:
-            tape.leaves = tape.y = None
-            tape.outputs = []
+            tape.drop()
         return out
 
     @staticmethod
@@ -221,7 +230,7 @@ class _Partial(Function):
         def eta(*q: Tensor) -> Tensor:
             # torch.func.grad, not autograd.grad: this runs inside vmap and grad too.
             outputs = torch.func.grad(r, argnums=which)(*q[n:])
-            return _sum(torch.sum(d * g) for d, g in zip(q[:n], outputs, strict=True))
+            return _sum(_dot(d, g) for d, g in zip(q[:n], outputs, strict=True))
 
         grads: Sequence[Tensor | None]
         if _torch.transforming() or tape.leaves is None:
@@ -230,13 +239,13 @@ class _Partial(Function):
             grads = _through(tape, delta, need)
         else:
             with torch.enable_grad():
-                leaves = [_leaf(d) for d in delta]
+                leaves = [free(d) for d in delta]
                 terms = [
-                    torch.sum(d * g)
+                    _dot(d, g)
                     for d, g in zip(leaves, tape.outputs, strict=True)
                     if g is not None and g.requires_grad
                 ]
-                y = _sum(terms) if terms else delta[0].new_zeros(())
+                y = _sum(terms) if terms else torch.real(delta[0].new_zeros(()))
             again = _Tape(True, [*leaves, *tape.leaves], y)
             positions = tuple(n + i for i in need)
             grads = _Partial.apply(eta, positions, again, *delta, *s)  # type: ignore[no-untyped-call]
@@ -285,9 +294,33 @@ def _through(tape: _Tape, delta: Sequence[Tensor], need: Sequence[int]) -> list[
     return list(torch.autograd.grad(outputs, wanted, weights, allow_unused=True, retain_graph=True))
 
 
-def _leaf(t: Tensor) -> Tensor:
+def differentiable(t: Tensor) -> bool:
+    """Whether there are derivatives by tensors of its dtype."""
+    return t.is_floating_point() or t.is_complex()
+
+
+def free(t: Tensor) -> Tensor:
+    """The tensor as a variable of an independent graph; where gradients are on."""
     t = t.detach()
-    return t.requires_grad_() if t.is_floating_point() else t
+    return for_modules([t.requires_grad_()])[0] if differentiable(t) else t
+
+
+def for_modules(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors as modules may see them: no leaves where there are hooks of all modules.
+
+    torch.utils.module_tracker, which FlopCounterMode uses, sets hooks on what modules are given;
+    and autograd.grad by a leaf refuses those that stand there.
+    """
+    if not _torch.any_global_hook():
+        return tensors
+    return [t.expand_as(t) if t.requires_grad else t for t in tensors]  # the layout stays
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Re ⟨a, b⟩: what autograd's gradients are by, complex ones too."""
+    if a.is_complex() or b.is_complex():
+        return torch.sum((a.conj() * b).real)
+    return torch.sum(a * b)
 
 
 def _sum(terms: Any) -> Tensor:
@@ -305,6 +338,10 @@ def _check_scalar(tape: _Tape) -> None:
         raise ValueError(
             f"partial: r must return a scalar tensor (got {got}); sum it over the batch"
         )
+    if y.is_complex():
+        raise ValueError(
+            f"partial: r must return a real scalar (got {y.dtype}); take .real, or .abs() ** 2"
+        )
     assert leaves is not None
     if tape.keep and closes_over(y, leaves):
         raise ValueError(
@@ -315,9 +352,9 @@ def _check_scalar(tape: _Tape) -> None:
 
 
 def closes_over(y: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Whether y's graph reaches a leaf that is not among `leaves`."""
+    """Whether y's graph reaches a leaf that is not among `leaves`, or views of such (`free`)."""
     known = {id(t) for t in leaves}
-    stack, seen = [y.grad_fn], set()
+    stack, seen = [y.grad_fn], {t.grad_fn for t in leaves}
     while stack:
         node: Any = stack.pop()
         if node is None or node in seen:

@@ -89,15 +89,41 @@ def check_tuple(owner: str, x: Any, n: int) -> None:
 def _check_part(name: str, part: Any) -> None:
     if not isinstance(part, Tensor):
         raise TypeError(f"fixed_point: {name} must be a tensor (got {type(part).__name__})")
+    if type(part) is not Tensor:
+        refuse_sharded(name, part)
+    if part.is_nested:
+        raise TypeError(
+            f"fixed_point: {name} must have one shape for all samples (got a nested tensor); write "
+            f"torch.nested.to_padded_tensor({name}, 0.0), and let g leave the padding at zero"
+        )
+    if part.layout != torch.strided:
+        raise TypeError(
+            f"fixed_point: {name} must be dense (got {part.layout}); write {name}.to_dense()"
+        )
+    if part.is_complex():
+        raise TypeError(
+            f"fixed_point: {name} must be real (got {part.dtype}); start from "
+            f"torch.view_as_real({name}), and take torch.view_as_complex(x) in g"
+        )
     if part.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(
             f"fixed_point: {name} must be float64, float32, float16 or bfloat16 (got "
-            f"{part.dtype}); write x0.float()"
+            f"{part.dtype}); write {name}.float()"
         )
     if part.dim() == 0:
         raise ValueError(
             f"fixed_point: {name} must have a batch dimension first (got a scalar); write "
             "x0.reshape(1, 1)"
+        )
+
+
+def refuse_sharded(name: str, t: Tensor) -> None:
+    """Raise where a tensor is spread over processes, each of which would stop by its own part."""
+    if hasattr(type(t), "full_tensor"):
+        raise TypeError(
+            f"fixed_point: {name} must be a plain tensor (got {type(t).__name__}); write "
+            f"{name}.to_local() for this process's samples, or {name}.full_tensor() for all, and "
+            "solve in each process"
         )
 
 
@@ -118,6 +144,8 @@ def check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], x: Tensor
                     f"fixed_point: {name}[{i}] must be a tensor (got {type(t).__name__}); "
                     + _instead(t)
                 )
+            if type(t) is not Tensor:
+                refuse_sharded(f"{name}[{i}]", t)
             if t.device != device and not (t.dim() == 0 and group is params):
                 raise ValueError(
                     f"fixed_point: {name}[{i}] must be on x0's device, {device} (got {t.device}); "

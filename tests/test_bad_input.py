@@ -142,6 +142,25 @@ def test_x0_must_be_floating_tensors_with_one_batch(x0, error, message):
         fixed_point(half, x0)
 
 
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta).*:UserWarning")
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda x: x.to_sparse(), r"must be dense \(got torch.sparse_coo\); write x0.to_dense\(\)"),
+        (lambda x: x.to_sparse_csr(), r"must be dense \(got torch.sparse_csr\)"),
+        (lambda x: torch.nested.nested_tensor([x, x[:1]]), "one shape .*nested.*to_padded_tensor"),
+        (
+            lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
+            "one shape .*nested.*to_padded_tensor",
+        ),
+    ],
+    ids=["coo", "csr", "nested", "jagged"],
+)
+def test_x0_must_be_dense(made, message):
+    with raises(TypeError, message):
+        fixed_point(half, made(torch.ones(2, 3)))
+
+
 def test_input_without_the_batch_dimension_is_sent_to_params():
     with raises(
         ValueError, r"inputs\[0\] must have the batch size 2 as first dimension .* params="
@@ -167,7 +186,9 @@ def test_params_given_as_a_bare_tensor_is_an_error(params):
 
 
 def test_integer_argument_of_partial_that_is_to_be_differentiated_is_an_error():
-    with raises(TypeError, r"s\[1\] must be floating to be differentiated \(got torch.int64\)"):
+    with raises(
+        TypeError, r"s\[1\] must be floating or complex to be differentiated \(got torch.int64\)"
+    ):
         operators.partial(lambda a, b: (a * b).sum(), X0, torch.arange(3), which=(1,))
 
 

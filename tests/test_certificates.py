@@ -233,3 +233,34 @@ def test_the_examples_run():
     for module in (certificate, convolution, jacobian):
         failed, run = doctest.testmod(module, extraglobs=names)
         assert failed == 0 < run
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+def hooked(m):
+    m.register_forward_hook(lambda *_: None)
+    return m
+
+
+@pytest.mark.parametrize(
+    ("step", "found"),
+    [
+        (nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"), "padding_mode='circular'"),
+        (
+            nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 3, groups=2)),
+            r"item 1 of nn\.Sequential Conv2d with padding_mode='zeros' and groups=2",
+        ),
+        (nn.Sequential(nn.Sequential(nn.ConvTranspose2d(1, 1, 3))), "item 0 .* ConvTranspose2d"),
+        (NeuralStep(nn.Conv1d(1, 1, 3)), r"\(got Conv1d\)"),
+        (nn.Conv2d(1, 1, 3, stride=2, dilation=2), r"Conv2d by itself; write nn\.Sequential"),
+        (nn.Sequential(OwnLinear(3, 3)), "OwnLinear, a subclass of Linear"),
+        (nn.Sequential(hooked(nn.Linear(3, 3))), "Linear with a hook"),
+        (GradientStep(nn.Bilinear(3, 3, 1), 0.1), "a GradientStep of Bilinear"),
+    ],
+)
+@pytest.mark.parametrize("f", [lipschitz, spectral_normalize])
+def test_what_of_a_step_is_not_known_is_named(f, step, found):
+    with pytest.raises(TypeError, match=found):
+        f(step)

@@ -356,20 +356,3 @@ def test_copies_pickles_and_averages_of_a_model_solve_by_their_own_modules():
     assert not torch.allclose(model(z), before)
     for other in copies:
         close(other(z), before)
-
-
-def test_a_module_whose_parameters_are_sharded_runs_as_it_is(tmp_path):
-    from torch import distributed
-    from torch.distributed.fsdp import fully_shard
-
-    net, z = Net(d=3), double(4, 3)
-    true = grad(FixedPointLayer(net, **EXACT)(z).sin().sum(), list(net.parameters()))
-    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
-        model = nn.Sequential(FixedPointLayer(fully_shard(net, mesh=mesh), **EXACT))
-        fully_shard(model, mesh=mesh)(z).sin().sum().backward()
-        for p, a in zip(net.parameters(), true, strict=True):
-            close(p.grad.full_tensor(), a)
-    finally:
-        distributed.destroy_process_group()

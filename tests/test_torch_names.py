@@ -336,6 +336,25 @@ assert getattr(before, "__self__", m) is m and before.__name__ == "_call_impl"
 """
 
 
+def test_hooks_by_which_parameters_are_gathered_are_known(tmp_path):
+    from torch import distributed
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    alone, *group = (nn.Linear(2, 2) for _ in range(3))
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(alone, mesh=mesh)
+        fully_shard(group, mesh=mesh)
+    finally:
+        distributed.destroy_process_group()
+    for m in (alone, *group):
+        assert isinstance(m, FSDPModule)
+        m.register_forward_hook(lambda *_: None)
+        hooks = [list(vars(m)[kind].values()) for kind in _torch.FORWARD_HOOKS]
+        assert [list(map(_torch.of_fsdp, of_kind)) for of_kind in hooks] == [[True], [True, False]]
+
+
 def test_what_compile_made_is_seen():
     subprocess.run([sys.executable, "-c", COMPILED], check=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeGuard, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,13 @@ CONSTANTS: dict[type[nn.Module], float] = {
     nn.Tanh: 1.0,
     nn.Unflatten: 1.0,
 }
+LAYERS = (nn.Linear, nn.Conv2d, nn.Sequential, GradientStep, NeuralStep)  # that have some
 # Power iterations before training, and in a training call.
 WARM_UP, ITERATIONS = 100, 10
 _TAKES = (
     "step must be a DenseStep, a ConvStep, a GradientStep of a DenseEnergy, an nn.Sequential of "
-    "nn.Linear, nn.Conv2d and activations, or a NeuralStep of one of these, without hooks"
+    "nn.Linear, nn.Conv2d (padding_mode 'zeros', groups 1) and activations, or a NeuralStep of one "
+    "of these, without hooks"
 )
 
 
@@ -258,7 +260,7 @@ def _shares(step: nn.Module, bound: float) -> tuple[tuple[tuple[nn.Module, str],
         return ((energy, "state_weight"),), math.sqrt(room)
     chain = _chain(step)
     if chain is None:
-        raise TypeError(f"spectral_normalize: {_TAKES} (got {step})")
+        raise TypeError(f"spectral_normalize: {_TAKES} (got {_unknown(step)})")
     room = (bound / chain.slope - abs(chain.residual)) / chain.inner
     if room <= 0:
         raise ValueError(
@@ -283,7 +285,8 @@ def _lipschitz(step: nn.Module) -> float:
         certified = getattr(step, "certified_lipschitz", None)
         if certified is None:
             raise TypeError(
-                f"lipschitz: {_TAKES}; or a module that has certified_lipschitz() (got {step})"
+                f"lipschitz: {_TAKES}; or a module that has certified_lipschitz() (got "
+                f"{_unknown(step)})"
             )
         return float(certified())
     weights = [getattr(module, name) for module, name in chain.weights]
@@ -357,6 +360,29 @@ def _part(module: nn.Module) -> _Chain | None:
         if _is(module, kind):
             return _Chain((), constant)
     return _chain(module) if _is(module, nn.Sequential) else None
+
+
+def _unknown(step: Any) -> str:
+    """What of a step has no known constant."""
+    if not isinstance(step, nn.Module):
+        return repr(step)
+    step = _unwrapped(step)
+    if _is(step, nn.Sequential):
+        at = next(i for i, part in enumerate(step) if _part(part) is None)
+        return f"as item {at} of nn.Sequential {_unknown(step[at])}"
+    if _is(step, GradientStep):
+        return f"a GradientStep of {_unknown(step.energy)}"
+    name, kind = type(step).__name__, parametrize.type_before_parametrizations(step)
+    if _part(step) is not None:
+        return f"{name} by itself; write nn.Sequential(step)"
+    for known in (DenseStep, ConvStep, DenseEnergy, *LAYERS, *CONSTANTS):
+        if kind is not known and isinstance(step, known):
+            return f"{name}, a subclass of {known.__name__}, which may do anything"
+    if hooked(step, FORWARD_HOOKS):
+        return f"{name} with a hook, which may do anything"
+    if isinstance(step, nn.Conv2d):
+        return f"{name} with padding_mode={step.padding_mode!r} and groups={step.groups}"
+    return name
 
 
 def _is(module: object, kind: type[Module]) -> TypeGuard[Module]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..operators import vjp
+from ..operators import free, vjp
 
 Step = Callable[..., Tensor]
 
@@ -149,7 +149,7 @@ def _linearise(
     if iterations < 1:
         raise ValueError(f"∂g/∂x: iterations must be >= 1 (got {iterations!r})")
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
+        x = free(x)
         gx = g(x, *inputs)
     if not isinstance(gx, Tensor):
         raise TypeError(f"∂g/∂x: g must return a tensor (got {type(gx).__name__})")

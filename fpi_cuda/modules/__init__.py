@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import _torch
 from .clones import COPIES, clone, freeze_parametrizations
 from .search import Found, find, is_object, keeps_all_in_dict, unwraps
+from .shards import sharded, shards, whole
 
 __all__ = ["Binding", "keeps_all_in_dict"]
 
@@ -46,6 +47,9 @@ class Binding:
         ]
         modules = [m for m in self.objects if isinstance(m, nn.Module)]
         self._index: dict[int, int] = {}
+        self._sharded = sharded(modules)
+        self.reshard()
+        self._shards = shards(self._sharded)
         self._lazy = False  # whether its first call makes a parameter
         self.params = self._each(map(_torch.parameters, modules))
         self.buffers = self._each(map(_torch.buffers, modules))
@@ -77,11 +81,19 @@ class Binding:
         return each
 
     def own(self) -> list[Tensor]:
-        """The tensors that `bind` takes: the parameters, then a copy of each buffer.
+        """The tensors that `bind` takes: the parameters, whole, then a copy of each buffer.
 
         The copies are attached to the buffers, and stay what they are where the buffers move.
         """
-        return [*self.params, *(b.clone() for b in self.buffers)]
+        params = self.params
+        if self._shards:
+            params = [whole(p) if id(p) in self._shards else p for p in params]
+        return [*params, *(b.clone() for b in self.buffers)]
+
+    def reshard(self) -> None:
+        """Leave modules that FSDP shards with each process's part of their parameters."""
+        for m in self._sharded:
+            m.reshard()  # type: ignore[operator]
 
     def bind(self, tensors: Sequence[Tensor], watch: bool = True) -> Callable[..., Any]:
         """g with these tensors; parametrisations are evaluated here, once.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -124,7 +125,9 @@ def _module(m: nn.Module, found: Found, memo: Memo) -> nn.Module:
         own[_torch.CHILDREN] = own[_torch.CHILDREN].copy()
         _replace(own[_torch.CHILDREN], found, memo)
     if own[_torch.PRE_HOOKS]:
-        own[_torch.PRE_HOOKS] = own[_torch.PRE_HOOKS].copy()
+        for name in _torch.FORWARD_HOOKS:
+            hooks = own[name].items()
+            own[name] = OrderedDict((k, f) for k, f in hooks if not _torch.of_fsdp(f))
     if not found[id(m)][1]:
         for name in _torch.FORWARD_HOOKS:
             own[name] = own[name].copy()

@@ -158,7 +158,8 @@ def _beside_children(m: nn.Module) -> list[_Part]:
     ]
     for kind in _torch.FORWARD_HOOKS:
         if own[kind]:
-            parts += [(hook, _ROOM, None) for hook in own[kind].values()]
+            hooks = own[kind].values()
+            parts += [(hook, _ROOM, None) for hook in hooks if not _torch.of_fsdp(hook)]
     return parts
 
 
@@ -236,11 +237,11 @@ def _globals(code: CodeType, read: Sequence[str], scope: dict[str, Any]) -> Iter
 def _runs_elsewhere(m: nn.Module) -> bool:
     """Whether a module does not compute with the tensors that it holds in Python.
 
-    That is so of torch.jit's; and FSDP's gather their parameters' shards while they run.
+    That is so of torch.jit's; and FullyShardedDataParallel gathers its parameters while it runs.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import
     return isinstance(m, _torch.ScriptModule) or (
-        fsdp is not None and isinstance(m, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
+        fsdp is not None and isinstance(m, fsdp.FullyShardedDataParallel)
     )
 
 

@@ -15,6 +15,7 @@ from ..backends.native import tf32_wanted
 from ..drivers.eager import Evaluation
 from ..drivers.whole import tf32_allowed
 from ..forms import ConvForm, Form
+from ..operators import for_modules
 from ..options import Solver
 from ..record import MASKED, Limits, accumulate_dtype
 from ..solvers.coupled import Coupled
@@ -300,9 +301,10 @@ class Backward(Direction):
                 return map.bind([t.detach() for t in params])
 
         with torch.set_grad_enabled(True), context.autocast():
-            g = self.map.bind(self._params)
+            inputs = for_modules(self._inputs)
+            g = self.map.bind(for_modules(self._params))
         evaluate = Linearised(
-            *(context, self.seen, g, self.x, self.v, self._inputs),
+            *(context, self.seen, g, self.x, self.v, inputs),
             self._samples() if self.compacting else None,
             unattached if lone else None,
         )

@@ -15,6 +15,7 @@ from ..solution import Solution
 from ..state import check_inputs, state_of
 from .independence import samples_of
 from .maps import UserMap
+from .meta import shapes
 from .problem import Context, Problem, Report
 
 
@@ -53,6 +54,8 @@ def enter(
     if options.driver == "graph":
         drivers.check(options.driver, packed.device)
     map = UserMap(g, len(inputs), len(params), state.pack, state.unpack, arguments)
+    if packed.is_meta:
+        return shapes(map.taking(g, params), state, inputs, options)
     certified = attribute(g, "certified_lipschitz")
     problem = Problem(
         map=map,

@@ -12,7 +12,7 @@ from .._torch import version
 from ..backends import triton
 from ..forms import ConvForm
 from ..layout import take
-from ..operators import vjp
+from ..operators import free, vjp
 from ..record import STATUS, Progress
 from .independence import Samples
 from .maps import Bound, check_output
@@ -122,7 +122,7 @@ class Linearised:
         self.unattached = unattached
         seen.calls += 1
         with torch.set_grad_enabled(True), context.autocast():
-            self.x = x.detach().requires_grad_()
+            self.x = free(x)
             self.y = check_output(g(self.x, *inputs), self.x)
 
     def watch(self, progress: Progress) -> None:

@@ -13,7 +13,7 @@ from .._torch import attribute, transforming
 from ..arguments import Arguments
 from ..forms import Form, form_of
 from ..modules import Binding
-from ..operators import vjp
+from ..operators import free, vjp
 from ..state import same
 
 Bound = Callable[..., Tensor]
@@ -92,7 +92,7 @@ class UserMap(Map):
         """All that is read in Python where the map is called."""
         return self.g if self.arguments is None else (self.g, self.arguments.values)
 
-    def _with(self, g: Callable[..., Any], shared: Sequence[Tensor]) -> Callable[..., Any]:
+    def taking(self, g: Callable[..., Any], shared: Sequence[Tensor]) -> Callable[..., Any]:
         """f(x, *inputs) by g with the shared tensors that the user passed; x as the user's."""
         if self.arguments is not None:
             return self.arguments.put(g, shared)
@@ -118,8 +118,9 @@ class UserMap(Map):
         binding.close(keep=transformed or x.requires_grad)  # else no derivative will bind again
         if left:
             with contextlib.nullcontext() if attributes else torch.no_grad():
-                g = self._with(self.g, params)
+                g = self.taking(self.g, params)
                 g(self.unpack(x if attributes else x.detach()), *inputs)
+            binding.reshard()
         if attributes and x.requires_grad and not captured:
             # g's modules hold now what leads to the node, which must not lead to them: Python's
             # collector does not see through it. (Captured graphs are found by the user's g.)
@@ -134,7 +135,7 @@ class UserMap(Map):
     def bind(self, params: Sequence[Tensor]) -> Bound:
         """g with the user's params appended, and its modules' tensors put in."""
         n, pack, unpack = self.n_params, self.pack, self.unpack
-        g = self._with(self.binding.bind(params[n:]) if self.binding else self.g, params[:n])
+        g = self.taking(self.binding.bind(params[n:]) if self.binding else self.g, params[:n])
         if pack is same:
             return g
 
@@ -172,10 +173,10 @@ class TransposedMap(Map):
         def bound(c: Tensor, x: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
             if transforming():
                 return torch.func.vjp(lambda q: g(q, *inputs), x)[1](c)[0] + v  # type: ignore[no-any-return]
-            # x is a leaf of an independent graph here, as everything is inside a node's forward.
+            # x belongs to an independent graph here, as everything does inside a node's forward.
             graph = torch.is_grad_enabled()
             with torch.set_grad_enabled(True):
-                leaf = x if x.requires_grad else x.detach().requires_grad_()
+                leaf = x if x.requires_grad else free(x)
                 y = g(leaf, *inputs)
                 jc = vjp(y, leaf, c, create_graph=graph)
             return jc + v
@@ -214,10 +215,13 @@ def check_output(gx: Any, x: Tensor) -> Tensor:
             f"fixed_point: g must return a tensor on x's device, {x.device} (got {gx.device})"
         )
     if gx.dtype != x.dtype:
-        if torch.is_autocast_enabled(x.device.type) and gx.is_floating_point():
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        if autocast and gx.is_floating_point():
             return gx.to(x.dtype)
+        advice = "convert x0, the inputs or the parameters to one dtype"
+        if gx.is_complex():
+            advice = "return torch.view_as_real of it, and start from torch.view_as_real(x0)"
         raise TypeError(
-            f"fixed_point: g must return x's dtype, {x.dtype} (got {gx.dtype}); convert x0, the "
-            "inputs or the parameters to one dtype"
+            f"fixed_point: g must return x's dtype, {x.dtype} (got {gx.dtype}); {advice}"
         )
     return gx

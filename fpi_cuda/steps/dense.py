@@ -58,7 +58,12 @@ class _Inputs(nn.Module):
         if self.input_weight is None:
             return z if self.bias is None else z + self.bias
         plain = z.dim() == 2 and z.dtype == self.input_weight.dtype and not transforming()
-        if self.exact and plain and z.device.type in native.dense_devices():
+        if (
+            self.exact
+            and plain
+            and z.is_floating_point()
+            and z.device.type in native.dense_devices()
+        ):
             return _ExactLinear.apply(z, self.input_weight, self.bias)  # type: ignore[no-any-return,no-untyped-call]
         return F.linear(z, self.input_weight, self.bias)
 
