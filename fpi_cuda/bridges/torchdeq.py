@@ -94,7 +94,12 @@ def register(
         max_iter = int(max_iter)  # torchdeq's own may be a float
         check_whole(name, "max_iter", max_iter, least=0)
         task = _Task(name, max_iter, tol, stop_mode == "rel", indexing or (), return_final)
-        return _solve(func, x0, task, _changed(name, options, more) if more else options)
+        given = func, x0, task, _changed(name, options, more) if more else options
+        if torch.compiler.is_compiling():
+            from .._uncompiled import call
+
+            return call(_solve, *given)  # type: ignore[no-any-return]
+        return _solve(*given)
 
     _solver.register_solver(name, solve)
 
@@ -190,7 +195,7 @@ class _Map(UserMap):
     def __init__(self, g: Bound, func: Callable[..., Any]) -> None:
         self.g, self.func = g, func
         self.n_inputs = self.n_params = 0
-        # By its modules and their modes it is known again, not by torchdeq's wrapper, made each time.
+        # By its modules and their modes it is known again; torchdeq's wrapper is another each time.
         self.binding = Binding.of(getattr(func, "func", func))
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
