@@ -180,7 +180,10 @@ def _iterate(map: _Map, watch: _Watch, options: Options) -> None:
         samples=samples,
         name=task.name,
     )
-    x, _, _ = route.solve(Forward(problem, x0, (), ()), Report())
+    report = Report()
+    x, _, _ = route.solve(Forward(problem, x0, (), ()), report)
+    assert report.record is not None
+    watch.iterations = report.record.iterations
     if task.final:
         watch.best = x
     if samples.coupled and not backward:
@@ -208,10 +211,14 @@ class _Watch:
 
     Attributes:
         latest: g's last value, put there by g: [B, ...], in g's own layout.
-        best: the value of the lowest residual; x0 before any.
-        states: the best one so far, at each of the steps wanted.
+        best: g's value of the lowest residual so far; x0 before any.
+        states: the best, or the latest where the last is wanted, at each step that is wanted.
         wanted: those steps, of 1 to max_iter.
+        kept: of each step ‖g(x) − x‖ and ‖g(x)‖, [B], and by what the best is chosen, [rows].
+        iterations: [B], of a sample; put there after the solve.
     """
+
+    iterations: Tensor
 
     def __init__(self, solver: Solver, x0: Tensor, task: _Task) -> None:
         self.solver, self.task, self.x0 = solver, task, x0
@@ -219,68 +226,63 @@ class _Watch:
         self.contraction = solver.contraction
         self.wanted = sorted({int(k) for k in task.indexing if 0 < k <= task.max_iter})
         self.latest: list[Any] = [None]
-        self.best, self.states = x0, list[Tensor]()
-        # A step each, [B]: the residual's norm and g's value's.
-        self.residuals, self.values = list[Tensor](), list[Tensor]()
+        self.best = x0
+        self.states: list[Tensor] = []
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def start(self, backend: Any, progress: Progress, x: Tensor) -> Update:
-        """The solver's update, watched; starts afresh where the batch is solved once more."""
+        """The solver's update, watched; afresh where the batch is solved once more."""
         move = self.solver.start(backend, progress, x)
-        b, relative, final = len(self.x0), self.task.relative, self.task.final
-        wanted, latest = frozenset(self.wanted), self.latest
-        self.states, self.residuals, self.values = [], [], []
+        b, latest, wanted, dtype = len(self.x0), self.latest, set(self.wanted), progress.dtype
+        relative, final = self.task.relative, self.task.final
         self.best = best = self.x0.clone()
-        shape = -1, *[1] * (best.dim() - 1)
-        lowest = torch.full((len(x),), torch.inf, dtype=progress.dtype, device=x.device)
-        one = len(x) < b  # where the batch is one system, x is its one row
+        self.states, self.kept = states, kept = [], []
+        lowest = torch.full((len(x),), torch.inf, dtype=dtype, device=x.device)
+        rows = -1, *[1] * (best.dim() - 1)
+        one = len(x) < b  # the batch is one system, and x its one row
 
         def update(x: Tensor, gx: Tensor) -> None:
             if one:
-                self.residuals.append(_norm((gx - x).view(b, -1), progress.dtype))
-                self.values.append(_norm(gx.view(b, -1), progress.dtype))
+                absolute, value = (_norm(t.view(b, -1), dtype) for t in (gx - x, gx))
             move(x, gx)
-            residual = progress.scalars[:, RESIDUAL]
+            chosen = progress.scalars[:, RESIDUAL].clone()
             if not one:
-                self.residuals.append(residual.clone())
-                self.values.append(_norm(gx, progress.dtype))
+                absolute, value = chosen, _norm(gx, dtype)
+            if relative:
+                chosen = chosen / ((_norm(gx, dtype) if one else value) + _TINY)
+            kept.append((absolute, value, chosen))
             if not final:
-                if relative:
-                    value = _norm(gx, progress.dtype) if one else self.values[-1]
-                    residual = residual / (value + _TINY)
-                better = residual <= lowest
+                better = chosen <= lowest
+                torch.fmin(lowest, chosen, out=lowest)
                 if x.is_cpu and bool(better.all()):  # a device would have to be waited for
                     best.copy_(latest[0])
                 else:
-                    torch.where(better.view(shape), latest[0], best, out=best)
-                torch.fmin(lowest, residual, out=lowest)
-            if len(self.residuals) in wanted:
-                self.states.append((latest[0] if final else best).to(best.dtype, copy=True))
+                    torch.where(better.view(rows), latest[0], best, out=best)
+            if len(kept) in wanted:
+                states.append((latest[0] if final else best).to(best.dtype, copy=True))
 
         return update
 
     def statistics(self) -> Any:
-        """What torchdeq keeps of a solve; its traces, [B, 1 + max_iter], begin before the first."""
-        task, b, device = self.task, len(self.x0), self.x0.device
+        """What torchdeq keeps; traces are [B, 1 + max_iter], and begin before the first step."""
+        b, steps, device = len(self.x0), self.task.max_iter, self.x0.device
         traces = torch.full((2, b, 1), _START, device=device)
-        lowest, step = traces[..., 0], torch.zeros(b, device=device)
-        made = self.residuals[: task.max_iter]  # a device may have gone on
-        if made:
-            absolute = torch.stack(made, 1)
-            relative = absolute / (torch.stack(self.values[: len(made)], 1) + _TINY)
-            both = torch.stack((absolute, relative))
-            if task.final:
-                lowest, step = both[..., -1], step + len(made)
-            else:
-                numbers = both.nan_to_num(torch.inf, torch.inf)
-                lowest, step = numbers.amin(2), step + 1 + numbers[int(task.relative)].argmin(1)
-            rest = lowest[..., None].expand(2, b, task.max_iter - len(made))
-            traces = torch.cat((traces, both, rest), 2)
+        step = torch.zeros(b, 1, dtype=torch.long, device=device)
+        if self.kept:
+            absolute, value, chosen = (torch.stack(t, 1) for t in zip(*self.kept, strict=True))
+            end = self.iterations[:, None] - 1  # what came after a sample's end is its last
+            at = torch.minimum(torch.arange(steps, device=device), end)
+            both = torch.stack((absolute, absolute / (value + _TINY)))
+            traces = torch.cat((traces, both.gather(2, at.expand(2, b, steps))), 2)
+            chosen = chosen.gather(1, at[: len(chosen)]).nan_to_num(torch.inf, torch.inf)
+            step = 1 + (end if self.task.final else chosen.argmin(1, keepdim=True).expand(b, 1))
+        lowest = traces.gather(2, step.expand(2, b, 1))[..., 0]
         return _stat.SolverStat(
             abs_lowest=lowest[0],
             rel_lowest=lowest[1],
             abs_trace=traces[0],
             rel_trace=traces[1],
-            nstep=step,
+            nstep=step[:, 0].to(traces.dtype),
         )
 
 
