@@ -234,6 +234,23 @@ def test_without_convergence_the_state_of_the_lowest_residual_comes_back(mode):
     assert info["abs_lowest"][1] > 10
 
 
+@pytest.mark.parametrize(("mode", "step", "value"), [("abs", 1, 1.0), ("rel", 3, 4.75)])
+def test_the_lowest_residual_is_that_of_the_stop_mode(mode, step, value):
+    """It grows here, and relative to the state it falls."""
+    solve = torchdeq.solver.get_solver("fpi_picard")
+    x, _, info = solve(lambda z: 1.5 * z + 1, torch.zeros(2, 1), 3, 1e-3, mode)
+    assert info["nstep"].tolist() == [step, step]
+    assert (x == value).all()
+
+
+def test_the_final_state_is_that_of_all_iterations():
+    counted = Counter(Tanh())
+    _, _, info = torchdeq.solver.get_solver("fpi_picard")(
+        counted, counted.f.x0, 12, 10.0, return_final=True
+    )
+    assert counted.calls >= 12 and (info["nstep"] == 12).all()
+
+
 def test_nan_is_never_the_lowest():
     f, calls = Tanh(), []
 
@@ -277,6 +294,22 @@ def test_rows_that_depend_are_found_and_solved_as_one_system():
     torch.testing.assert_close(info["abs_trace"][7, 1:9], exact[7] * (torch.arange(8) == 7))
     # A loss on one row only, of which the others' gradients are: found as forward, without a word.
     torch.testing.assert_close(*torch.autograd.grad(z[-1][7].sum(), a), chain_gradient(a))
+
+
+def test_modes_of_modules_decide_whether_samples_depend():
+    """What was learned of batch norm in eval mode says nothing of it in train mode."""
+    net = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).double().eval()
+    u = torch.randn(4, 6, dtype=torch.float64)
+    deq, x0 = deq_of("fpi_picard"), torch.zeros_like(u)
+
+    def solve():
+        deq(lambda z: 0.1 * torch.tanh(net(z)) + u, x0)
+
+    for _ in range(6):
+        solve()
+    net.train()
+    with pytest.warns(UserWarning, match="depend on each other"):
+        solve()
 
 
 @pytest.mark.parametrize("by", ["call", "name"])
