@@ -252,10 +252,12 @@ class _Watch:
                 chosen = chosen / ((_norm(gx, dtype) if one else value) + _TINY)
             kept.append((absolute, value, chosen))
             if not final:
-                better = chosen <= lowest
+                better = (chosen <= lowest).expand(b)
                 torch.fmin(lowest, chosen, out=lowest)
-                if x.is_cpu and bool(better.all()):  # a device would have to be waited for
-                    best.copy_(latest[0])
+                if x.is_cpu:  # most are, and a device would have to be waited for
+                    worse = (~better).nonzero().view(-1)
+                    old = best.index_select(0, worse)
+                    best.copy_(latest[0]).index_copy_(0, worse, old)
                 else:
                     torch.where(better.view(rows), latest[0], best, out=best)
             if len(kept) in wanted:
