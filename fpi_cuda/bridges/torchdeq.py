@@ -60,7 +60,7 @@ def register(
     """Make a solver known to torchdeq, as `get_deq(f_solver=name, b_solver=name)`.
 
     In one call, `deq(..., solver_kwargs={...})` changes these options for the forward solve, and
-    takes torchdeq's own: tol, stop_mode, return_final, m (our `history`), tau (our `beta`).
+    takes torchdeq's own: return_final, m (our `history`), tau (our `beta`).
 
     Args:
         name: for torchdeq's f_solver and b_solver.
@@ -128,7 +128,7 @@ def _changed(name: str, options: Options, more: dict[str, Any]) -> Options:
     of_solver = {k: v for k, v in (("m", "history"), ("tau", "beta")) if v in fields}
     of_options = ("per_sample", "on_failure", "backend")
     for keyword in more.keys() - {*of_solver, *of_options}:
-        known = ", ".join(("tol", "stop_mode", "return_final", *of_solver, *of_options))
+        known = ", ".join(("return_final", *of_solver, *of_options))
         raise TypeError(
             f"{name}: the solver's keywords are {known} (got {keyword!r}); other parameters are "
             "the solver's own: fpi_cuda.bridges.torchdeq.register(name, Anderson(...))"
