@@ -204,7 +204,7 @@ def rows_of(options: Options, kind: str) -> list[Row]:
     for name, run in runs.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that rows of a graph depend, said once
-            for _ in range(4):  # the first solves are looked at, at the cost of some calls
+            for _ in range(5):  # whether samples depend is looked at in these, by some calls more
                 run()
             seen: list[int] = []
             with f.register_forward_hook(lambda *_, seen=seen: seen.append(1)):
