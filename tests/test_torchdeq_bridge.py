@@ -11,6 +11,7 @@ from helpers import Counter
 from torch import nn
 
 import fpi_cuda
+from benchmarks import suites
 from benchmarks.suites import bridge as zoo
 
 torchdeq = pytest.importorskip("torchdeq")
@@ -130,6 +131,13 @@ def test_each_value_of_a_state_without_a_batch_is_a_sample(x0):
 
 
 # --- when it stops, and what is told of it ------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_there_may_be_nothing_to_solve(shape):
+    x0 = torch.zeros(shape)
+    x, (state,), info = torchdeq.solver.get_solver("fpi_picard")(lambda z: z / 2, x0, indexing=[9])
+    assert x.shape == state.shape == shape and info["nstep"].shape == shape[:1]
 
 
 @pytest.mark.parametrize("mode", ["abs", "rel"])
@@ -351,6 +359,15 @@ def test_what_a_function_leaves_on_its_modules_stays():
     )
     with torch.no_grad():
         assert residual(lambda z: 0.3 * torch.tanh(net(z)) + u, z[-1]).max() < 1e-10
+
+
+def test_the_benchmark_judges_and_times_every_method():
+    """The nets and options are those of the tests above."""
+    options = suites.Options(tiny=True, budget=1e-3)
+    rows = zoo.rows_of(options, "representation")
+    assert len(rows) == 2 * (len(zoo.RIVALS) + len(zoo.OURS) + 1)
+    assert not any(row["refused"] for row in rows)
+    assert all(row["gradient_error"] < 1e-3 and row["of_namesake"] > 0 for row in rows)
 
 
 # --- keywords -----------------------------------------------------------------------------------

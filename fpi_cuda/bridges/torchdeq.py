@@ -118,7 +118,9 @@ class _Task(NamedTuple):
         """The same for samples of so many values; an absolute one is a value's there."""
         if self.final:
             return Tolerance(0.0, 0.0)
-        return Tolerance(self.tol, 0.0) if self.relative else Tolerance(0.0, self.tol / size**0.5)
+        if self.relative:
+            return Tolerance(self.tol, 0.0)
+        return Tolerance(0.0, self.tol / max(size, 1) ** 0.5)
 
 
 def _changed(name: str, options: Options, more: dict[str, Any]) -> Options:
