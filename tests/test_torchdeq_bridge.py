@@ -350,6 +350,19 @@ def test_a_function_over_the_whole_batch_is_given_the_whole_batch():
     assert len(set(info["nstep"].tolist())) > 1
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler's, of what torchdeq does
+def test_a_compiled_caller_gets_the_same():
+    f = Tanh()
+    deq = deq_of("fpi_anderson", ift=True, **TIGHT)
+
+    def loss():
+        return (2 * deq(f, f.x0)[0][-1]).square().sum()
+
+    found, wanted = torch.compile(loss, backend="eager")(), loss()
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(t, f.w)[0] for t in (found, wanted)))
+
+
 def test_what_a_function_leaves_on_its_modules_stays():
     """A mask that is drawn in the first call of a solve is the gradient's too."""
     net = nn.Sequential(nn.Linear(6, 6), torchdeq.dropout.VariationalDropout(0.5)).double()

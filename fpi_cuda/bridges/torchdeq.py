@@ -251,7 +251,7 @@ class _Watch:
             if not one:
                 absolute, value = chosen, _norm(gx, dtype)
             if relative:
-                chosen = chosen / ((_norm(gx, dtype) if one else value) + _TINY)
+                chosen = chosen / ((_norm(value[None], dtype) if one else value) + _TINY)
             kept.append((absolute, value, chosen))
             if not final:
                 better = (chosen <= lowest).expand(b)
