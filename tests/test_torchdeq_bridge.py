@@ -407,6 +407,8 @@ def test_solver_kwargs_are_taken_or_refused_by_name():
     with pytest.raises(ValueError, match="max_iter must be a whole number >= 0"):
         deq_of("fpi_picard", f_max_iter=-1)(f, f.x0)
     with pytest.raises(ValueError, match="per_sample"):
+        deq(f, f.x0, solver_kwargs={"per_sample": "no"})
+    with pytest.raises(ValueError, match="per_sample"):
         bridge.register("wrong", fpi_cuda.Picard(), per_sample="no")
 
 

@@ -75,7 +75,14 @@ def register(
         TypeError, ValueError: an option is not as said above.
     """
     options = Options(
-        *(solver, ImplicitAdjoint(), Tolerance(), 1, backend, on_failure, per_sample, "eager")
+        solver=solver,
+        adjoint=ImplicitAdjoint(),
+        tolerance=Tolerance(),
+        max_iterations=1,
+        backend=backend,
+        on_failure=on_failure,
+        per_sample=per_sample,
+        driver="eager",
     )
     options.check()
 
@@ -126,7 +133,8 @@ class _Task(NamedTuple):
 def _changed(name: str, options: Options, more: dict[str, Any]) -> Options:
     """The options with what one call says beside them."""
     solver: Any = options.solver
-    fields = {field.name for field in dataclasses.fields(solver)}
+    known_as = dataclasses.fields(solver) if dataclasses.is_dataclass(solver) else ()
+    fields = {field.name for field in known_as}
     of_solver = {k: v for k, v in (("m", "history"), ("tau", "beta")) if v in fields}
     of_options = ("per_sample", "on_failure", "backend")
     for keyword in more.keys() - {*of_solver, *of_options}:
@@ -135,8 +143,13 @@ def _changed(name: str, options: Options, more: dict[str, Any]) -> Options:
             f"{name}: the solver's keywords are {known} (got {keyword!r}); other parameters are "
             "the solver's own: fpi_cuda.bridges.torchdeq.register(name, Anderson(...))"
         )
-    solver = dataclasses.replace(solver, **{of_solver[k]: more[k] for k in of_solver if k in more})
-    return options._replace(solver=solver, **{k: more[k] for k in of_options if k in more})
+    given = {ours: more[k] for k, ours in of_solver.items() if k in more}
+    changed = options._replace(
+        solver=dataclasses.replace(solver, **given) if given else solver,
+        **{k: more[k] for k in of_options if k in more},
+    )
+    changed.check()
+    return changed
 
 
 @torch.no_grad()
