@@ -146,6 +146,21 @@ SIMPLE: dict[str, tuple[str, Columns]] = {
             "torch before it, s": key("torch_s", ".2f"),
         },
     ),
+    "bridge": (
+        "torchdeq with its solvers and with ours",
+        {
+            "net": key("problem"),
+            "mode": key("mode"),
+            "method": key("method"),
+            "ms": key("median_s", ".1f", 1e3),
+            "quartiles": quartiles(1e3, ".1f"),
+            "f calls": key("evaluations"),
+            "residual": key("worst_residual", ".1e"),
+            "gradient error": key("gradient_error", ".1e"),
+            "torchdeq's / this": key("of_namesake", ".2f"),
+            "torchdeq's fastest / this": key("of_fastest", ".2f"),
+        },
+    ),
 }
 
 

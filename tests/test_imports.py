@@ -18,7 +18,7 @@ FLOORS = (
     ("solve",),
     ("_uncompiled", "adjoint"),
     ("compat", "fixed_point", "steps"),
-    ("contraction", "layer"),
+    ("bridges", "contraction", "layer"),
     ("__init__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from .. import problems
 from ..methods import FAMILIES
 from . import (
+    bridge,
     convergence,
     convolutions,
     dense,
@@ -76,6 +77,7 @@ SUITES: dict[str, Suite] = {
     "loop": overhead.loop,
     "scale": scale.cells,
     "import": importing.cells,
+    "bridge": bridge.cells,
 }
 
 ABOUT = {
@@ -97,4 +99,5 @@ ABOUT = {
     "loop": "on a CUDA device: what an iteration costs beside g and the kernels, and syncs",
     "scale": "the state's and the loss's scale do not matter",
     "import": "import fpi_cuda, after import torch",
+    "bridge": "our solvers under torchdeq's registry, on nets of the kinds of its zoo",
 }
