@@ -211,7 +211,7 @@ class _Map(UserMap):
     """A function that is called as it is: what it leaves on its modules stays there."""
 
     def __init__(self, g: Bound, func: Callable[..., Any]) -> None:
-        self.g, self.func = g, func
+        self.g, self.func, self.arguments = g, func, None
         self.n_inputs = self.n_params = 0
         # By its modules and their modes it is known again; torchdeq's wrapper is another each time.
         self.binding = Binding.of(getattr(func, "func", func))
