@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import _torch
+from .modules import reached
 
 __all__ = ["carries_tangent", "followed", "refuse_captures"]
 
@@ -29,7 +30,7 @@ def carries_tangent(t: Tensor) -> bool:
 
 
 def refuse_captures(
-    owner: str, f: Callable[..., Tensor], tensors: Sequence[Tensor], advice: str
+    owner: str, f: Callable[..., Tensor], tensors: Sequence[Tensor], advice: str, g: Any
 ) -> None:
     """Raise where f's value depends on a tensor that is followed and no argument.
 
@@ -38,6 +39,7 @@ def refuse_captures(
         f: what is called, once.
         tensors: its arguments, with whatever levels are around them.
         advice: what to do with such a tensor.
+        g: the user's function behind f, where the tensor's name is looked for.
 
     Raises:
         RuntimeError: it does.
@@ -52,37 +54,50 @@ def refuse_captures(
         )
         raise
     if isinstance(y, Tensor) and (_torch.wrapped(y) or y.requires_grad or _torch.forward_mode()):
-        _Witness.apply(y, owner, advice, _torch.transforming())  # type: ignore[no-untyped-call]
+        _Witness.apply(y, _Who(owner, advice, g), _torch.transforming())  # type: ignore[no-untyped-call]
+
+
+class _Who:
+    """Whose function captures a tensor. No tuple: torch.func would walk into it."""
+
+    def __init__(self, owner: str, advice: str, g: Any) -> None:
+        self.owner, self.advice, self.g = owner, advice, g
+
+    def refusal(self, what: str) -> RuntimeError:
+        names = reached(self.g, _is_followed)
+        return RuntimeError(
+            f"{self.owner} captures a tensor {what}{names}: that would be lost; {self.advice}"
+        )
+
+
+def _is_followed(t: Tensor) -> bool:
+    return _torch.wrapped(t) or t.requires_grad or carries_tangent(t)
 
 
 class _Witness(Function):
     """Raises, with a reason, at every level that follows its argument."""
 
     @staticmethod
-    def forward(y: Tensor, owner: str, advice: str, transformed: bool) -> Tensor:
+    def forward(y: Tensor, who: _Who, transformed: bool) -> Tensor:
         return y.new_empty(0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, ctx.owner, ctx.advice, transformed = inputs
+        _, ctx.who, transformed = inputs
         # Outside torch.func autograd reaches captured tensors; see `node.attach`.
         if transformed and ctx.needs_input_grad[0]:
-            raise _refusal(ctx.owner, ctx.advice, "that needs gradients under torch.func")
+            raise ctx.who.refusal("that needs gradients under torch.func")
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         what = "that carries a tangent (torch.func.jvp, jacfwd, forward_ad)"
-        raise _refusal(ctx.owner, ctx.advice, what)
+        raise ctx.who.refusal(what)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, y: Tensor, owner: str, advice: str, transformed: bool
+        info: Any, in_dims: Any, y: Tensor, who: _Who, transformed: bool
     ) -> tuple[Tensor, None]:
-        raise _refusal(owner, advice, "that torch.vmap maps")
+        raise who.refusal("that torch.vmap maps")
 
 
 _torch.bind_no_defaults(_Witness)
-
-
-def _refusal(owner: str, advice: str, what: str) -> RuntimeError:
-    return RuntimeError(f"{owner} captures a tensor {what}: that would be lost; {advice}")

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from . import _torch
 from .captures import carries_tangent, followed, refuse_captures
-from .modules import Binding
+from .modules import Binding, reached
 
 __all__ = ["inner_product", "partial"]
 
@@ -67,12 +67,15 @@ def partial(r: Scalar, *s: Tensor, which: Sequence[int] | None = None) -> tuple[
         def bound(*q: Tensor) -> Tensor:
             return binding.bind(q[n:])(*q[:n])  # type: ignore[no-any-return]
 
+        bound.__wrapped__ = r  # type: ignore[attr-defined]  # where names are looked for
+
     if followed():
         refuse_captures(
             "partial: r (the energy of a GradientStep)",
             bound,
             s,
             "pass it in s (to a step: in `inputs`), or make r an nn.Module that owns it",
+            r,
         )
     out = partial_bound(bound, which, *s)
     if binding is not None:
@@ -113,7 +116,7 @@ def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor
     with torch.enable_grad():
         q = [free(t) if i in which else t.detach() for i, t in enumerate(s)]
         tape = _Tape(False, q, r(*q))
-        _check_scalar(tape)
+        _check_scalar(tape, r)
     assert tape.y is not None
     wanted = [q[i] for i in which]
     if not tape.y.requires_grad or not wanted:
@@ -193,7 +196,7 @@ class _Partial(Function):
                     for i, t in enumerate(s)
                 ]
                 tape.y = r(*tape.leaves)
-                _check_scalar(tape)
+                _check_scalar(tape, r)
             y, q = tape.y, tape.leaves
             assert y is not None
             wanted = [q[i] for i in which]
@@ -299,6 +302,11 @@ def differentiable(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
 
 
+def needs_gradients(t: Tensor) -> bool:
+    """Whether autograd follows it."""
+    return t.requires_grad
+
+
 def free(t: Tensor) -> Tensor:
     """The tensor as a variable of an independent graph; where gradients are on."""
     t = t.detach()
@@ -331,7 +339,7 @@ def _sum(terms: Any) -> Tensor:
     return total
 
 
-def _check_scalar(tape: _Tape) -> None:
+def _check_scalar(tape: _Tape, r: Any) -> None:
     y, leaves = tape.y, tape.leaves
     if not isinstance(y, Tensor) or y.numel() != 1:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -344,9 +352,10 @@ def _check_scalar(tape: _Tape) -> None:
         )
     assert leaves is not None
     if tape.keep and closes_over(y, leaves):
+        names = reached(getattr(r, "__wrapped__", r), needs_gradients)
         raise ValueError(
-            "partial: r must take every tensor that needs gradients as an argument (it captures "
-            "one); pass it in s, or make r an nn.Module that owns it"
+            "partial: r must take every tensor that needs gradients as an argument, and captures "
+            f"one{names}; pass it in s, or make r an nn.Module that owns it"
         )
     tape.y = y.reshape(())
 

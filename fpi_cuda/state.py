@@ -88,7 +88,14 @@ def check_tuple(owner: str, x: Any, n: int) -> None:
 
 def _check_part(name: str, part: Any) -> None:
     if not isinstance(part, Tensor):
-        raise TypeError(f"fixed_point: {name} must be a tensor (got {type(part).__name__})")
+        what = "a tensor or a tuple of tensors" if name == "x0" else "a tensor"
+        advice = ""
+        if isinstance(part, dict):
+            advice = (
+                "; write tuple(d.values()), and in g put the dict together and take it apart: "
+                "lambda x, *z: tuple(g(dict(zip(d, x)), *z).values())"
+            )
+        raise TypeError(f"fixed_point: {name} must be {what} (got {type(part).__name__}){advice}")
     if type(part) is not Tensor:
         refuse_sharded(name, part)
     if part.is_nested:

@@ -113,7 +113,12 @@ def test_an_error_inside_g_passes_unchanged(backend):
         (torch.zeros(2, 3, dtype=torch.complex64), TypeError, r"\(got torch.complex64\)"),
         (torch.tensor(1.0), ValueError, "must have a batch dimension first"),
         ((), ValueError, r"must hold at least one tensor \(got an empty tuple\)"),
-        (None, TypeError, r"x0 must be a tensor \(got NoneType\)"),
+        (None, TypeError, r"x0 must be a tensor or a tuple of tensors \(got NoneType\)"),
+        (
+            {"a": torch.zeros(2, 3)},
+            TypeError,
+            r"\(got dict\); write tuple\(d.values\(\)\), and in g",
+        ),
         ([[1.0, 2.0]], TypeError, r"x0\[0\] must be a tensor \(got list\)"),
         ((torch.zeros(2, 1), 3.0), TypeError, r"x0\[1\] must be a tensor \(got float\)"),
         (
@@ -133,7 +138,19 @@ def test_an_error_inside_g_passes_unchanged(backend):
         ),
     ],
     ids=[
-        *("int", "bool", "complex", "scalar", "empty", "none", "list", "part", "batch", "dtype"),
+        *(
+            "int",
+            "bool",
+            "complex",
+            "scalar",
+            "empty",
+            "none",
+            "dict",
+            "list",
+            "part",
+            "batch",
+            "dtype",
+        ),
         "device",
     ],
 )

@@ -360,3 +360,42 @@ def test_a_cotangent_with_a_tangent_is_refused():
         close(plain, 2 * ones)
         with pytest.raises(NotImplementedError, match="no forward-mode derivative yet"):
             grad(x, z, forward_ad.make_dual(ones, ones))
+
+
+# --- the tensor by its name --------------------------------------------------------------------
+
+
+def test_a_captured_tensor_is_named_wherever_g_holds_it():
+    w = (torch.randn(3, 3) / 4).requires_grad_()
+    z = torch.randn(2, 3)
+
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = {"all": [w]}
+
+        def forward(self, x, z):
+            return torch.tanh(x @ self.kept["all"][0]) + z
+
+    def made():
+        factor = 2 * w
+        return lambda x, z: torch.tanh(x @ factor / 2) + z
+
+    for g, name in (
+        (lambda x, z: torch.tanh(x @ w) + z, "w"),
+        (lambda x, z, v=w: torch.tanh(x @ v) + z, "v"),
+        (functools.partial(lambda x, z, u: torch.tanh(x @ u) + z, u=w), "u"),
+        (made(), "factor"),
+        (Owner(), r"kept\['all'\]\[0\]"),
+        (nn.ModuleList([Owner()])[0].forward, r"self.kept\['all'\]\[0\]"),
+    ):
+        x = fixed_point(g, torch.zeros(2, 3), z).x
+        with pytest.raises(RuntimeError, match=rf"needs gradients \({name} of shape \(3, 3\)"):
+            grad(x.sum(), w, create_graph=True)
+    with pytest.raises(ValueError, match=r"captures one \(w of shape \(3, 3\)\)"):
+        partial(lambda x: (x @ w).sum(), z)
+    for follow, what in ((torch.func.grad, "needs gradients"), (torch.vmap, "torch.vmap maps")):
+        with pytest.raises(RuntimeError, match=rf"{what}.* \(v of shape \(3, 3\)\)"):
+            follow(lambda v: fixed_point(lambda x: torch.tanh(x @ v), z).x.sum())(
+                w.detach() if follow is torch.func.grad else w.detach().expand(2, 3, 3)
+            )

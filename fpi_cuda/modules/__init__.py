@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from .. import _torch
 from .clones import COPIES, clone, freeze_parametrizations
+from .names import reached
 from .search import Found, find, is_object, keeps_all_in_dict, unwraps
 from .shards import sharded, shards, whole
 
-__all__ = ["Binding", "keeps_all_in_dict"]
+__all__ = ["Binding", "keeps_all_in_dict", "reached"]
 
 _LAZY = frozenset({nn.UninitializedParameter, nn.UninitializedBuffer})
 

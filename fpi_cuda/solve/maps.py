@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -199,6 +200,13 @@ class VmappedMap(Map):
             return mapped(x, *inputs, *params)
 
         return bound
+
+
+def users(map: Any) -> Any:
+    """What of a map is the user's: g, and what it is given beside tensors."""
+    while not isinstance(map, UserMap):
+        map = map.inner
+    return map.g if map.arguments is None else functools.partial(map.g, *map.arguments.plain)
 
 
 def check_output(gx: Any, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ higher order is asked for, g is linearised once and only its vector-Jacobian pro
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +17,10 @@ from torch.autograd import Function
 
 from .. import _torch
 from ..captures import carries_tangent, followed, refuse_captures
-from ..operators import over_legacy_batch, partial_bound
+from ..modules import reached
+from ..operators import needs_gradients, over_legacy_batch, partial_bound
 from .direction import Backward, direction_of, masked, stand_in
-from .maps import Map, TransposedMap, VmappedMap, check_output
+from .maps import Map, TransposedMap, VmappedMap, check_output, users
 from .problem import Problem, Report
 from .route import solve
 
@@ -48,13 +48,17 @@ class _Call:
 def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Report) -> Tensor:
     """The problem solved from x0; x̂ attached to the tensors, and to g's closure tensors once."""
     if followed():
-        refuse = functools.partial(refuse_captures, f"{problem.name}: g", problem.map)
+        map, said = problem.map, problem.advice
+
+        def refuse(*given: Tensor) -> None:
+            refuse_captures(f"{problem.name}: g", map, given, said, users(map))
+
         try:
             x, keep = FixedPoint.apply(_Call(problem, report), x0, None, *tensors)  # type: ignore[no-untyped-call]
         except Exception:  # a captured tensor that vmap maps makes errors that do not name it
-            refuse((x0, *tensors), problem.advice)
+            refuse(x0, *tensors)
             raise
-        refuse((x, *tensors), problem.advice)
+        refuse(x, *tensors)
     elif problem.context.grad_enabled and any(t.requires_grad for t in tensors):
         x, keep = FixedPoint.apply(_Call(problem, report), x0, None, *tensors)  # type: ignore[no-untyped-call]
     else:  # no node where nothing asks for one
@@ -124,10 +128,11 @@ class FixedPoint(Function):
             return FixedPoint.jvp(ctx)  # type: ignore[no-any-return]
         need = [i for i in range(len(tensors)) if ctx.needs_input_grad[FIRST + i]]
         if ctx.closure and (torch.is_grad_enabled() or _torch.transforming()):
+            names = reached(users(problem.map), needs_gradients)
             raise RuntimeError(
-                "fixed_point: g captures a tensor that needs gradients, so only first derivatives "
-                "exist; pass it in `inputs` (per sample) or `params` (shared) and take it as an "
-                "argument of g"
+                f"fixed_point: g captures a tensor that needs gradients{names}, so only first "
+                "derivatives exist; pass it in `inputs` (per sample) or `params` (shared) and take "
+                "it as an argument of g"
             )
         report = Report(ctx.call.report)
         c, grads = _gradients(problem, report, x, keep, v, tensors, need)
