@@ -126,7 +126,7 @@ def _check_part(name: str, part: Any) -> None:
 
 def refuse_sharded(name: str, t: Tensor) -> None:
     """Raise where a tensor is spread over processes, each of which would stop by its own part."""
-    if hasattr(type(t), "full_tensor"):
+    if type(t) is not Tensor and hasattr(type(t), "full_tensor"):
         raise TypeError(
             f"fixed_point: {name} must be a plain tensor (got {type(t).__name__}); write "
             f"{name}.to_local() for this process's samples, or {name}.full_tensor() for all, and "
