@@ -13,8 +13,14 @@ from torch import nn
 from torch.autograd import grad
 from torch.nn.functional import linear
 
-from fpi_cuda import FixedPointWarning
-from fpi_cuda.compat import FixedPointIteration, default_term_cond, fixed_point_iteration, partial
+from fpi_cuda import FixedPointWarning, Picard
+from fpi_cuda.compat import (
+    FixedPointIteration,
+    default_term_cond,
+    each_sample,
+    fixed_point_iteration,
+    partial,
+)
 from fpi_cuda.compat.conditions import NO_LIMIT, read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -260,6 +266,16 @@ def test_what_a_condition_implies():
     assert terms.max_iterations == 4001
     # All samples at their bound together change by the threshold: 6 · 5 values of this squared.
     assert limits(terms, 30) == pytest.approx((0, (1e-4 / 30) ** 0.5), rel=1e-12, abs=0)
+
+
+def test_each_direction_has_its_own_condition(monkeypatch):
+    given = {}
+    monkeypatch.setattr(each_sample, "fixed_point", lambda *a, **options: given.update(options))
+    conds = (bind(default_term_cond, threshold=t, maxIter=k) for t, k in ((1e-4, 7), (1e-8, 9)))
+    each_sample.solve((), (zeros(2, 3),), Wide(), *conds, Picard(), ())
+    assert (given["tolerance"].rtol, given["max_iterations"]) == (1e-2, 8)
+    assert (given["adjoint"].tolerance.rtol, given["adjoint"].max_iterations) == (1e-4, 10)
+    assert given["solver"] == Picard()
 
 
 def test_an_absolute_threshold_is_met_by_the_batch():

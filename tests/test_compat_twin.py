@@ -106,12 +106,14 @@ def test_the_change_is_relative_to_the_state_before():
     ],
 )
 def test_squares_are_the_states_own_until_they_overflow(new, old, threshold, goes_on):
-    assert change([new], [old], threshold) is goes_on
+    assert change([new, 0.0], [old, 0.0], threshold) is goes_on
 
 
 def test_an_overflow_without_normalisation_is_a_large_change():
-    assert change([1.1e20], [1e20], 1e37, normalized=False)
-    assert not change([1.1e20], [1e20], 1e39, normalized=False)
+    assert change([1.3e20, 0.0], [1e20, 0.0], 8.9e38, normalized=False)
+    assert not change([1.3e20, 0.0], [1e20, 0.0], 9.1e38, normalized=False)
+    assert change([1.3e20, 0.0], [1e20, 0.0], 0.0089, epsilon=9e40)
+    assert not change([1.3e20, 0.0], [1e20, 0.0], 0.0101, epsilon=9e40)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

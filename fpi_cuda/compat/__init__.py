@@ -23,7 +23,7 @@ What differs, on purpose:
   is. It used to end in silence.
 * `minIter` keeps the loop going while the count is not above it, as it was meant; a count not above
   it used to end the loop. `maxIter` is the stronger of the two.
-* Squares are taken in the state's dtype, as before, and their quotient in float64. Where one
+* Norms are taken in the state's dtype, as before, and their quotient in float64. Where a norm
   overflows, the change is computed again in float64, and the loop goes on by that; it used to end,
   or to be called converged.
 * `m_anderson` works on current torch. `eps` is relative to the trace of the Gram matrix, and the

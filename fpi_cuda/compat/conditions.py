@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from ..options import Tolerance
 
@@ -62,23 +63,19 @@ def default_term_cond(
 
 
 def _squared_change(new: Tensor, old: Tensor, epsilon: float, normalized: bool) -> float:
-    """Squares in the state's dtype, as they were; wider where one overflows there."""
-    change, size = float((new - old).square().sum()), 0.0
-    if normalized:
-        size = float(old.square().sum())
+    """By norms in the state's dtype, as they were; wider where one overflows there."""
+    change, size = float(vector_norm(new - old)), float(vector_norm(old)) if normalized else 0.0
+    unit = 1.0
     if not math.isfinite(change + size):
         new, old = new.double(), old.double()
         unit = float(torch.maximum((new - old).abs().amax(), old.abs().amax()))
         if not math.isfinite(unit):
             return math.nan
-        change, size = (float((t / unit).square().sum()) for t in (new - old, old))
-        if not normalized:
-            return change * unit * unit
-        epsilon = epsilon / unit / unit
+        change, size = (float(vector_norm(t / unit)) for t in (new - old, old))
     if not normalized:
-        return change
-    size += epsilon
-    return change / size if size else math.inf if change else 0.0
+        return change * unit * change * unit
+    size = size * size + epsilon / unit / unit
+    return change * change / size if size else math.inf if change else 0.0
 
 
 class Terms(NamedTuple):
