@@ -158,13 +158,19 @@ def test_m_anderson_counts_differences():
     assert one[0].item() == pytest.approx(100)  # the secant
 
 
-def test_counts_bound_the_loop_with_and_without_acceleration():
-    for m in (0, 1, 4):
-        g = Counter(lambda x, y: (torch.cos(x[0]),))
-        fixed_point_iteration(
-            (), (double(3),), g, bind(default_term_cond, threshold=0, maxIter=5), m_anderson=m
-        )
-        assert g.calls == 6
+@pytest.mark.parametrize("m", [0, 1, 4])
+def test_max_iter_is_one_evaluation_less_forward_and_backward(m):
+    g, asked = Counter(lambda x, y: (torch.cos(x[0] + y[0]),)), []
+
+    def cond(*args):
+        asked.append(args[0])
+        return default_term_cond(*args, threshold=0, maxIter=5)
+
+    y = double(3).requires_grad_()
+    (x,) = fixed_point_iteration((y,), (double(3),), g, cond, cond, m_anderson=m)
+    assert g.calls == 6
+    x.sum().backward()
+    assert asked == [1, 2, 3, 4, 5] * 2
 
 
 def test_min_iter_is_a_least_count_and_max_iter_is_the_stronger():
