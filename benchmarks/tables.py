@@ -43,7 +43,32 @@ def of_suite(rows: Sequence[Row], suite: str, columns: Columns) -> Table:
 
 SIZE: Columns = {"B": key("batch"), "N": key("size")}
 
+
+def most(name: str) -> Callable[[Row], str]:
+    """The largest of a row's counts."""
+    return lambda row: str(max(row[name]))
+
+
 SIMPLE: dict[str, tuple[str, Columns]] = {
+    "dropin": (
+        "the old layer's demonstration: training steps",
+        {
+            "net": key("problem"),
+            "data": key("data"),
+            "method": key("method"),
+            "steps": key("steps"),
+            "ms a step": key("median_s", ".0f", 1e3),
+            "quartiles": quartiles(1e3, ".0f"),
+            "old layer's / this": key("of_old", ".1f"),
+            "all steps, s": key("total_s", ".2f"),
+            "most evaluations": most("forward"),
+            "backward": most("backward"),
+            "steps cut off": key("at_limit"),
+            "worst residual": key("worst_residual", ".1e"),
+            "loss at the end": key("loss", ".3f"),
+            "refused": key("refused"),
+        },
+    ),
     "overhead": (
         "time outside g, an evaluation",
         {"method": key("method")}

@@ -50,6 +50,7 @@ tight = part(compat.default_term_cond, threshold=1e-20)
 TIGHT = {"forward_cond": tight, "backward_cond": tight, "eps": 1e-10}
 grid("compat", compatible, ("module", "param", "captured", "nan", "growing"), (0, 5), (1, 2))
 grid("compat-tight", compatible, ("module", "param"), (0, 5), (1, 2), **TIGHT)
+grid("compat-accelerated", compatible, ("module",), (0, 5), (1, 2), accelerate=True, **TIGHT)
 grid("compat-vmap", lambda m: {"x": vmap(lambda y: compat.fixed_point_iteration(
     (y,), (torch.zeros(3),), lambda x, y: (0.5 * x[0].cos() + y[0],), m_anderson=m))(
     torch.randn(4, 3))}, (0, 5))  # fmt: skip

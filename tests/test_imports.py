@@ -17,8 +17,8 @@ FLOORS = (
     ("drivers", "solvers"),
     ("solve",),
     ("_uncompiled", "adjoint"),
-    ("compat", "fixed_point", "steps"),
-    ("bridges", "contraction", "layer"),
+    ("fixed_point", "steps"),
+    ("bridges", "compat", "contraction", "layer"),
     ("__init__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -20,8 +20,8 @@ class Iteration(torch.autograd.Function):
     """x ← f(x) until the condition says stop; the backward is the same loop on the adjoint map.
 
     The old layer's semantics, written from their description: one stop decision for the batch, two
-    evaluations at least, the condition of the backward asked in the same way. First order only: it
-    is timed, not used.
+    evaluations at least, after which the condition is asked with the count 1, the condition of the
+    backward asked in the same way. First order only: it is timed, not used.
     """
 
     @staticmethod
@@ -51,7 +51,7 @@ class Iteration(torch.autograd.Function):
 
 
 def iterate(f: Callable[[Tensor], Tensor], x: Tensor, condition: Any) -> Tensor:
-    old, new, count = x, f(x), 1
+    old, new, count = x, f(x), 0
     while True:
         old, new, count = new, f(new), count + 1
         if not condition(count, (new,), (old,)):
@@ -74,8 +74,8 @@ def fixed_point_iteration(
 def term_cond(
     cnt: int, x: Tensors, px: Tensors, threshold: float, epsilon: float, maxIter: int
 ) -> bool:
-    """Keep going: ‖x₀ − px₀‖² > threshold·(‖x₀‖² + epsilon), over the batch."""
-    change, size = ((x[0] - px[0]) ** 2).sum(), (x[0] ** 2).sum()
+    """Keep going: ‖x₀ − px₀‖² > threshold·(‖px₀‖² + epsilon), over the batch."""
+    change, size = ((x[0] - px[0]) ** 2).sum(), (px[0] ** 2).sum()
     return cnt < maxIter and bool(change / (size + epsilon) > threshold)
 
 
