@@ -131,7 +131,7 @@ inline torch::headeronly::ScalarType accumulate_dtype(const Tensor& x) {
 
 inline void check_step(const char* op, const Tensor& x, const Tensor& gx, const Tensor& out,
                        const Tensor& counters, const Tensor& scalars, const Tensor& tally,
-                       const std::optional<Tensor>& index, const std::optional<Tensor>& floor) {
+                       const std::optional<Tensor>& index, const std::optional<Tensor>& bounds) {
   using torch::headeronly::ScalarType;
   check_not_differentiated(op, {x, gx});
   FPI_CHECK(x.dim() == 2, op, ": x must have shape [R, N] (got ", detail::shape(x), ")");
@@ -154,9 +154,13 @@ inline void check_step(const char* op, const Tensor& x, const Tensor& gx, const 
     FPI_CHECK(rows == samples, op, ": index must be given where x has ", rows, " rows for ",
               samples, " samples");
   }
-  if (floor) {
-    check_sizes(op, "floor", *floor, {samples});
-    check_dtype(op, "floor", *floor, accumulate_dtype(x));
+  if (bounds) {
+    if (bounds->dim() == 2) {
+      check_sizes(op, "bounds", *bounds, {samples, kBounds});
+    } else {
+      check_sizes(op, "bounds", *bounds, {samples});
+    }
+    check_dtype(op, "bounds", *bounds, accumulate_dtype(x));
   }
 }
 

@@ -13,11 +13,12 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   //   tally      [3]     int32: set to the rows still active; grows by those that failed; grows
   //                      by 1, the iterations made, so that a device needs no host to count them
   //   index      [R]     int64; none: row r holds sample r
-  //   floor      [B]     Acc; none: 0
+  //   bounds     [B]     Acc: the least norm that rtol multiplies; or [B, 5]: that one, and each
+  //                      sample's own rtol, offset, patience and max_iterations; none: 0
   // offset is atol √N.
 #define FPI_STEP                                                                       \
   "Tensor(a!) x, Tensor gx, Tensor(b!) out, Tensor(c!) counters, Tensor(d!) scalars, " \
-  "Tensor(e!) tally, Tensor? index, Tensor? floor, float rtol, float offset, "         \
+  "Tensor(e!) tally, Tensor? index, Tensor? bounds, float rtol, float offset, "         \
   "float rounding, int patience, int max_iterations, float beta"
   m.def("_picard_step(" FPI_STEP ") -> ()");
   //   values, residuals  [B, m, N]  rings of g(x) and g(x) − x;  gram [B, m, m] Acc
@@ -31,7 +32,7 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   //   one layer    g(x) = φ(residual t + t Wᵀ + u)
   //   two layers   g(x) = φ(residual t + h Wᵀ + u),  h = φ₁(t W₁ᵀ + u₁) or d ∘ (t W₁ᵀ + u₁)
   //   x0, out             [B, N]
-  //   counters ... floor  as above; tally[2] grows by the most iterations that a sample took
+  //   counters ... bounds as above; tally[2] grows by the most iterations that a sample took
   //   history             Anderson's; 1: Picard
   //   weight W            [N, K], K = N or H;  u, hidden_u: [B, ·], or [·] for all samples, or none
   //   activation          of csrc/math/activation.h
@@ -40,7 +41,7 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   //   slots               rows that a thread or block iterates at a time; 0: as fits the machine
   m.def(
       "_dense_solve(Tensor x0, Tensor(a!) out, Tensor(b!) counters, Tensor(c!) scalars, "
-      "Tensor(d!) tally, Tensor? floor, float rtol, float offset, float rounding, int patience, "
+      "Tensor(d!) tally, Tensor? bounds, float rtol, float offset, float rounding, int patience, "
       "int max_iterations, float beta, float ridge, float restart, int history, "
       "Tensor weight, Tensor? u, int activation, float residual, Tensor? scale, "
       "Tensor? hidden_weight, Tensor? hidden_u, int hidden_activation, Tensor? hidden_scale, "

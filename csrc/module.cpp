@@ -41,6 +41,8 @@ pybind11::dict constants() {
                "REFERENCE_ITERATION"_a = +kReferenceIteration, "WINDOW"_a = +kWindow,
                "HEAD"_a = +kHead, "ACTIVE_ROWS"_a = +kActiveRows, "FAILED"_a = +kFailed,
                "ITERATION"_a = +kIteration, "RESIDUAL"_a = +kResidual, "REFERENCE"_a = +kReference,
+               "FLOOR"_a = +kFloor, "OWN_RTOL"_a = +kOwnRtol, "OWN_OFFSET"_a = +kOwnOffset,
+               "OWN_PATIENCE"_a = +kOwnPatience, "OWN_MAX_ITERATIONS"_a = +kOwnMaxIterations,
                "RING_START"_a = +kRing, "RING"_a = +kRingLength, "GROWTH"_a = kGrowth,
                "GROWTH_ITERATIONS"_a = kGrowthIterations, "NOISE"_a = kNoise, "FALL"_a = kFall),
       "status"_a =
@@ -49,8 +51,9 @@ pybind11::dict constants() {
       "activations"_a = dict("identity"_a = +kIdentity, "tanh"_a = +kTanh, "relu"_a = +kRelu,
                              "sigmoid"_a = +kSigmoid, "softplus"_a = +kSoftplus, "gelu"_a = +kGelu),
       "max_history"_a = dict("cpu"_a = kMaxHistory, "cuda"_a = cuda::kMaxHistoryCuda),
-      "sizes"_a = dict("counters"_a = +kCounters, "scalars"_a = +kScalars, "tally"_a = +kTallies,
-                       "status"_a = +kStatuses, "activations"_a = +kActivations));
+      "sizes"_a =
+          dict("counters"_a = +kCounters, "scalars"_a = +kScalars, "bounds"_a = +kBounds,
+               "tally"_a = +kTallies, "status"_a = +kStatuses, "activations"_a = +kActivations));
 }
 
 }  // namespace

@@ -13,12 +13,13 @@ namespace fpi {
 
 template <typename Acc>
 Record<Acc> record_of(const Tensor& counters, const Tensor& scalars,
-                      const std::optional<Tensor>& index, const std::optional<Tensor>& floor,
+                      const std::optional<Tensor>& index, const std::optional<Tensor>& bounds,
                       double rtol, double offset, double rounding, int64_t patience,
                       int64_t max_iterations) {
   return {.counters = static_cast<int32_t*>(counters.mutable_data_ptr()),
           .scalars = static_cast<Acc*>(scalars.mutable_data_ptr()),
-          .floor = floor ? static_cast<const Acc*>(floor->const_data_ptr()) : nullptr,
+          .bounds = bounds ? static_cast<const Acc*>(bounds->const_data_ptr()) : nullptr,
+          .bound_columns = bounds && bounds->dim() == 2 ? kBounds : 1,
           .index = index ? static_cast<const int64_t*>(index->const_data_ptr()) : nullptr,
           .limits = {.rtol = static_cast<Acc>(rtol),
                      .offset = static_cast<Acc>(offset),
@@ -55,14 +56,14 @@ StepCall<T> step_call(const Tensor& x, const Tensor& gx, const Tensor& out, cons
 // Kernel::run(x, call)
 template <typename Kernel>
 void picard_step(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalars, Tensor tally,
-                 std::optional<Tensor> index, std::optional<Tensor> floor, double rtol,
+                 std::optional<Tensor> index, std::optional<Tensor> bounds, double rtol,
                  double offset, double rounding, int64_t patience, int64_t max_iterations,
                  double beta) {
   constexpr const char* op = "_picard_step";
-  check_step(op, x, gx, out, counters, scalars, tally, index, floor);
+  check_step(op, x, gx, out, counters, scalars, tally, index, bounds);
   dispatch_floating(op, "x", x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto record = record_of<accumulate_t<T>>(counters, scalars, index, floor, rtol, offset,
+    const auto record = record_of<accumulate_t<T>>(counters, scalars, index, bounds, rtol, offset,
                                                    rounding, patience, max_iterations);
     Kernel::run(x, step_call<T>(x, gx, out, tally, beta, record));
   });
@@ -71,16 +72,16 @@ void picard_step(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalar
 // Kernel::run(x, call, window, ridge, restart), for a history up to Kernel::kMost
 template <typename Kernel>
 void anderson_step(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalars, Tensor tally,
-                   std::optional<Tensor> index, std::optional<Tensor> floor, double rtol,
+                   std::optional<Tensor> index, std::optional<Tensor> bounds, double rtol,
                    double offset, double rounding, int64_t patience, int64_t max_iterations,
                    double beta, double ridge, double restart, Tensor values, Tensor residuals,
                    Tensor gram) {
   constexpr const char* op = "_anderson_step";
-  check_step(op, x, gx, out, counters, scalars, tally, index, floor);
+  check_step(op, x, gx, out, counters, scalars, tally, index, bounds);
   check_window(op, x, out, scalars, values, residuals, gram, Kernel::kMost);
   dispatch_floating(op, "x", x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto record = record_of<accumulate_t<T>>(counters, scalars, index, floor, rtol, offset,
+    const auto record = record_of<accumulate_t<T>>(counters, scalars, index, bounds, rtol, offset,
                                                    rounding, patience, max_iterations);
     const Window<T> window{.values = static_cast<T*>(values.mutable_data_ptr()),
                            .residuals = static_cast<T*>(residuals.mutable_data_ptr()),
@@ -115,7 +116,7 @@ DenseLayer<T> layer_of(const Tensor& weight, const std::optional<Tensor>& u, int
 // hidden_weight, tf32, slots)
 template <typename Kernel>
 void dense_solve(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor tally,
-                 std::optional<Tensor> floor, double rtol, double offset, double rounding,
+                 std::optional<Tensor> bounds, double rtol, double offset, double rounding,
                  int64_t patience, int64_t max_iterations, double beta, double ridge,
                  double restart, int64_t history, Tensor weight, std::optional<Tensor> u,
                  int64_t activation, double residual, std::optional<Tensor> scale,
@@ -124,7 +125,7 @@ void dense_solve(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor 
                  int64_t slots) {
   constexpr const char* op = "_dense_solve";
   check_not_differentiated(op, {x0, weight});
-  check_step(op, x0, x0, out, counters, scalars, tally, std::nullopt, floor);
+  check_step(op, x0, x0, out, counters, scalars, tally, std::nullopt, bounds);
   check_dense(op, x0, weight, u, activation, scale, hidden_weight, hidden_u, hidden_activation,
               hidden_scale);
   check_history(op, history, Kernel::kMost);
@@ -146,7 +147,7 @@ void dense_solve(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor 
         .samples = x0.size(0),
         .x0 = static_cast<const T*>(x0.const_data_ptr()),
         .out = static_cast<T*>(out.mutable_data_ptr()),
-        .record = record_of<accumulate_t<T>>(counters, scalars, std::nullopt, floor, rtol, offset,
+        .record = record_of<accumulate_t<T>>(counters, scalars, std::nullopt, bounds, rtol, offset,
                                              rounding, patience, max_iterations),
         .tally = static_cast<int32_t*>(tally.mutable_data_ptr()),
         .beta = beta,

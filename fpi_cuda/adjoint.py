@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .options import Solver, Tolerance, check_parts
+from .options import ByValue, Solver, Tolerance, check_parts
 from .solve import node
+from .solve.limits import check_values
 from .solve.maps import TransposedMap
 from .solve.problem import Problem, Report
 
@@ -17,15 +18,15 @@ __all__ = ["ImplicitAdjoint"]
 _TOLERANCE = Tolerance()
 
 
-@dataclass(frozen=True)
-class ImplicitAdjoint:
+@dataclass(frozen=True, eq=False)
+class ImplicitAdjoint(ByValue):
     """How the backward fixed-point iteration is solved (paper eq. 9).
 
     Args:
         solver: None: the forward's.
         tolerance: None: the state dtype's default rtol. The test is ‖r‖ ≤ rtol·max(‖c‖, ‖v‖), so
             the scale of the loss does not matter; an atol is added only where it is given.
-        max_iterations: None: the forward's.
+        max_iterations: None: the forward's. It and the tolerances may be tensors [B].
         failed: "mask" gives samples that ended DIVERGED or NONFINITE a zero gradient; "use" lets
             their gradient through as it is.
 
@@ -36,7 +37,7 @@ class ImplicitAdjoint:
 
     solver: Solver | None = None
     tolerance: Tolerance | None = None
-    max_iterations: int | None = None
+    max_iterations: int | Tensor | None = None
     failed: str = "mask"
 
     def __post_init__(self) -> None:
@@ -50,17 +51,21 @@ class ImplicitAdjoint:
         self, problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Report
     ) -> Tensor:
         """The problem solved from x0, x̂ attached to the tensors by one node of any order."""
+        if self.tolerance is not None or self.max_iterations is not None:  # not at the backward
+            check_values("ImplicitAdjoint", self.tolerance, self.max_iterations, x0.shape[0])
         return node.attach(problem, x0, tensors, report)
 
     def transposed(self, problem: Problem) -> Problem:
         """The adjoint of a problem: c = (∂g/∂x)ᵀ c + v."""
-        options = problem.options
+        options, most = problem.options, self.max_iterations
+        if most is None:
+            most = options.max_iterations
         return problem._replace(
             map=TransposedMap(problem.map),
             options=options._replace(
                 solver=self.solver or options.solver,
                 tolerance=self.tolerance or _TOLERANCE,
-                max_iterations=self.max_iterations or options.max_iterations,
+                max_iterations=most,
             ),
             unpack=lambda c: c,
             name="adjoint",

@@ -25,7 +25,7 @@ def fixed_point(
     solver: Solver = Anderson(),  # noqa: B008 - frozen
     adjoint: ImplicitAdjoint = ImplicitAdjoint(),  # noqa: B008
     tolerance: Tolerance = Tolerance(),  # noqa: B008
-    max_iterations: int = 200,
+    max_iterations: int | Tensor = 200,
     backend: str = "auto",
     on_failure: str = "warn",
     per_sample: bool | str = "auto",
@@ -57,8 +57,9 @@ def fixed_point(
         params: tensors that the batch shares, θ.
         solver: `Picard(...)` or `Anderson(...)`.
         adjoint: how the backward iteration is solved.
-        tolerance: when a sample has converged.
-        max_iterations: evaluations of g that a sample may take.
+        tolerance: when a sample has converged; its numbers may be tensors [B], one a sample.
+        max_iterations: evaluations of g that a sample may take: a whole number, or a tensor [B] of
+            them up to 2^24, on any device. A batch that is one system may take the most of any.
         backend: "auto", "native", "triton" or "reference".
         on_failure: "warn" with counts, "raise" a `FixedPointError` that carries the solution (from
             backward too), or "return" in silence.

@@ -55,7 +55,7 @@ class FixedPointLayer(nn.Module):
     solver: Any
     adjoint: Any
     tolerance: Tolerance
-    max_iterations: int
+    max_iterations: int | Tensor
     backend: str
     on_failure: str
     per_sample: bool | str
@@ -74,7 +74,7 @@ class FixedPointLayer(nn.Module):
         solver: Solver = Anderson(),  # noqa: B008 - frozen
         adjoint: ImplicitAdjoint = ImplicitAdjoint(),  # noqa: B008
         tolerance: Tolerance = Tolerance(),  # noqa: B008
-        max_iterations: int = 200,
+        max_iterations: int | Tensor = 200,
         backend: str = "auto",
         on_failure: str = "warn",
         per_sample: bool | str = "auto",
@@ -154,7 +154,8 @@ class FixedPointLayer(nn.Module):
         factor, dtype = self.eval_factor, _parts(x0)[0].dtype
         tolerance = Tolerance(*(v / factor for v in options.tolerance.resolve(dtype)))
         most = options.max_iterations * factor
-        return options._replace(tolerance=tolerance, max_iterations=math.ceil(most))
+        most = most.ceil().long() if isinstance(most, Tensor) else math.ceil(most)
+        return options._replace(tolerance=tolerance, max_iterations=most)
 
     def _zeros(
         self, tensors: Sequence[Tensor], inputs: Sequence[Any], params: Any, keywords: Any

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ._check import check_whole
+from ._torch import of_vmap
 from .record import Progress
 
-__all__ = ["BACKENDS", "DRIVERS", "Adjoint", "Options", "Solver", "Tolerance"]
+__all__ = ["BACKENDS", "DRIVERS", "Adjoint", "ByValue", "Options", "Solver", "Tolerance"]
 
 BACKENDS = ("auto", "reference", "native", "triton")
 DRIVERS = ("auto", "eager", "graph", "whole")
@@ -22,36 +24,68 @@ _RTOL = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-3, torch.bf
 _ATOL = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 
-@dataclass(frozen=True)
-class Tolerance:
+class ByValue:
+    """A frozen dataclass that is compared by its values, where these may be tensors."""
+
+    def _of_fields(self, of: Callable[[Tensor], Any]) -> tuple[Any, ...]:
+        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return tuple(of(v) if isinstance(v, Tensor) else v for v in values)
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return self._of_fields(Tensor.tolist) == other._of_fields(Tensor.tolist)
+
+    def __hash__(self) -> int:  # a tensor may be written to: its shape alone stays
+        return hash(self._of_fields(lambda t: t.shape or t.item()))
+
+
+@dataclass(frozen=True, eq=False)
+class Tolerance(ByValue):
     """When a sample has converged: ‖g(x) − x‖₂ ≤ atol·√N + rtol·‖g(x)‖₂.
 
     Args:
         rtol: relative tolerance; None takes the state dtype's default (float64 1e-6, float32 1e-4,
-            float16 2e-3, bfloat16 1e-2).
+            float16 2e-3, bfloat16 1e-2). A floating tensor [B] has one for each sample of the
+            batch, on any device; what is NaN, negative or of another length is refused by the
+            solve.
         atol: absolute tolerance for each value; None likewise (1e-12, 1e-6, 1e-3, 1e-3), so that a
             fixed point at zero converges. The adjoint takes 0 by default: a gradient has no scale.
+            May be a tensor [B] too.
 
     `Tolerance(0, 0)` asks for `max_iterations` iterations (fewer only where a residual is exactly
-    zero); such a solve never fails for want of convergence.
+    zero); such a solve, or a sample whose own tolerances are both 0, never fails for want of
+    convergence.
 
     Raises:
-        ValueError: a tolerance is negative or not finite.
+        ValueError: a tolerance is negative or not finite, or a tensor that has not one value a
+            sample.
+        TypeError: a tensor is not floating.
     """
 
-    rtol: float | None = None
-    atol: float | None = None
+    rtol: float | Tensor | None = None
+    atol: float | Tensor | None = None
+    own: ClassVar[bool] = False  # whether samples have their own; isinstance would cost more
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
+            if isinstance(value, Tensor):
+                check_own("Tolerance", name, value)
+                value = value.detach() if value.dim() else value.item()
+                object.__setattr__(self, name, value)
+                if isinstance(value, Tensor):
+                    object.__setattr__(self, "own", True)
+                    continue
             if value is not None and not (0 <= value < math.inf):
                 raise ValueError(
                     f"Tolerance: {name} must be a finite number >= 0 (got {value!r}); None takes "
                     "the default of the state's dtype"
                 )
 
-    def resolve(self, dtype: torch.dtype, *, adjoint: bool = False) -> tuple[float, float]:
+    def resolve(
+        self, dtype: torch.dtype, *, adjoint: bool = False
+    ) -> tuple[float | Tensor, float | Tensor]:
         """The (rtol, atol) that hold for a state of this dtype."""
         rtol = _RTOL[dtype] if self.rtol is None else self.rtol
         default_atol = 0.0 if adjoint else _ATOL[dtype]
@@ -100,7 +134,7 @@ class Options(NamedTuple):
     solver: Solver
     adjoint: Adjoint
     tolerance: Tolerance
-    max_iterations: int
+    max_iterations: int | Tensor
     backend: str
     on_failure: str
     per_sample: bool | str
@@ -134,8 +168,29 @@ def check_parts(
     if (own or tolerance is not None) and not isinstance(tolerance, Tolerance):
         advice = "; write Tolerance(rtol=1e-4)" if own else ""
         raise TypeError(f"{owner}: tolerance must be a Tolerance (got {tolerance!r}){advice}")
-    if own or max_iterations is not None:
+    if type(max_iterations) is not int and isinstance(max_iterations, Tensor):
+        check_own(owner, "max_iterations", max_iterations, whole=True)
+        if max_iterations.dim() == 0:
+            check_whole(owner, "max_iterations", max_iterations.item())
+    elif own or max_iterations is not None:
         check_whole(owner, "max_iterations", max_iterations)
+
+
+def check_own(owner: str, name: str, t: Tensor, *, whole: bool = False) -> None:
+    """Raise unless the tensor may say something of each sample, whatever its values are."""
+    kind = "whole numbers" if whole else "a floating dtype"
+    integral = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+    if not (integral if whole else t.is_floating_point()):
+        raise TypeError(f"{owner}: {name} must be a tensor of {kind} (got one of {t.dtype})")
+    if not torch.compiler.is_compiling() and of_vmap(t):
+        raise ValueError(
+            f"{owner}: {name} must not be mapped by torch.vmap, whose slices share it: pass "
+            f"a tensor [B] from outside (got one of shape {tuple(t.shape)} that vmap maps)"
+        )
+    if t.dim() > 1:
+        raise ValueError(
+            f"{owner}: {name} must have one value a sample, shape [B] (got shape {tuple(t.shape)})"
+        )
 
 
 _SOLVER = attrgetter("start", "patience", "contraction", "history")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -60,6 +60,9 @@ STATUS, ITERATIONS, REFERENCE_ITERATION, WINDOW, HEAD = range(5)
 ACTIVE_ROWS, FAILED, ITERATION = range(3)
 # Columns of `scalars`, [B, 2 + RING] in the accumulate dtype; csrc/math/progress.h has the same.
 RESIDUAL, REFERENCE, RING_START = 0, 1, 2
+# Columns of `bounds`, [B] or [B, 5]; csrc/math/progress.h has the same: the least norm that rtol
+# multiplies; where there are more, a sample's own limits instead of the solve's.
+FLOOR, OWN_RTOL, OWN_OFFSET, OWN_PATIENCE, OWN_MAX_ITERATIONS = range(5)
 RING = 5  # residuals (Picard) or secant ratios (Anderson) behind the contraction estimate
 
 # DIVERGED: the residual is GROWTH times the reference, which is at least GROWTH_ITERATIONS old.
@@ -77,13 +80,29 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Limits:
-    """When a sample stops; see `Tolerance` and `Status`."""
+    """When a sample stops; see `Tolerance` and `Status`.
+
+    own: [B, 4] in the accumulate dtype, or None: each sample's own rtol, offset, patience and
+    max_iterations. Those of the solve are then the least rtol and the most iterations of any.
+    """
 
     rtol: float
     offset: float  # atol·√N
     rounding: float  # STALLED only below rounding·‖g(x)‖
     patience: int  # STALLED after this many iterations without a fall by 0.5 %
     max_iterations: int
+    own: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def thresholds(self) -> tuple[float | Tensor, float | Tensor]:
+        """Rtol and offset: a number for all samples, or [B]."""
+        return (self.rtol, self.offset) if self.own is None else (self.own[:, 0], self.own[:, 1])
+
+    @property
+    def counted(self) -> bool | Tensor:
+        """Whether samples run a fixed count, for all of them or [B]."""
+        rtol, offset = self.thresholds
+        return (rtol == 0) & (offset == 0)
 
     @cached_property
     def values(self) -> tuple[float, float, float, int, int]:
@@ -118,7 +137,10 @@ class Progress:
         self.dtype = accumulate_dtype(x.dtype)
         self.counters = torch.zeros(b, 5, dtype=torch.int32, device=device)
         self.scalars = torch.zeros(b, 2 + RING, dtype=self.dtype, device=device)
-        self.floor = floor
+        self.bounds = floor  # what the step operators are told of each sample
+        if limits.own is not None:
+            first = limits.own.new_zeros(b) if floor is None else floor
+            self.bounds = torch.cat([first[:, None], limits.own], 1)
         self.out = torch.empty_like(x)  # [B, N]: written when a sample finishes
         self.index: Tensor | None = None  # [R]: the sample that each row holds; None: its own
         # [B, tiles, 2]: sums of squares of g(x) − x and g(x) that the evaluation left, or None.
@@ -131,6 +153,18 @@ class Progress:
         """Leave samples, bool [B], at x as converged; no wait for the device."""
         self.counters[:, STATUS].masked_fill_(samples, Status.CONVERGED + 1)
         self.out.copy_(x)
+
+    @property
+    def floor(self) -> Tensor | None:
+        """[B], a view of the bounds; None: zero."""
+        bounds = self.bounds
+        return bounds if bounds is None or bounds.dim() == 1 else bounds[:, FLOOR]
+
+    @property
+    def own(self) -> Tensor | None:
+        """[B, 4], a view of the bounds: the samples' own limits; None: they have none."""
+        bounds = self.bounds
+        return None if bounds is None or bounds.dim() == 1 else bounds[:, OWN_RTOL:]
 
     def result(self) -> Tensor:
         """The state, once: the record outlives the solve, and the state belongs to the caller."""
@@ -234,13 +268,22 @@ class Record(Account):
         """How many samples ended with this status."""
         return int((self.status == status).sum())
 
+    @property
+    def wanting(self) -> Tensor:
+        """Bool [B]: which samples failed; to end at a fixed count is none."""
+        status, counted = self.status.reshape(-1), self.progress.limits.counted
+        short = (status == Status.MAX_ITERATIONS) & counted
+        return ((status != Status.CONVERGED) & ~short).view(self.batch)
+
     def failures(self, advice: bool = True) -> str:
-        """A sentence per status other than CONVERGED, with counts and the first samples; or ''.
+        """A sentence per status of samples that failed, with counts and the first ones; or ''.
+
+        Samples of `Tolerance(0, 0)` that made all their iterations did what was asked.
 
         advice: whether to say what each means and what to try.
         """
         parts = []
-        flat = self.status.reshape(-1)
+        flat = torch.where(self.wanting, self.status, Status.CONVERGED).reshape(-1)
         for status in Status:
             if status is Status.CONVERGED:
                 continue

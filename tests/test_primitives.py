@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fpi_cuda.backends.scratch import Scratch
 from fpi_cuda.forms import ACTIVATIONS
 from fpi_cuda.record import (
     ACTIVE,
+    FLOOR,
     ITERATIONS,
     REFERENCE,
     RESIDUAL,
@@ -84,7 +87,7 @@ def oracle_of(p: Progress) -> Progress:
     """A float64 copy of the record: the oracle starts each step where the kernel did."""
     q = Progress(torch.empty(p.out.shape, dtype=torch.float64, device=p.out.device), p.limits)
     q.counters, q.scalars = p.counters.clone(), p.scalars.double().clone()
-    q.floor = None if p.floor is None else p.floor.double()
+    q.bounds = None if p.bounds is None else p.bounds.double()
     q.index = None if p.index is None else p.index.clone()
     q.out, q.tally = p.out.double().clone(), p.tally.clone()
     return q
@@ -372,6 +375,50 @@ def test_every_instruction_set_matches_the_oracle(capability):
 
 
 @EVERY_DEVICE
+@every_backend
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+@pytest.mark.parametrize("n", [7, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_end_at_bounds_of_their_own(backend, solver, n, dtype):
+    """Tolerances, patience and iterations, by sample and not by row; beside the floor."""
+    own = [  # rtol, offset, patience, max_iterations
+        (0.0, 0.0, 9, 3),
+        (1e-2, 0.0, 9, 9),
+        (0.0, 1e3, 9, 9),
+        (0.0, 0.0, 2, 9),
+        (0.0, 0.0, 9, 2),
+    ]
+    own = torch.tensor(own, dtype=accumulate_dtype(dtype))
+    shared = Limits(rtol=1.0, offset=0.0, rounding=1e3, patience=0, max_iterations=1, own=own)
+    p = Progress(torch.empty(5, n, dtype=dtype), shared)
+    p.bounds[1, FLOOR] = 1e6
+    p.narrow(torch.tensor([3, 0, 4, 2, 1]))
+    p.out.fill_(math.nan)
+    window = [poisoned(5, 3, n, dtype=dtype) for _ in range(2)]
+    window.append(poisoned(5, 3, 3, dtype=p.dtype))
+    x, ended = torch.randn(5, n).to(dtype), []
+    for k in range(3):
+        r = torch.nn.functional.normalize(torch.randn(5, n), dim=1)
+        gx = (x + 5 * 1.2**k * r).to(dtype)
+        q, y, oracles = oracle_of(p), x.double().clone(), [t.double().clone() for t in window]
+        if solver == "picard":
+            backend.picard_step(p, x, gx, 0.6)
+            reference.picard_step(q, y, gx.double(), 0.6)
+        else:
+            backend.anderson_step(p, x, gx, 0.6, 0.05, 1e9, *window)
+            reference.anderson_step(q, y, gx.double(), 0.6, 0.05, 1e9, *oracles)
+        close(x, y, dtype, 30)
+        close(p.out, q.out, dtype)
+        same_record(p, q, dtype)
+        ended.append((p.counters[:, STATUS] - 1).tolist())
+    converged, limit = Status.CONVERGED, Status.MAX_ITERATIONS
+    assert ended == [
+        [-1, converged, converged, -1, -1],
+        [-1, converged, converged, -1, limit],
+        [limit, converged, converged, Status.STALLED, limit],
+    ]
+
+
 def test_operators_refuse_to_be_differentiated():
     x, gx = torch.zeros(2, 3), torch.zeros(2, 3, requires_grad=True)
     p = Progress(x, FOREVER)
@@ -388,6 +435,11 @@ def test_operators_say_what_a_tensor_must_be(device):
         native.picard_step(p, x, torch.zeros(2, 4), 1.0)
     with pytest.raises(RuntimeError, match="gx must have the dtype of x"):
         native.picard_step(p, x, x.double(), 1.0)
+    for shape, wanted in (((3,), "[2]"), ((2, 4), "[2, 5]")):
+        p.bounds = torch.zeros(shape)
+        with pytest.raises(RuntimeError, match=re.escape(f"bounds must have shape {wanted}")):
+            native.picard_step(p, x, x, 1.0)
+    p.bounds = None
     with pytest.raises(RuntimeError, match="index must be given"):
         native.picard_step(p, x[:1].clone(), x[:1].clone(), 1.0)
     most = native.MAX_HISTORY[device]
@@ -399,8 +451,9 @@ def test_operators_say_what_a_tensor_must_be(device):
 
 
 def test_csrc_and_python_write_down_the_same_numbers():
-    p = Progress(torch.empty(1, 1), FOREVER)
-    sizes = {"counters": p.counters.shape[1], "scalars": p.scalars.shape[1], "tally": len(p.tally)}
+    p = Progress(torch.empty(1, 1), replace(FOREVER, own=torch.zeros(1, 4)))
+    rows = {name: getattr(p, name).shape[1] for name in ("counters", "scalars", "bounds")}
+    sizes = {**rows, "tally": len(p.tally)}
     assert _C.constants() == {
         "record": {
             n: v for n, v in vars(record).items() if n.isupper() and isinstance(v, float | int)

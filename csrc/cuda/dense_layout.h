@@ -17,21 +17,22 @@
 
 namespace fpi::cuda {
 
-// hidden: values of that layer; −1: there is none. history: 1 is Picard.
+// hidden: values of that layer; −1: there is none. history: 1 is Picard. bounds: columns.
 template <typename T>
-DenseShape dense_shape(int64_t n, int64_t hidden, int history) {
+DenseShape dense_shape(int64_t n, int64_t hidden, int history, int bounds) {
   return {.n = n,
           .hidden = hidden,
           .value_bytes = static_cast<int>(sizeof(T)),
           .acc_bytes = static_cast<int>(sizeof(accumulate_t<T>)),
           .history = history,
-          .sums = history > 1 ? anderson_sums(history) : kPicardSums};
+          .sums = history > 1 ? anderson_sums(history) : kPicardSums,
+          .bounds = bounds};
 }
 
 template <typename T>
 DenseShape dense_shape(const DenseCall<T>& call) {
   return dense_shape<T>(call.dense.n, call.dense.has_hidden ? call.dense.hidden.out : -1,
-                        call.history);
+                        call.history, call.record.bound_columns);
 }
 
 // Calls run with whether products of T are done on tensor cores, as a constant.
@@ -106,6 +107,7 @@ bool dense_solve(const DenseCall<T>& call, const Machine& machine) {
       batch.n = plan.rows.span;
       batch.beta = static_cast<Acc>(call.beta);
       batch.record.limits = call.record.limits;
+      batch.record.bound_columns = call.record.bound_columns;
       batch.aligned = true;
       batch.plan = plan.rows;
       batch.shared = plan.shared;

@@ -77,6 +77,7 @@ struct DenseShape {
   int value_bytes, acc_bytes;
   int history;  // 1: Picard
   int sums;     // of a step
+  int bounds;   // columns of a sample's bounds
 };
 
 struct DensePlan {
@@ -92,7 +93,7 @@ struct DensePlan {
   int64_t fresh;         // int32 [slots]: whether a slot's sample has yet to be read
   int64_t counters;      // the slots' records
   int64_t scalars;
-  int64_t floor;
+  int64_t bounds;
   int64_t x, gx;    // [slots][padded n], if is_shared
   int64_t operand;  // t, [slots][stride]
   int64_t hidden;   // h, [slots][stride]
@@ -131,7 +132,7 @@ constexpr DensePlan dense_layout(const DenseShape& s, int slots, bool is_shared,
   p.fresh = take(slots * 4);
   p.counters = take(slots * kCounters * 4);
   p.scalars = take(slots * kScalars * s.acc_bytes);
-  p.floor = take(slots * s.acc_bytes);
+  p.bounds = take(slots * s.bounds * s.acc_bytes);
   p.x = take(is_shared ? slots * row_bytes : 0);
   p.gx = take(is_shared ? slots * row_bytes : 0);
   p.operand = take(slots * stride);

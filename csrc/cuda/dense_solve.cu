@@ -38,7 +38,7 @@ bool dense_fits_cuda(Tensor x0, int64_t hidden, int64_t history) {
   bool fits = false;
   dispatch_floating("_dense_fits", "x0", x0, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    fits = dense_fits(dense_shape<T>(x0.size(1), hidden, static_cast<int>(history)),
+    fits = dense_fits(dense_shape<T>(x0.size(1), hidden, static_cast<int>(history), kBounds),
                       DenseMachine(x0).shared_limit());
   });
   return fits;

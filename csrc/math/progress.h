@@ -22,6 +22,10 @@ enum Status : int32_t {
 // Columns of counters, int32 [B, kCounters].
 enum Counter { kStatus, kIterations, kReferenceIteration, kWindow, kHead, kCounters };
 
+// Columns of bounds, [B] or [B, kBounds]: the least norm that rtol multiplies; where there are
+// more, a sample's own limits instead of the solve's.
+enum Bound { kFloor, kOwnRtol, kOwnOffset, kOwnPatience, kOwnMaxIterations, kBounds };
+
 // Columns of scalars, [B, kScalars]: the last residual norm; the norm at the last fall by 0.5 %;
 // a ring of residual norms (Picard) or secant ratios (Anderson).
 enum Scalar { kResidual, kReference, kRing, kRingLength = 5, kScalars = kRing + kRingLength };
@@ -49,7 +53,8 @@ template <typename Acc>
 struct Record {
   int32_t* counters;     // [B, kCounters]
   Acc* scalars;          // [B, kScalars]
-  const Acc* floor;      // [B], or null: 0
+  const Acc* bounds;     // [B, bound_columns], or null: no floor, and the same limits for all
+  int bound_columns;     // 1, or kBounds
   const int64_t* index;  // [R]: the sample that each row holds, or null: row r holds sample r
   Limits<Acc> limits;
 };
@@ -77,7 +82,18 @@ template <typename Acc>
 FPI_HOST_DEVICE int32_t stop(Acc residual, Acc value, int64_t sample, const Record<Acc>& record) {
   int32_t* counters = record.counters + sample * kCounters;
   Acc* scalars = record.scalars + sample * kScalars;
-  const Limits<Acc>& limits = record.limits;
+  Limits<Acc> limits = record.limits;
+  Acc floor = 0;
+  if (record.bounds != nullptr) {
+    const Acc* bounds = record.bounds + sample * record.bound_columns;
+    floor = bounds[kFloor];
+    if (record.bound_columns == kBounds) {
+      limits.rtol = bounds[kOwnRtol];
+      limits.offset = bounds[kOwnOffset];
+      limits.patience = static_cast<int32_t>(bounds[kOwnPatience]);
+      limits.max_iterations = static_cast<int32_t>(bounds[kOwnMaxIterations]);
+    }
+  }
   const int32_t k = counters[kIterations] + 1;
 
   Acc reference = scalars[kReference];
@@ -86,7 +102,6 @@ FPI_HOST_DEVICE int32_t stop(Acc residual, Acc value, int64_t sample, const Reco
     reference = residual;
     since = k;
   }
-  const Acc floor = record.floor == nullptr ? Acc(0) : record.floor[sample];
   const Acc threshold = limits.offset + limits.rtol * (value > floor ? value : floor);
 
   int32_t status = kActive;

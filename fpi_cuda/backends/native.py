@@ -89,13 +89,13 @@ def _has(device: str, operator: str) -> bool:
 def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
     """See `reference.picard_step`."""
     _picard_step(
-        x, gx, p.out, p.counters, p.scalars, p.tally, p.index, p.floor, *p.limits.values, beta
+        x, gx, p.out, p.counters, p.scalars, p.tally, p.index, p.bounds, *p.limits.values, beta
     )
 
 
 def anderson_step(p: Progress, x: Tensor, gx: Tensor, *weights_and_window: Any) -> None:
     """See `reference.anderson_step`; refreshes one row of gram."""
-    given = p.out, p.counters, p.scalars, p.tally, p.index, p.floor
+    given = p.out, p.counters, p.scalars, p.tally, p.index, p.bounds
     _anderson_step(x, gx, *given, *p.limits.values, *weights_and_window)
 
 
@@ -151,7 +151,7 @@ def dense_solve(
     if x0.device.type != "cpu":  # whose kernels pack any strides
         weight, hidden_weight = weight.contiguous(), _dense(hidden_weight)
     _dense_solve(
-        x0, p.out, p.counters, p.scalars, p.tally, p.floor, *p.limits.values,
+        x0, p.out, p.counters, p.scalars, p.tally, p.bounds, *p.limits.values,
         beta, ridge, restart, history,
         weight, _dense(form.u), CODES[form.activation], float(form.residual),
         _dense(_scale(form, x0)), hidden_weight, _dense(form.hidden_u),

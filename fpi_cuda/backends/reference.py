@@ -6,6 +6,8 @@ in csrc/math for the native kernels. Nothing here is tuned.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -168,23 +170,26 @@ def _code(status: Status) -> int:
 def _stop(p: Progress, residual: Tensor, value: Tensor, k: int, running: Tensor) -> Tensor:
     """The status of each row after iteration k, [R]; updates the counters of running samples."""
     lim, s = p.limits, p.samples
+    own: Sequence[float | Tensor] = lim.rtol, lim.offset, lim.patience, lim.max_iterations
+    least = value
+    if p.bounds is not None:
+        bounds = p.bounds[s]
+        if bounds.dim() == 2:
+            bounds, *own = bounds.unbind(1)
+        least = torch.maximum(value, bounds)
+    rtol, offset, patience, most = own
     reference = p.scalars[s, REFERENCE]
     since = p.counters[s, REFERENCE_ITERATION]
     fell = (residual <= FALL * reference) | (k == 1)
     reference = torch.where(fell, residual, reference)
     since = torch.where(fell, k, since)
-    threshold = lim.offset + lim.rtol * (
-        value if p.floor is None else torch.maximum(value, p.floor[s])
-    )
-
     status = torch.full_like(since, ACTIVE)
-    if k >= lim.max_iterations:
-        status[:] = _code(Status.MAX_ITERATIONS)
-    stalled = (k - since >= lim.patience) & (residual <= lim.rounding * value)
+    status[running & (k >= most)] = _code(Status.MAX_ITERATIONS)
+    stalled = (k - since >= patience) & (residual <= lim.rounding * value)
     status[stalled] = _code(Status.STALLED)
     diverged = (k - since >= GROWTH_ITERATIONS) & (residual > GROWTH * reference)
     status[diverged] = _code(Status.DIVERGED)
-    status[residual <= threshold] = _code(Status.CONVERGED)
+    status[residual <= offset + rtol * least] = _code(Status.CONVERGED)
     status[~(residual.isfinite() & value.isfinite())] = _code(Status.NONFINITE)
 
     t = s[running]

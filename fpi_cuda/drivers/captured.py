@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 import sys
 import threading
@@ -67,6 +68,8 @@ class Request:
         params, at = direction.params, len(direction.params) - self.map.n_buffers
         self.given = [*direction.given, *params[: self._m], *params[at:]]
         self.own = [t.detach() for t in params[self._m : at]]
+        if self.limits.own is not None:
+            self.given.append(self.limits.own)
         self.options = (
             *(direction.adjoint, problem.tuple_state, self.map.n_inputs, self._m),
             *(problem.context.autocast_dtype, options.adjoint.failed, options.backend),
@@ -76,7 +79,8 @@ class Request:
     def around(self, static: Sequence[Tensor]) -> Any:
         """The direction with the static copies of `given`."""
         at = self._n + self._m
-        params = [*static[self._n : at], *self.own, *static[at:]]
+        buffers = static[at : at + self.map.n_buffers]
+        params = [*static[self._n : at], *self.own, *buffers]
         return self.direction.around(static[: self._n], params, self.map)
 
 
@@ -92,7 +96,9 @@ class Captured:
             self._build(recorder, request, key)
 
     def _build(self, recorder: Recorder, request: Request, key: Callable[[Request], Any]) -> None:
-        static, adjoint = self._static, request.direction.adjoint
+        static, adjoint, limits = self._static, request.direction.adjoint, request.limits
+        if limits.own is not None:
+            limits = dataclasses.replace(limits, own=static[-1])
         start = static[0]
         b = start.shape[0]
         self._batch = start.shape[:1]
@@ -103,7 +109,7 @@ class Captured:
             nonlocal layout, backend
             evaluate = request.around(static).evaluation()
             backend = evaluate.steps or backend
-            evaluate.watch(Progress(start, request.limits))  # as in `prepare`: the same kernels
+            evaluate.watch(Progress(start, limits))  # as in `prepare`: the same kernels
             layout = Layout(evaluate(start))  # the layout that g returns costs no copies
             if request.map.binding:
                 self.left = request.map.binding.left
@@ -128,8 +134,9 @@ class Captured:
 
         self._layout = layout
         x = layout.rows(start).clone()
-        floor = x.new_zeros(b, dtype=accumulate_dtype(x.dtype)) if adjoint else None
-        self._progress = progress = Progress(x, request.limits, floor)
+        zeros = x.new_zeros(b, dtype=accumulate_dtype(x.dtype)) if adjoint else None
+        self._progress = progress = Progress(x, limits, zeros)
+        floor, own = progress.floor if adjoint else None, progress.own
         state = layout.state(x, (b,))
         made: list[tuple[Any, Evaluation, Any]] = []
 
@@ -141,6 +148,8 @@ class Captured:
             x.copy_(layout.rows(start))
             for t in (progress.counters, progress.scalars, progress.tally):
                 t.zero_()
+            if own is not None:
+                own.copy_(static[-1])
             if floor is not None:
                 floor.copy_(direction.scale())
                 progress.skip(floor == 0, x)
@@ -167,7 +176,9 @@ class Captured:
             recorder.record(part)
         rows = made[0][0].rows(made[0][1])
         self.path = f"{backend.NAME}, graph{recorder.note}, {rows}"
-        self._launch = recorder.loop(progress.tally, request.limits.max_iterations)
+        # Samples' own limits end the loop by themselves; another call's may be higher.
+        most = limits.max_iterations if own is None else 2**30
+        self._launch = recorder.loop(progress.tally, most)
         self._used = x, made[0][2]  # the device's own: nothing here reads them again
 
     def __call__(self, given: Sequence[Tensor]) -> tuple[Tensor, Progress, list[Tensor | None]]:

@@ -53,7 +53,7 @@ def _solve(direction: Any, because: str) -> Solved:
         direction.limits,
         floor=direction.floor,
         skip=direction.skip,
-        read=reader(start, options.max_iterations),
+        read=reader(start, direction.limits.max_iterations),
         driver=f"eager ({because})" if because else "eager",
         rows=direction.rows(evaluate),
     )

@@ -28,6 +28,7 @@ from . import eager, kind
 from .capture import RECORDERS
 from .captured import CHANGING, Captured, Changing, Random, Refused, Request
 from .support import Solved, Support
+from .whole import tf32_allowed
 
 __all__ = ["MAX_GRAPHS", "RECORDERS", "STRICT", "support"]
 
@@ -149,6 +150,7 @@ def _launch(cache: _Cache, key: Any, captured: Captured, request: Request) -> So
     except BaseException:
         cache.graphs.pop(key, None)  # nobody knows what it is worth
         raise
+    progress.limits = request.limits  # the captured ones may have had others of each sample
     _, failed, iterations = progress.tally.tolist()
     request.map.left = captured.left  # a launch runs none of g's Python
     adjoint = request.direction.adjoint
@@ -179,7 +181,7 @@ def _key(request: Request) -> tuple[Any, ...]:
     return (
         request.options,
         request.solver,
-        request.limits,
+        tf32_allowed(request.limits) if request.limits.own is not None else request.limits,
         tuple((t.shape, _dense(t), t.dtype, t.device) for t in request.given),
         tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in request.own),
         kind.python_values(request.map.values),

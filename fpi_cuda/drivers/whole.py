@@ -24,7 +24,10 @@ TF32_RTOL = 2e-3  # the least rtol that is left to tf32; others are solved in fl
 
 
 def tf32_allowed(limits: Limits) -> bool:
-    """Whether tf32 is exact enough: it rounds at 4.9e-4, and residuals much below would be that."""
+    """Whether tf32 is exact enough for every sample: it rounds at 4.9e-4.
+
+    Residuals much below would be that.
+    """
     return limits.rtol >= TF32_RTOL
 
 

@@ -36,9 +36,10 @@ def wrong(direction: Direction, solved: Solved, report: Report) -> bool:
     due = report.of_looked if direction.adjoint else samples.due()
     if record is None or not (due or record.failed or samples.suspect):
         return False
-    limits = record.progress.limits
-    if not (due or samples.suspect) and limits.rtol == limits.offset == 0:  # a fixed count
-        return False
+    if not (due or samples.suspect):
+        counted = record.progress.limits.counted
+        if counted if isinstance(counted, bool) else not bool(record.wanting.any()):
+            return False
     claimed = (record.status == Status.CONVERGED).reshape(-1)
     if not (samples.suspect or bool(claimed.any())):
         return False
@@ -128,5 +129,6 @@ def _met(x: Tensor, y: Tensor, record: Record, floor: Tensor | None) -> Tensor:
     residual, value = norm_of(y - x), norm_of(y)
     measure = value if floor is None else torch.maximum(value, floor)
     # The record's is of the iterate before; rounding: in other rows of a product.
-    within: Tensor = 2 * (limits.offset + limits.rtol * measure) + limits.rounding * value
+    rtol, offset = limits.thresholds
+    within: Tensor = 2 * (offset + rtol * measure) + limits.rounding * value
     return residual <= within

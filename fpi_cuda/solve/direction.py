@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from ..record import MASKED, Limits, accumulate_dtype
 from ..solvers.coupled import Coupled
 from .evaluation import Direct, Linearised, Masked, Seen, convolutions
 from .independence import INDEPENDENT, Samples, norm_of
+from .limits import limits_of
 from .maps import Map, TransposedMap, UserMap
 from .problem import Problem
 
@@ -54,10 +54,17 @@ class Direction:
     _form: Form | None
     _evaluation: Evaluation | None = None
 
-    def __init__(self, problem: Problem, map: Map, start: Tensor, params: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        map: Map,
+        start: Tensor,
+        params: Sequence[Tensor],
+        limits: Limits | None = None,
+    ) -> None:
         self.problem, self.map, self.start, self.params = problem, map, start, params
         self.seen = Seen()
-        self.limits = self._limits()
+        self.limits = limits or limits_of(problem, start, adjoint=self.adjoint)
         self.coupled = problem.samples.coupled
         self.solver: Solver = problem.options.solver
         if self.coupled:
@@ -145,13 +152,6 @@ class Direction:
         problem = self.problem
         return None if self.coupled or problem.batch_dims != 1 else problem.samples
 
-    def _limits(self) -> Limits:
-        """The stop rule."""
-        options, dtype = self.problem.options, self.start.dtype
-        size = self.start.shape[self.problem.batch_dims :].numel()
-        tolerance = options.tolerance.resolve(dtype, adjoint=self.adjoint)
-        return _limits(*tolerance, size, dtype, options.solver.patience, options.max_iterations)
-
     def kept(self, status: Tensor) -> Tensor | None:
         """Bool, shaped like status: the samples whose gradient is not masked; None: all."""
         if self.problem.options.adjoint.failed == "use":
@@ -164,24 +164,18 @@ class Direction:
         return keep
 
 
-@functools.lru_cache(maxsize=64)
-def _limits(
-    rtol: float, atol: float, size: int, dtype: torch.dtype, patience: int, max_iterations: int
-) -> Limits:
-    root = math.sqrt(size)
-    rounding = 8 * torch.finfo(dtype).eps * root  # 16 roundings
-    if rtol == atol == 0:  # a fixed count runs to its end, at the rounding level too
-        patience = max_iterations
-    return Limits(rtol, atol * root, rounding, patience, max_iterations)
-
-
 class Forward(Direction):
     """x = g(x, z; θ) (paper eq. 4)."""
 
     def __init__(
-        self, problem: Problem, x0: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]
+        self,
+        problem: Problem,
+        x0: Tensor,
+        inputs: Sequence[Tensor],
+        params: Sequence[Tensor],
+        limits: Limits | None = None,
     ) -> None:
-        super().__init__(problem, problem.map, x0, params)
+        super().__init__(problem, problem.map, x0, params, limits)
         self.inputs = inputs
         self.given = [x0, *inputs]
 
@@ -192,7 +186,7 @@ class Forward(Direction):
     def around(self, given: Sequence[Tensor], params: Sequence[Tensor], map: UserMap) -> Forward:
         """See `Direction`."""
         x0, *inputs = given
-        return Forward(self.problem._replace(map=map), x0, inputs, params)
+        return Forward(self.problem._replace(map=map), x0, inputs, params, self.limits)
 
     def _look(self) -> Form | None:
         """The form, unless g has closure tensors: the first call of g finds those out."""
@@ -225,6 +219,7 @@ class Backward(Direction):
         need: positions in `tensors`.
         higher: see `Direction`.
         compacting: whether finished samples may be left out.
+        limits: the stop rule; None: the problem's.
     """
 
     adjoint = True
@@ -239,11 +234,12 @@ class Backward(Direction):
         *,
         higher: bool = False,
         compacting: bool = True,
+        limits: Limits | None = None,
     ) -> None:
         assert isinstance(problem.map, TransposedMap)
         inner = problem.map.inner
         n = inner.n_inputs
-        super().__init__(problem, inner, v, tensors[n:])
+        super().__init__(problem, inner, v, tensors[n:], limits)
         self.x, self.v, self.need, self.higher, self.compacting = x, v, need, higher, compacting
         self._given = problem, x, v, tensors, need
         self.given = [v, x, *tensors[:n]]
@@ -280,7 +276,8 @@ class Backward(Direction):
         """See `Direction`."""
         v, x, *inputs = given
         problem = self.problem._replace(map=TransposedMap(map))
-        return Backward(problem, x, v, [*inputs, *params], self.need, compacting=False)
+        tensors = [*inputs, *params]
+        return Backward(problem, x, v, tensors, self.need, compacting=False, limits=self.limits)
 
     def _look(self) -> Form | None:
         if self.higher:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..drivers.support import Solved
-from ..record import MASKED, Record, Status
+from ..record import Record, Status
 from ..solution import FixedPointError, FixedPointWarning, Solution, warn
 from .coupling import RANDOM, random, wrong
 from .direction import Direction
@@ -67,13 +67,14 @@ def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | N
 
 
 def _complain(direction: Direction, x: Tensor, record: Record) -> None:
-    problem, limits = direction.problem, record.progress.limits
-    on_failure = problem.options.on_failure
-    fixed_count = limits.rtol == 0 and limits.offset == 0
-    if on_failure == "return" or (fixed_count and not any(record.count(s) for s in MASKED)):
+    problem, on_failure = direction.problem, direction.problem.options.on_failure
+    if on_failure == "return":
         return
-    stuck = record.count(Status.MAX_ITERATIONS) or record.count(Status.STALLED)
-    if stuck and random(direction, x, record):
+    failing = record.status[record.wanting]
+    if not len(failing):
+        return
+    stuck = (failing == Status.MAX_ITERATIONS) | (failing == Status.STALLED)
+    if bool(stuck.any()) and random(direction, x, record):
         message = f"{problem.name}: {RANDOM} {record.failures(advice=False)}"
     else:
         message = f"{problem.name}: {record.failures()}"

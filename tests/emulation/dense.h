@@ -100,7 +100,8 @@ inline const Operator dense_plan_of("dense_plan", [](const Request& r) {
                             .value_bytes = size,
                             .acc_bytes = size == 8 ? 8 : 4,
                             .history = history,
-                            .sums = history > 1 ? anderson_sums(history) : kPicardSums};
+                            .sums = history > 1 ? anderson_sums(history) : kPicardSums,
+                            .bounds = 1};
   const DensePlan p =
       dense_plan(shape, r.integer("samples"), static_cast<int>(r.integer("slots")),
                  static_cast<int>(r.integer("multiprocessors")), r.integer("shared_limit"),

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from machine import FORWARD, RANDOM, REVERSE, Machine
+from machine import FORWARD, RANDOM, REVERSE, Machine, limits_of
 from torch import Tensor
 
 from fpi_cuda.backends import reference
-from fpi_cuda.record import RESIDUAL, STATUS, Limits, Progress
+from fpi_cuda.record import RESIDUAL, STATUS, Limits, Progress, accumulate_dtype
 from fpi_cuda.solution import Status
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -108,28 +108,34 @@ class Solver:
     rtol: float | None = None
     max_iterations: int = 100
     floor: float | None = None
+    own: list[tuple[float, float, int]] | None = None  # rtol, offset, max_iterations of each
     tf32: bool = False
     slots: int = 4
     blocks: int = 2
     limit: int = SHARED
 
-    def limits(self, dtype: torch.dtype) -> Limits:
+    def progress(self, x: Tensor, dtype: torch.dtype) -> Progress:
+        """The record of a solve from x whose limits are those for states of this dtype."""
         rtol = RTOL[dtype] if self.rtol is None else self.rtol
-        return Limits(rtol, 0.1 * rtol, 0.0, 10**6, self.max_iterations)
+        limits = Limits(rtol, 0.1 * rtol, 0.0, 10**6, self.max_iterations)
+        wide = accumulate_dtype(x.dtype)
+        if self.own is not None:
+            rows = [(rtol, offset, 10**6, most) for rtol, offset, most in self.own]
+            limits = dataclasses.replace(limits, own=torch.tensor(rows, dtype=wide))
+        floor = None if self.floor is None else torch.full((len(x),), self.floor, dtype=wide)
+        return Progress(x, limits, floor)
 
     def __call__(self, machine: Machine, dense: Dense, skip: list[int] | None = None) -> Solved:
         x0 = dense.tensors["x0"]
         b, n = x0.shape
-        limits = self.limits(x0.dtype)
-        p = Progress(x0, limits)
+        p = self.progress(x0, x0.dtype)
         out = torch.full_like(x0, math.nan)
         p.tally[0] = 77
         p.counters[skip or [], STATUS] = 1 + Status.CONVERGED
-        floor = None if self.floor is None else torch.full((b,), self.floor, dtype=p.dtype)
         arrays = {
             **{name: t.contiguous().clone() for name, t in dense.tensors.items()},
             **{"out": out, "counters": p.counters, "scalars": p.scalars, "tally": p.tally},
-            "floor": floor,
+            "bounds": p.bounds,
         }
         numbers = {
             "samples": b,
@@ -144,7 +150,7 @@ class Solver:
             **{name: getattr(self, name) for name in ("beta", "ridge", "restart", "tf32", "slots")},
             "multiprocessors": self.blocks,
             "shared_limit": self.limit,
-            **dataclasses.asdict(limits),
+            **limits_of(p),
         }
         dtype = str(x0.dtype).removeprefix("torch.")
         machine.call(f"dense_solve.{dtype}", arrays, **{k: +v for k, v in numbers.items()})
@@ -154,8 +160,7 @@ class Solver:
         """In float64, from the same numbers. Samples that have ended are left alone."""
         x = dense.tensors["x0"].double().clone()
         b, n = x.shape
-        floor = None if self.floor is None else torch.full((b,), self.floor).double()
-        p = Progress(x, self.limits(dense.tensors["x0"].dtype), floor)
+        p = self.progress(x, dense.tensors["x0"].dtype)
         p.out.fill_(math.nan)
         m = self.history
         window = [torch.zeros(b, *shape).double() for shape in ((m, n), (m, n), (m, m))]

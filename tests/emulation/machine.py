@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import os
 import re
 import subprocess
@@ -48,6 +47,13 @@ def executable(name: str) -> Path:
         )
         assert done.returncode == 0, done.stdout + done.stderr
     return BUILD / name
+
+
+def limits_of(p: Progress) -> dict[str, float]:
+    """The limits of a solve by their names, and how many columns its samples' bounds have."""
+    names = ("rtol", "offset", "rounding", "patience", "max_iterations")
+    columns = 1 if p.own is None else 1 + p.own.shape[1]
+    return dict(zip(names, p.limits.values, strict=True)) | {"bound_columns": columns}
 
 
 class Machine:
@@ -133,9 +139,10 @@ class Machine:
         **numbers: float,
     ) -> None:
         record = {"counters": p.counters, "scalars": p.scalars, "tally": p.tally}
-        arrays = {"x": x, "gx": gx, "out": p.out, **record, "index": p.index, "floor": p.floor}
+        given = {"index": p.index, "bounds": p.bounds}
+        arrays = {"x": x, "gx": gx, "out": p.out, **record, **given}
         rows, n = x.shape
-        numbers |= {"rows": rows, "n": n} | dataclasses.asdict(p.limits)
+        numbers |= {"rows": rows, "n": n} | limits_of(p)
         self.call(f"{name}.{str(x.dtype).removeprefix('torch.')}", arrays | more, **numbers)
 
     def close(self) -> str:

@@ -44,7 +44,8 @@ template <typename Acc>
 Record<Acc> record_of(const Request& r) {
   return {.counters = r.array<int32_t>("counters"),
           .scalars = r.array<Acc>("scalars"),
-          .floor = r.array<Acc>("floor"),
+          .bounds = r.array<Acc>("bounds"),
+          .bound_columns = static_cast<int>(r.integer("bound_columns")),
           .index = r.array<int64_t>("index"),
           .limits = {.rtol = static_cast<Acc>(r.number("rtol")),
                      .offset = static_cast<Acc>(r.number("offset")),

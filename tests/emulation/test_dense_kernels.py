@@ -228,6 +228,20 @@ def test_the_floor_ends_samples_early(machine, dtype):
     assert done.tally.tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("history", [1, 3])
+def test_samples_end_at_bounds_of_their_own(machine, dtype, history):
+    """A slot's next sample brings its own; beside the floor, or without one."""
+    b, most = 7, [5, 1, 9, 2, 4, 3, 50]
+    dense = Dense(20).fill(b, dtype)
+    for floor in (None, 1e-3):
+        own = [(0.0, 0.0, k) for k in most[:-1]] + [(0.2, 0.0, 50)]
+        solved = Solver(history, slots=2, floor=floor, own=own).check(machine, dense)
+        assert solved.counters[:-1, ITERATIONS].tolist() == most[:-1]
+        assert (solved.counters[:-1, STATUS] == 1 + Status.MAX_ITERATIONS).all()
+        assert solved.counters[-1, STATUS] == 1 + Status.CONVERGED
+        assert solved.tally.tolist() == [0, 6, 9]
+
+
 @pytest.mark.parametrize(("slots", "limit"), [(2, SHARED), (2, 64_000), (33, SHARED)])
 def test_map_has_the_bits_of_a_solves_product(machine, dtype, slots, limit):
     """One iteration of an affine step without residual is its map."""

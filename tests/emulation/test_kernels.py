@@ -133,8 +133,8 @@ def test_rows_finish_freeze_and_follow_their_index(machine, solver, n, dtype):
     limits = Limits(rtol=1e-2, offset=0.0, rounding=0.0, patience=10**6, max_iterations=3)
     problem = Problem(solver, (6, n), dtype, limits, index=[4, 1, 5, 0, 2])
     p, x = problem.progress, problem.x
-    p.floor = torch.zeros(6, dtype=p.dtype)
-    p.floor[2] = 1e6  # converges at once
+    p.bounds = torch.zeros(6, dtype=p.dtype)
+    p.bounds[2] = 1e6  # converges at once
     first = x.clone()
     gx = torch.randn(x.shape).to(dtype)
     gx[0] = x[0]  # converges at once
@@ -152,6 +152,12 @@ def test_rows_finish_freeze_and_follow_their_index(machine, solver, n, dtype):
     assert p.tally.tolist() == [0, 3, 3]
     problem.step(machine, torch.randn(x.shape))  # nobody is left
     assert p.out[3].isnan().all(), "samples without a row are left alone"
+
+
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+@pytest.mark.parametrize("n", PLANS.values(), ids=PLANS)
+def test_rows_end_at_bounds_of_their_own(machine, solver, n, dtype):
+    test_primitives.test_rows_end_at_bounds_of_their_own(machine, solver, n, dtype)
 
 
 @pytest.mark.parametrize("solver", ["picard", "anderson"])

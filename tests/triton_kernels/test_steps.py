@@ -174,6 +174,12 @@ def test_every_status_is_the_oracles(plan, solver, floored):
     assert (p.counters[:, STATUS] - 1).tolist() == expected
 
 
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_rows_end_at_bounds_of_their_own(plan, solver, dtype):
+    primitives.test_rows_end_at_bounds_of_their_own(triton, solver, 70, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("exponent", [-36, -20, 18, 37])
 def test_norms_neither_underflow_nor_overflow(plan, dtype, exponent):

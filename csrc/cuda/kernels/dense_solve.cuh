@@ -104,7 +104,7 @@ struct DenseSolve {
     mine.index = nullptr;
     mine.counters = at<int32_t>(plan.counters);
     mine.scalars = at<Acc>(plan.scalars);
-    mine.floor = record.floor == nullptr ? nullptr : at<Acc>(plan.floor);
+    mine.bounds = record.bounds == nullptr ? nullptr : at<Acc>(plan.bounds);
     return tile;
   }
 
@@ -276,8 +276,9 @@ struct DenseSolve {
         if (lane < kScalars) {
           mine.scalars[slot * kScalars + lane] = record.scalars[sample * kScalars + lane];
         }
-        if (lane == 0 && record.floor != nullptr) {
-          at<Acc>(plan.floor)[slot] = record.floor[sample];
+        if (lane < record.bound_columns && record.bounds != nullptr) {
+          at<Acc>(plan.bounds)[slot * record.bound_columns + lane] =
+              record.bounds[sample * record.bound_columns + lane];
         }
       }
     }

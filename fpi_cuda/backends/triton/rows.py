@@ -47,6 +47,12 @@ _RESIDUAL = tl.constexpr(progress.RESIDUAL)
 REFERENCE = tl.constexpr(progress.REFERENCE)
 RING_START = tl.constexpr(progress.RING_START)
 RING = tl.constexpr(progress.RING)
+_FLOOR = tl.constexpr(progress.FLOOR)
+_OWN_RTOL = tl.constexpr(progress.OWN_RTOL)
+_OWN_OFFSET = tl.constexpr(progress.OWN_OFFSET)
+_OWN_PATIENCE = tl.constexpr(progress.OWN_PATIENCE)
+_OWN_MAX_ITERATIONS = tl.constexpr(progress.OWN_MAX_ITERATIONS)
+_BOUNDS = tl.constexpr(1 + progress.OWN_MAX_ITERATIONS)
 _ACTIVE_ROWS = tl.constexpr(progress.ACTIVE_ROWS)
 _FAILED = tl.constexpr(progress.FAILED)
 _ITERATION = tl.constexpr(progress.ITERATION)
@@ -78,7 +84,8 @@ class Record(NamedTuple):
 
     counters: Tensor
     scalars: Tensor
-    floor: Tensor | None
+    floor: Tensor | None  # [B]
+    own: Tensor | None  # [B, 5] in its place: a sample's floor, and its own limits
     samples: Tensor  # that the rows hold, where `indexed`
     tally: Tensor
     counts: Tensor  # int64: rows done, and the active ones among them times 2³²; rows that failed
@@ -229,6 +236,14 @@ def stop(residual, value, k, reference, sample, record, limits):
     if record.floor is not None:
         given = tl.load(record.floor + sample)
         least = tl.where(value > given, value, given)
+    if record.own is not None:
+        own = record.own + sample * _BOUNDS
+        given = tl.load(own + _FLOOR)
+        least = tl.where(value > given, value, given)
+        rtol = tl.load(own + _OWN_RTOL)
+        offset = tl.load(own + _OWN_OFFSET)
+        patience = tl.load(own + _OWN_PATIENCE).to(tl.int32)
+        max_iterations = tl.load(own + _OWN_MAX_ITERATIONS).to(tl.int32)
 
     status = tl.where(k >= max_iterations, _MAX_ITERATIONS, ACTIVE)
     stalled = (k - since >= patience) & (residual <= rounding * value)
@@ -327,8 +342,9 @@ def launched(p: Progress, x: Tensor) -> tuple[Record, tuple[int, int, int], tupl
     samples = counts if p.index is None else p.index
     lim = p.limits
     limits = (float(lim.rtol), float(lim.offset), float(lim.rounding))
+    floor, own = (p.floor, None) if p.own is None else (None, p.bounds)
     return (
-        Record(p.counters, p.scalars, p.floor, samples, p.tally, counts),
+        Record(p.counters, p.scalars, floor, own, samples, p.tally, counts),
         (int(p.index is not None), *x.shape),
         (*limits, lim.patience, lim.max_iterations),
     )

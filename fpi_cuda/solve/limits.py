@@ -1,0 +1,99 @@
+"""When the samples of a solve stop: its tolerances and limits as the step operators take them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options import Tolerance
+from ..record import Limits, accumulate_dtype
+from .problem import Problem
+
+__all__ = ["check_values", "limits_of"]
+
+MOST = 2**24  # of a sample's own limit: the kernels take it as float32, which skips numbers above
+
+
+def limits_of(problem: Problem, start: Tensor, *, adjoint: bool) -> Limits:
+    """The stop rule of a solve that begins at start, [*batch, *sample].
+
+    Raises:
+        ValueError: a sample's own tolerance or limit is out of range, or there is not one a sample.
+    """
+    options, dims, dtype = problem.options, problem.batch_dims, start.dtype
+    size = start.shape[dims:].numel()
+    tolerance, most, patience = options.tolerance, options.max_iterations, options.solver.patience
+    rtol, atol = tolerance.resolve(dtype, adjoint=adjoint)
+    if type(most) is not int and isinstance(most, Tensor) and most.dim() == 0:
+        most = int(most)
+    if type(most) is int and not tolerance.own:
+        return _limits(rtol, atol, size, dtype, patience, most)
+    batch, acc = start.shape[:dims], accumulate_dtype(dtype)
+    check_values(problem.name, options.tolerance, most, batch[-1])
+    if not batch.numel():
+        return _limits(0.0, 0.0, size, dtype, patience, 1)
+
+    def column(value: float | Tensor, factor: float = 1.0) -> Tensor:
+        if isinstance(value, Tensor):
+            wide = value.to(start.device, torch.float64)
+        else:
+            wide = torch.full(batch[-1:], value, dtype=torch.float64, device=start.device)
+        return (factor * wide).to(acc)
+
+    rtol, offset = column(rtol), column(atol, math.sqrt(size))
+    limit = column(most if isinstance(most, Tensor) else min(most, 2**30))
+    counted = (rtol == 0) & (offset == 0)
+    if problem.samples.coupled:  # one system: it may take what any sample may; one's count is all's
+        limit, counted = limit.amax().expand_as(limit), counted.any().expand_as(counted)
+        rtol, offset = (torch.where(counted, 0, t) for t in (rtol, offset))
+    own = torch.stack((rtol, offset, torch.where(counted, limit, patience), limit), 1)
+    least, longest = torch.stack((rtol.amin(), limit.amax())).tolist()
+    rounding = _rounding(dtype, size)
+    slices = own.expand(*batch, 4).reshape(-1, 4)  # of torch.vmap, which share them
+    return Limits(least, 0.0, rounding, patience, int(longest), slices)
+
+
+@functools.lru_cache(maxsize=64)
+def _limits(
+    rtol: float, atol: float, size: int, dtype: torch.dtype, patience: int, max_iterations: int
+) -> Limits:
+    if rtol == atol == 0:  # a fixed count runs to its end, at the rounding level too
+        patience = max_iterations
+    return Limits(rtol, atol * math.sqrt(size), _rounding(dtype, size), patience, max_iterations)
+
+
+def _rounding(dtype: torch.dtype, size: int) -> float:
+    return 8 * torch.finfo(dtype).eps * math.sqrt(size)  # 16 roundings
+
+
+def check_values(owner: str, tolerance: Tolerance | None, most: Any, b: int) -> None:
+    """Raise unless what is said of each sample is so, in tensors [B], and in range.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if tolerance is not None:
+        for name in ("rtol", "atol"):
+            t = getattr(tolerance, name)
+            if isinstance(t, Tensor):
+                finite = (t >= 0) & (t < math.inf)
+                _check(owner, f"tolerance.{name}", t, finite, "finite and >= 0", b)
+    if isinstance(most, Tensor) and most.dim() == 1:
+        within = (most >= 1) & (most.long() <= MOST)
+        _check(owner, "max_iterations", most, within, f"from 1 to {MOST}", b)
+
+
+def _check(owner: str, name: str, t: Tensor, good: Tensor, what: str, b: int) -> None:
+    if t.shape != (b,):
+        raise ValueError(
+            f"{owner}: {name} must have one value for each of the {b} samples of x0, shape [{b}] "
+            f"(got shape {list(t.shape)})"
+        )
+    if not bool(good.all()):
+        i = int(good.to(torch.uint8).argmin())
+        got = t[i].item()
+        raise ValueError(f"{owner}: {name} must be {what} (got {got} for sample {i})")
