@@ -1,7 +1,8 @@
-"""The eager driver's late reads and compaction; threads and streams under every driver."""
+"""Late reads and compaction; samples' own limits, threads and streams under every driver."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import warnings
@@ -11,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda import DenseStep, FixedPointLayer, Tolerance, fixed_point
+from fpi_cuda import (
+    DenseStep,
+    FixedPointLayer,
+    ImplicitAdjoint,
+    Tolerance,
+    backends,
+    fixed_point,
+)
 from fpi_cuda.drivers.eager import LAG
 
 from .check import Check, Error, Place, compare, contraction, normal, require, same
@@ -119,6 +127,50 @@ def compacted(place: Place, solver: Any) -> Iterator[Error]:
     yield compare("gradient beside the whole batch's", gradient, expected, 100 * 1e-9)
     right = fixed_point(g, z * 0, z, params=(w,), backend="reference", **TIGHT_FORWARD)
     yield compare("x", first.x, right.x, 100 * rtol, rows=True)
+
+
+# --- limits of each sample ----------------------------------------------------------------------
+
+
+def own_limits(place: Place) -> Iterator[Check]:
+    """Each sample ends at a tolerance or a number of iterations of its own."""
+    for name, solver in SOLVERS.items():
+        for driver in ("eager", "whole", *(("graph",) if place.cuda else ())):
+            yield f"{name}-{driver}", functools.partial(limited, place, solver, driver, "auto")
+        if not backends.triton.missing(place.device):
+            yield f"{name}-triton", functools.partial(limited, place, solver, "eager", "triton")
+
+
+def limited(place: Place, solver: Any, driver: str, backend: str) -> Iterator[Error]:
+    b, n = place.size(130, 9), place.size(37, 5)
+    torch.manual_seed(1)
+    g = DenseStep(n, None).double() if driver == "whole" else Affine(n).eval()
+    z = normal(1, b, n)
+    number = torch.arange(b)
+    rtol = 10.0 ** -(3 + number % 8).double()
+    rtol[::3] = 0  # every third makes a fixed number of iterations
+    most = torch.where(number % 3 == 0, 1 + number % 7, 500)
+
+    def once(device: str, **options: Any) -> tuple[Any, Tensor]:
+        there = copy.deepcopy(g).to(device)
+        leaf = z.to(device).requires_grad_()
+        layer = FixedPointLayer(there, solver=solver, per_sample=True, **options)
+        tolerance = Tolerance(rtol.to(device), torch.zeros((), dtype=torch.float64))
+        layer.adjoint = ImplicitAdjoint(tolerance=Tolerance(rtol.to(device)))
+        x = layer(leaf, tolerance=tolerance, max_iterations=most.to(device))
+        return layer.last, torch.autograd.grad(x.square().sum(), leaf)[0]
+
+    found, gradient = once(place.device, driver=driver, backend=backend)
+    right, expected = once("cpu", driver="eager", backend="reference")
+    require(f", {driver}" in found.path, f"solved otherwise: {found.path}")
+    fixed = found.iterations.cpu()[::3] - most[::3]
+    yield Error("iterations beside a fixed number", int(fixed.abs().max()), 0.0)
+    missed = int((found.iterations.cpu() - right.iterations).abs().max())
+    yield Error("iterations beside the reference's", missed, 1.0)
+    # One iteration more or less changes a sample's x by its tolerance, of at most 1e-3.
+    yield compare("x", found.x, right.x, FACTOR * 1e-3, rows=True)
+    yield compare("x of a fixed number", found.x[::3], right.x[::3], FACTOR * 1e-10, rows=True)
+    yield compare("gradient", gradient, expected, 10 * FACTOR * 1e-3, rows=True)
 
 
 # --- threads and streams ------------------------------------------------------------------------

@@ -22,6 +22,7 @@ PARTS: dict[str, Part] = {
     "graph_refused": drivers.graph_refused,
     "late_read": loops.late_read,
     "compaction": loops.compaction,
+    "own_limits": loops.own_limits,
     "training": solves.training,
     "threads": loops.threads,
     "streams": loops.streams,
