@@ -160,11 +160,12 @@ def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     wanted = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.device)), None)
     if wanted is None or wanted.type not in ("cpu", "cuda"):
         return _to(self, *args, **kwargs)
-    if (wanted.type == "cuda") != is_marked(self):
-        kwargs["copy"] = True
-        where = DEVICE if wanted.type == "cuda" else CPU
-    else:
-        where = CPU  # as it is
+    if (wanted.type == "cuda") == is_marked(self):  # stays where it is
+        more = {k: v for k, v in kwargs.items() if k in ("copy", "memory_format")}
+        dtype = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), None)
+        return _to(self, dtype=dtype or self.dtype, **more)
+    kwargs["copy"] = True
+    where = DEVICE if wanted.type == "cuda" else CPU
 
     def put(a: Any) -> Any:
         return where if isinstance(a, torch.device) else a
