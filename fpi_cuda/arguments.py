@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ._torch import tree_flatten, tree_unflatten
 
-__all__ = ["Arguments"]
+__all__ = ["Arguments", "numbers"]
+
+# What holds no tensor of one batch.
+_NO_TENSORS = (
+    *(type(None), bool, int, float, complex, str, bytes, Enum, type, FunctionType),
+    *(BuiltinFunctionType, nn.Module, torch.dtype, torch.device, torch.Generator),
+)
+
+
+def numbers(t: Tensor) -> bool:
+    """Whether a tensor may number samples, as edges do: in a part of the batch they are others."""
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool) and t.dim() > 0
 
 
 class Arguments:
@@ -36,8 +50,15 @@ class Arguments:
         return self.plain, self._at, str(self._nest)
 
     def of_samples(self, b: int) -> bool:
-        """Whether one of the tensors that g gets whole may hold a row for each of b samples."""
-        return b > 1 and any(t.dim() and t.shape[0] == b for t in self.shared)
+        """Whether what g gets whole may go by the places of b samples in the batch.
+
+        A tensor with a dimension of b does, or an object that may hold one; see `numbers` too.
+        """
+        if b < 2:
+            return False
+        return any(t.is_nested or b in t.shape for t in self.shared) or not all(
+            isinstance(v, _NO_TENSORS) for v in self.plain
+        )
 
     def put(self, g: Callable[..., Any], shared: Sequence[Tensor]) -> Callable[..., Any]:
         """f(x, *inputs) by g with these.

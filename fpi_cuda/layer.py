@@ -118,8 +118,9 @@ class FixedPointLayer(nn.Module):
             max_iterations: likewise.
             keywords: go to g under their names: an edge index, a mask, a time step. Tensors in
                 them, in lists, tuples and dicts too, get gradients of every order; g gets them
-                whole. If one of them has B rows, all samples stay in the batch given to g until
-                the last has ended: pass what belongs to samples by position.
+                whole. If one of them has a dimension of B or holds integers, which may number
+                samples, or comes in an object of another class, all samples stay in the batch given
+                to g until the last has ended: pass what belongs to samples by position.
 
         Returns:
             x̂, shaped like the state; attached to autograd.

@@ -1,6 +1,7 @@
 """What a layer's call may give g beside its inputs: shared tensors, keywords, None, anything."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -120,6 +121,29 @@ def test_a_graph_by_its_edges():
         close(a, b)
     with pytest.raises(ValueError, match=r"inputs\[1\] must have the batch size 4 .* by its name"):
         layer(z, edges)
+
+
+@pytest.mark.parametrize("given", ["name", "params", "object"])
+@pytest.mark.parametrize("per_sample", ["auto", True])
+def test_integers_that_number_samples_keep_all_in_the_batch(given, per_sample):
+    """In a part of it they number others, which are there: no error says so."""
+
+    def g(x, z, edges):
+        if isinstance(edges, types.SimpleNamespace):
+            edges = edges.of
+        pulled = torch.zeros_like(x).index_add(0, edges[1], x[edges[0]])
+        return z * torch.tanh(x) + 0.03 * torch.tanh(pulled) + 1
+
+    z = torch.full((16, 2), 0.9).double()
+    z[:6] = 0.01  # these end first
+    layer = FixedPointLayer(g, solver=Picard(), per_sample=per_sample, **EXACT)
+    none = torch.zeros(2, 0, dtype=torch.long)
+    for edges in (none, none, none, none, none, torch.tensor([[0, 1, 2], [0, 1, 2]])):
+        if given == "params":
+            x = layer(z, params=(edges,))
+        else:
+            x = layer(z, edges=edges if given == "name" else types.SimpleNamespace(of=edges))
+        close(x, unroll(lambda x: g(x, z, edges), torch.zeros(16, 2).double(), steps=400))  # noqa: B023
 
 
 def test_named_tensors_are_mapped_by_vmap():
