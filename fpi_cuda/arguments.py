@@ -30,24 +30,30 @@ class Arguments:
     """The arguments of one call g(x, *args, **kwargs), with every tensor taken out.
 
     Attributes:
-        inputs: the positional tensors: per sample.
+        n_inputs: how many positional tensors there are.
+        inputs: these: per sample.
         shared: those in the other arguments, in lists, tuples and dicts too, which g gets whole.
         plain: what the other arguments hold beside tensors.
     """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-        self.inputs = [args[i] for i in self._at]
+        self.n_inputs = len(self._at)
+        self.inputs: Sequence[Tensor] = [args[i] for i in self._at]
         others = [None if isinstance(a, Tensor) else a for a in args]
         leaves, self._nest = tree_flatten((others, dict(kwargs)))
         self._places = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
-        self.shared = [leaves[i] for i in self._places]
+        self.shared: Sequence[Tensor] = [leaves[i] for i in self._places]
         self.plain = [None if isinstance(v, Tensor) else v for v in leaves]
 
     @property
     def values(self) -> Any:
         """All that g reads of them in Python, for a captured graph."""
         return self.plain, self._at, str(self._nest)
+
+    def release(self) -> None:
+        """Let go of the tensors: a node keeps this, and they are its to save, or to give away."""
+        self.inputs = self.shared = ()
 
     def of_samples(self, b: int) -> bool:
         """Whether what g gets whole may go by the places of b samples in the batch.

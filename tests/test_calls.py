@@ -1,7 +1,9 @@
 """What a layer's call may give g beside its inputs: shared tensors, keywords, None, anything."""
 
 import functools
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -168,6 +170,24 @@ def test_a_tensor_in_an_object_of_the_users_gets_first_derivatives_and_no_more()
     close(grad(x.sin().sum(), w)[0], grad(true.sin().sum(), w)[0])
     with pytest.raises(RuntimeError, match="captures a tensor"):
         grad(layer(z, graph=Graph(w)).sum(), w, create_graph=True)
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_a_node_holds_what_a_call_named_as_saved_tensors_alone(step):
+    """So that a backward frees them, and saved_tensors_hooks may move them elsewhere."""
+
+    def energy(x, z, none, *, m):
+        return (x**2 / 2 - x * z * m).sum(1)
+
+    g = GradientStep(energy, 0.5) if step else lambda x, z, none, *, m: 0.5 * torch.tanh(x) * m + z
+    z, m = (double(4, 3).requires_grad_().clone() for _ in range(2))
+    alive = weakref.ref(z), weakref.ref(m)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        x = FixedPointLayer(g)(z, None, m=m)
+    del z, m
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+    x.sum().backward()
 
 
 def test_a_buffer_moves_once_a_call_with_keywords_too():

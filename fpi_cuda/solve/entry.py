@@ -51,6 +51,7 @@ def enter(
     check_inputs(g, inputs, params, packed)
     if arguments is not None:
         params = (*params, *arguments.shared)
+        arguments.release()
     if options.driver == "graph":
         drivers.check(options.driver, packed.device)
     map = UserMap(g, len(inputs), len(params), state.pack, state.unpack, arguments)
