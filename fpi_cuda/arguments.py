@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType
@@ -65,6 +66,11 @@ class Arguments:
         return any(t.is_nested or b in t.shape for t in self.shared) or not all(
             isinstance(v, _NO_TENSORS) for v in self.plain
         )
+
+    def around(self, g: Callable[..., Any]) -> Callable[..., Any]:
+        """What of these and g is no tensor by itself, to be looked into by name."""
+        others, kwargs = tree_unflatten(self.plain, self._nest)
+        return functools.partial(g, *others, **kwargs)
 
     def put(self, g: Callable[..., Any], shared: Sequence[Tensor]) -> Callable[..., Any]:
         """f(x, *inputs) by g with these.
