@@ -19,6 +19,7 @@ from .operators import differentiable
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each
 from .solvers import Anderson
+from .state import state_of
 
 __all__ = ["FixedPointLayer"]
 
@@ -152,7 +153,8 @@ class FixedPointLayer(nn.Module):
 
     def _evaluating(self, options: Options, x0: State) -> Options:
         """The options in eval mode."""
-        factor, dtype = self.eval_factor, _parts(x0)[0].dtype
+        options.check()
+        factor, dtype = self.eval_factor, state_of(x0).packed.dtype
         tolerance = Tolerance(*(v / factor for v in options.tolerance.resolve(dtype)))
         most = options.max_iterations * factor
         return options._replace(tolerance=tolerance, max_iterations=math.ceil(most))
