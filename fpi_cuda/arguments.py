@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ._torch import tree_flatten, tree_unflatten
 
-__all__ = ["Arguments"]
+__all__ = ["Arguments", "numbers"]
+
+# What holds no tensor of one batch.
+_NO_TENSORS = (
+    *(type(None), bool, int, float, complex, str, bytes, Enum, type, FunctionType),
+    *(BuiltinFunctionType, nn.Module, torch.dtype, torch.device, torch.Generator),
+)
+
+
+def numbers(t: Tensor) -> bool:
+    """Whether a tensor may number samples, as edges do: in a part of the batch they are others."""
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool) and t.dim() > 0
 
 
 class Arguments:
     """The arguments of one call g(x, *args, **kwargs), with every tensor taken out.
 
     Attributes:
-        inputs: the positional tensors: per sample.
+        n_inputs: how many positional tensors there are.
+        inputs: these: per sample.
         shared: those in the other arguments, in lists, tuples and dicts too, which g gets whole.
         plain: what the other arguments hold beside tensors.
     """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-        self.inputs = [args[i] for i in self._at]
+        self.n_inputs = len(self._at)
+        self.inputs: Sequence[Tensor] = [args[i] for i in self._at]
         others = [None if isinstance(a, Tensor) else a for a in args]
         leaves, self._nest = tree_flatten((others, dict(kwargs)))
         self._places = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
-        self.shared = [leaves[i] for i in self._places]
+        self.shared: Sequence[Tensor] = [leaves[i] for i in self._places]
         self.plain = [None if isinstance(v, Tensor) else v for v in leaves]
 
     @property
@@ -35,9 +52,25 @@ class Arguments:
         """All that g reads of them in Python, for a captured graph."""
         return self.plain, self._at, str(self._nest)
 
+    def release(self) -> None:
+        """Let go of the tensors: a node keeps this, and they are its to save, or to give away."""
+        self.inputs = self.shared = ()
+
     def of_samples(self, b: int) -> bool:
-        """Whether one of the tensors that g gets whole may hold a row for each of b samples."""
-        return b > 1 and any(t.dim() and t.shape[0] == b for t in self.shared)
+        """Whether what g gets whole may go by the places of b samples in the batch.
+
+        A tensor with a dimension of b does, or an object that may hold one; see `numbers` too.
+        """
+        if b < 2:
+            return False
+        return any(t.is_nested or b in t.shape for t in self.shared) or not all(
+            isinstance(v, _NO_TENSORS) for v in self.plain
+        )
+
+    def around(self, g: Callable[..., Any]) -> Callable[..., Any]:
+        """What of these and g is no tensor by itself, to be looked into by name."""
+        others, kwargs = tree_unflatten(self.plain, self._nest)
+        return functools.partial(g, *others, **kwargs)
 
     def put(self, g: Callable[..., Any], shared: Sequence[Tensor]) -> Callable[..., Any]:
         """f(x, *inputs) by g with these.

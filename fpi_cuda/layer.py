@@ -19,6 +19,7 @@ from .operators import differentiable
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each
 from .solvers import Anderson
+from .state import state_of
 
 __all__ = ["FixedPointLayer"]
 
@@ -118,8 +119,9 @@ class FixedPointLayer(nn.Module):
             max_iterations: likewise.
             keywords: go to g under their names: an edge index, a mask, a time step. Tensors in
                 them, in lists, tuples and dicts too, get gradients of every order; g gets them
-                whole. If one of them has B rows, all samples stay in the batch given to g until
-                the last has ended: pass what belongs to samples by position.
+                whole. If one of them has a dimension of B or holds integers, which may number
+                samples, or comes in an object of another class, all samples stay in the batch given
+                to g until the last has ended: pass what belongs to samples by position.
 
         Returns:
             x̂, shaped like the state; attached to autograd.
@@ -151,7 +153,8 @@ class FixedPointLayer(nn.Module):
 
     def _evaluating(self, options: Options, x0: State) -> Options:
         """The options in eval mode."""
-        factor, dtype = self.eval_factor, _parts(x0)[0].dtype
+        options.check()
+        factor, dtype = self.eval_factor, state_of(x0).packed.dtype
         tolerance = Tolerance(*(v / factor for v in options.tolerance.resolve(dtype)))
         most = options.max_iterations * factor
         most = most.ceil().long() if isinstance(most, Tensor) else math.ceil(most)

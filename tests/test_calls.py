@@ -1,6 +1,9 @@
 """What a layer's call may give g beside its inputs: shared tensors, keywords, None, anything."""
 
 import functools
+import gc
+import types
+import weakref
 
 import pytest
 import torch
@@ -122,6 +125,29 @@ def test_a_graph_by_its_edges():
         layer(z, edges)
 
 
+@pytest.mark.parametrize("given", ["name", "params", "object"])
+@pytest.mark.parametrize("per_sample", ["auto", True])
+def test_integers_that_number_samples_keep_all_in_the_batch(given, per_sample):
+    """In a part of it they number others, which are there: no error says so."""
+
+    def g(x, z, edges):
+        if isinstance(edges, types.SimpleNamespace):
+            edges = edges.of
+        pulled = torch.zeros_like(x).index_add(0, edges[1], x[edges[0]])
+        return z * torch.tanh(x) + 0.03 * torch.tanh(pulled) + 1
+
+    z = torch.full((16, 2), 0.9).double()
+    z[:6] = 0.01  # these end first
+    layer = FixedPointLayer(g, solver=Picard(), per_sample=per_sample, **EXACT)
+    none = torch.zeros(2, 0, dtype=torch.long)
+    for edges in (none, none, none, none, none, torch.tensor([[0, 1, 2], [0, 1, 2]])):
+        if given == "params":
+            x = layer(z, params=(edges,))
+        else:
+            x = layer(z, edges=edges if given == "name" else types.SimpleNamespace(of=edges))
+        close(x, unroll(lambda x: g(x, z, edges), torch.zeros(16, 2).double(), steps=400))  # noqa: B023
+
+
 def test_named_tensors_are_mapped_by_vmap():
     layer = FixedPointLayer(lambda x, z, *, w: 0.5 * torch.tanh(x @ w) + z, **EXACT)
     z, w = double(3, 2), double(4, 2, 2) / 3
@@ -142,8 +168,27 @@ def test_a_tensor_in_an_object_of_the_users_gets_first_derivatives_and_no_more()
     x = layer(z, graph=Graph(w))
     true = unroll(lambda x: torch.tanh(x @ w) + z, torch.zeros(2, 3).double(), steps=100)
     close(grad(x.sin().sum(), w)[0], grad(true.sin().sum(), w)[0])
-    with pytest.raises(RuntimeError, match="captures a tensor"):
+    named = r"captures a tensor that needs gradients \(graph.weight of shape \(3, 3\)\)"
+    with pytest.raises(RuntimeError, match=named):
         grad(layer(z, graph=Graph(w)).sum(), w, create_graph=True)
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_a_node_holds_what_a_call_named_as_saved_tensors_alone(step):
+    """So that a backward frees them, and saved_tensors_hooks may move them elsewhere."""
+
+    def energy(x, z, none, *, m):
+        return (x**2 / 2 - x * z * m).sum(1)
+
+    g = GradientStep(energy, 0.5) if step else lambda x, z, none, *, m: 0.5 * torch.tanh(x) * m + z
+    z, m = (double(4, 3).requires_grad_().clone() for _ in range(2))
+    alive = weakref.ref(z), weakref.ref(m)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        x = FixedPointLayer(g)(z, None, m=m)
+    del z, m
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+    x.sum().backward()
 
 
 def test_a_buffer_moves_once_a_call_with_keywords_too():
@@ -244,6 +289,17 @@ def test_eval_mode_iterates_longer_to_a_tighter_tolerance():
     for wrong in (0, -1, float("inf"), "2", torch.tensor(2.0)):
         with pytest.raises(ValueError, match=r"eval_factor must be a finite number > 0"):
             FixedPointLayer(torch.tanh, eval_factor=wrong)
+
+
+def test_eval_mode_says_what_is_wrong_as_training_does():
+    layer, z = FixedPointLayer(lambda x, z: 0.9 * x + z, eval_factor=2).eval(), torch.ones(3, 2)
+    with pytest.raises(TypeError, match=r"x0 must be a tensor or a tuple of tensors \(got dict\)"):
+        layer(z, x0={"x": z})
+    with pytest.raises(TypeError, match=r"x0 must be float64, .* \(got torch.int64\)"):
+        layer(z, x0=z.long())
+    layer.tolerance = 1e-3
+    with pytest.raises(TypeError, match=r"tolerance must be a Tolerance \(got 0.001\)"):
+        layer(z)
 
 
 @pytest.mark.parametrize("kind", ["net", "energy"])

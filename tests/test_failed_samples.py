@@ -297,14 +297,14 @@ def test_warning_points_at_the_callers_line():
 
 
 @pytest.mark.parametrize("per_sample", ["auto", True, False])
-@pytest.mark.parametrize("b", [1, 6])
-def test_a_random_g_is_named_as_random_where_a_sample_does_not_converge(b, per_sample):
-    calls = Counter(lambda x, z: torch.nn.functional.dropout(0.5 * torch.tanh(x) + z))
+@pytest.mark.parametrize("b, sample", [(1, (4,)), (6, (4,)), (6, ()), (6, (2, 2))])
+def test_a_random_g_is_named_as_random_where_a_sample_does_not_converge(b, sample, per_sample):
+    calls = Counter(lambda x, z: 0.5 * torch.tanh(x) + z + torch.rand_like(x))
     with pytest.warns(FixedPointWarning) as warned:
         s = fixed_point(
             calls,
-            torch.zeros(b, 4),
-            torch.randn(b, 4),
+            torch.zeros(b, *sample),
+            torch.randn(b, *sample),
             max_iterations=20,
             per_sample=per_sample,
         )

@@ -59,7 +59,7 @@ def random(direction: Direction, x: Tensor, record: Record) -> bool:
     if seen.random is None and not direction.adjoint and not structured(direction.map.g):
         evaluate, before = direction.evaluation(), seen.calls
         try:
-            first, second = (evaluate(x).clone().flatten(1) for _ in range(2))
+            first, second = (evaluate(x).clone() for _ in range(2))
             seen.random = not bool(agree(second, first, x.dtype, 4).all())
         except Exception:  # a state that g was never meant to see
             seen.random = False

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import drivers
 from .._torch import attribute
-from ..arguments import Arguments
+from ..arguments import Arguments, numbers
 from ..options import Options
 from ..solution import Solution
 from ..state import check_inputs, state_of
@@ -51,11 +51,14 @@ def enter(
     check_inputs(g, inputs, params, packed)
     if arguments is not None:
         params = (*params, *arguments.shared)
+        arguments.release()
     if options.driver == "graph":
         drivers.check(options.driver, packed.device)
     map = UserMap(g, len(inputs), len(params), state.pack, state.unpack, arguments)
     if packed.is_meta:
         return shapes(map.taking(g, params), state, inputs, options)
+    if params:
+        together = together or any(numbers(t) for t in params)
     certified = attribute(g, "certified_lipschitz")
     problem = Problem(
         map=map,

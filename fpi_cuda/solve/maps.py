@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -206,7 +205,7 @@ def users(map: Any) -> Any:
     """What of a map is the user's: g, and what it is given beside tensors."""
     while not isinstance(map, UserMap):
         map = map.inner
-    return map.g if map.arguments is None else functools.partial(map.g, *map.arguments.plain)
+    return map.g if map.arguments is None else map.arguments.around(map.g)
 
 
 def check_output(gx: Any, x: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ class GradientStep(_Around):
         if keywords or not all(isinstance(t, Tensor) for t in inputs):
             arguments = Arguments(inputs, keywords)
             tensors = (*arguments.inputs, *arguments.shared)
+            arguments.release()
         state = make if n > 1 or make is not tuple else itemgetter(0)
         total = _Total(self.energy, n, state, arguments)
         gradients = partial(total, *parts, *tensors, which=tuple(range(n)))
@@ -121,7 +122,7 @@ class _Total(nn.Module):
         x, rest = s[: self.n], s[self.n :]
         energy: Callable[..., Any] = self.energy
         if self.arguments is not None:
-            at = len(self.arguments.inputs)
+            at = self.arguments.n_inputs
             energy, rest = self.arguments.put(energy, rest[at:]), rest[:at]
         values = energy(self.state(x), *rest)
         if not isinstance(values, Tensor) or values.shape != x[0].shape[:1]:
