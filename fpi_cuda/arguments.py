@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import tree_flatten, tree_unflatten
+from ._torch import tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = ["Arguments", "numbers"]
 
@@ -25,6 +25,11 @@ _NO_TENSORS = (
 def numbers(t: Tensor) -> bool:
     """Whether a tensor may number samples, as edges do: in a part of the batch they are others."""
     return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool) and t.dim() > 0
+
+
+def _untouched(v: Any) -> bool:
+    """Whether it goes to g as the very object that it is: what g notes in a list stays there."""
+    return not any(isinstance(leaf, Tensor) for leaf in tree_leaves(v))
 
 
 class Arguments:
@@ -42,7 +47,7 @@ class Arguments:
         self.n_inputs = len(self._at)
         self.inputs: Sequence[Tensor] = [args[i] for i in self._at]
         others = [None if isinstance(a, Tensor) else a for a in args]
-        leaves, self._nest = tree_flatten((others, dict(kwargs)))
+        leaves, self._nest = tree_flatten((others, dict(kwargs)), is_leaf=_untouched)
         self._places = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
         self.shared: Sequence[Tensor] = [leaves[i] for i in self._places]
         self.plain = [None if isinstance(v, Tensor) else v for v in leaves]
@@ -64,7 +69,7 @@ class Arguments:
         if b < 2:
             return False
         return any(t.is_nested or b in t.shape for t in self.shared) or not all(
-            isinstance(v, _NO_TENSORS) for v in self.plain
+            isinstance(v, _NO_TENSORS) for v in tree_leaves(self.plain)
         )
 
     def around(self, g: Callable[..., Any]) -> Callable[..., Any]:

@@ -117,11 +117,12 @@ class FixedPointLayer(nn.Module):
             params: tensors that the batch shares, as in `fixed_point`.
             tolerance: of this call; None: the layer's.
             max_iterations: likewise.
-            keywords: go to g under their names: an edge index, a mask, a time step. Tensors in
-                them, in lists, tuples and dicts too, get gradients of every order; g gets them
-                whole. If one of them has a dimension of B or holds integers, which may number
-                samples, or comes in an object of another class, all samples stay in the batch given
-                to g until the last has ended: pass what belongs to samples by position.
+            keywords: go to g under their names (but for those above): an edge index, a mask, a time
+                step, a module. Tensors in them, in lists, tuples and dicts too, get gradients of
+                every order; g gets them whole, so a NaN in one is every sample's. If one of them
+                has a dimension of B or holds integers, which may number samples, or comes in an
+                object of another class, all samples stay in the batch given to g until the last has
+                ended: pass what belongs to samples by position.
 
         Returns:
             x̂, shaped like the state; attached to autograd.

@@ -3,6 +3,7 @@
 import functools
 import gc
 import types
+import warnings
 import weakref
 
 import pytest
@@ -205,6 +206,40 @@ def test_a_buffer_moves_once_a_call_with_keywords_too():
     layer(torch.randn(6, 3), scale=0.3)
     assert layer.g.norm.num_batches_tracked == 1
     assert layer.g.seen == 0.3
+
+
+def test_a_module_by_keyword_is_gs_own_in_that_call():
+    """Its weights and mode are those of the call, whatever happens to it before the backward."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+    z = double(6, 3).requires_grad_()
+    layer = FixedPointLayer(lambda x, z, *, net: 0.1 * torch.tanh(net(x)) + z, **EXACT)
+    twin = FixedPointLayer(lambda x, z: 0.1 * torch.tanh(net(x)) + z, **EXACT)
+    tensors = (z, *net.parameters())
+
+    def solved(layer, **named):
+        net.train()
+        before = int(net[1].num_batches_tracked)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # batch norm couples the samples
+            x = layer(z, **named)
+        assert net[1].num_batches_tracked == before + 1
+        net.eval()
+        return second(x, tensors)
+
+    for mine, right in zip(solved(layer, net=net), solved(twin), strict=True):
+        for a, b in zip(mine, right, strict=True):
+            close(a, b)
+
+
+def test_a_container_without_tensors_is_the_callers_own():
+    notes, z = [], torch.ones(2, 3)
+
+    def g(x, z, *, notes, weights):
+        notes.append(len(x))
+        return 0.5 * x + weights["w"] * z
+
+    FixedPointLayer(g)(z, notes=notes, weights={"w": torch.tensor(2.0)})
+    assert set(notes) == {2}
 
 
 def test_a_solver_style_call_says_how_a_layer_is_called():

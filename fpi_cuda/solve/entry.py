@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import drivers
 from .._torch import attribute
@@ -46,6 +47,10 @@ def enter(
     packed = state.packed
     arguments = None
     if keywords is not None:
+        modules = {k: v for k, v in keywords.items() if isinstance(v, nn.Module)}
+        if modules and callable(g):  # their tensors and modes are g's own
+            g = functools.partial(g, **modules)
+            keywords = {k: v for k, v in keywords.items() if k not in modules}
         arguments = Arguments(inputs, keywords)
         inputs, together = arguments.inputs, together or arguments.of_samples(packed.shape[0])
     check_inputs(g, inputs, params, packed)
