@@ -268,6 +268,15 @@ def test_what_a_condition_implies():
     assert limits(terms, 30) == pytest.approx((0, (1e-4 / 30) ** 0.5), rel=1e-12, abs=0)
 
 
+@pytest.mark.parametrize("limit", [10**12, float("inf")])
+def test_a_huge_limit_is_no_limit(limit):
+    layer = FixedPointIteration(
+        lambda x, y: (0.5 * x[0] + y[0],), bind(default_term_cond, maxIter=limit), accelerate=True
+    )
+    (x,) = layer((torch.ones(2, 3),), (torch.zeros(2, 3),))
+    torch.testing.assert_close(x, torch.full((2, 3), 2.0), rtol=1e-4, atol=0)
+
+
 def test_each_direction_has_its_own_condition(monkeypatch):
     given = {}
     monkeypatch.setattr(each_sample, "fixed_point", lambda *a, **options: given.update(options))

@@ -18,6 +18,7 @@ Tensors = tuple[Tensor, ...]
 Condition = Callable[[int, Tensors, Tensors], bool]
 
 NO_LIMIT = 10_000  # evaluations of g where a condition that is read sets no limit
+MOST = 2**31 - 1  # iterations that a record can count
 _COUNTS = (1, 2, 3, 10, 100, 10_000)  # at which a condition is read
 
 
@@ -96,7 +97,9 @@ class Terms(NamedTuple):
     @property
     def max_iterations(self) -> int:
         """Evaluations of g."""
-        return math.ceil(self.max_iter) + 1 if self.max_iter > 0 else NO_LIMIT
+        if not self.max_iter > 0:
+            return NO_LIMIT
+        return min(math.ceil(min(self.max_iter, MOST)) + 1, MOST)
 
 
 def read(name: str, cond: Any) -> Terms:
