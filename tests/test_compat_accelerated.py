@@ -153,6 +153,21 @@ def test_a_shared_tensor_with_as_many_rows_as_the_batch_is_found_out(square):
         assert not (caught and square == "parameter")
 
 
+def test_the_last_batch_may_have_as_many_rows_as_a_weight():
+    """What was found out with six samples is not known of seven, of which a weight has as many."""
+    weight, slow = torch.eye(7).double() * 0.5, torch.logspace(-3, 1, 7).double()[:, None]
+    layer = FixedPointIteration(
+        lambda x, y: (torch.tanh(x[0] @ y[1]) + y[0],), TIGHT, TIGHT, accelerate=True
+    )
+    for b in (6, 6, 6, 7):
+        z = slow[:b].expand(b, 7).flip(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (x,) = layer((z, weight), (zeros(b, 7),))
+        torch.testing.assert_close(torch.tanh(0.5 * x) + z, x, rtol=1e-9, atol=1e-9)
+        assert ("compacted" in layer.last.path) == (b == 6)
+
+
 def test_samples_that_depend_on_each_other_are_one_system():
     """A chain: 0.5 of the state of the node before; each node would be done before it has begun."""
     n, z = 6, zeros(6, 1)
