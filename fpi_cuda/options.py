@@ -17,6 +17,7 @@ __all__ = ["BACKENDS", "DRIVERS", "Adjoint", "Options", "Solver", "Tolerance"]
 
 BACKENDS = ("auto", "reference", "native", "triton")
 DRIVERS = ("auto", "eager", "graph", "whole")
+MOST = 2**31 - 1  # iterations that a record can count
 
 _RTOL = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _ATOL = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
@@ -136,6 +137,10 @@ def check_parts(
         raise TypeError(f"{owner}: tolerance must be a Tolerance (got {tolerance!r}){advice}")
     if own or max_iterations is not None:
         check_whole(owner, "max_iterations", max_iterations)
+        if max_iterations > MOST:
+            raise ValueError(
+                f"{owner}: max_iterations must be at most {MOST} (got {max_iterations!r})"
+            )
 
 
 _SOLVER = attrgetter("start", "patience", "contraction", "history")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from ..options import Tolerance
+from ..options import MOST, Tolerance
 
 __all__ = ["NO_LIMIT", "Condition", "Tensors", "Terms", "default_term_cond", "read"]
 
@@ -18,7 +18,6 @@ Tensors = tuple[Tensor, ...]
 Condition = Callable[[int, Tensors, Tensors], bool]
 
 NO_LIMIT = 10_000  # evaluations of g where a condition that is read sets no limit
-MOST = 2**31 - 1  # iterations that a record can count
 _COUNTS = (1, 2, 3, 10, 100, 10_000)  # at which a condition is read
 
 
