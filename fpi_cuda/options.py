@@ -19,6 +19,7 @@ __all__ = ["BACKENDS", "DRIVERS", "Adjoint", "ByValue", "Options", "Solver", "To
 
 BACKENDS = ("auto", "reference", "native", "triton")
 DRIVERS = ("auto", "eager", "graph", "whole")
+MOST = 2**31 - 1  # iterations that a record can count
 
 _RTOL = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _ATOL = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
@@ -174,6 +175,10 @@ def check_parts(
             check_whole(owner, "max_iterations", max_iterations.item())
     elif own or max_iterations is not None:
         check_whole(owner, "max_iterations", max_iterations)
+        if max_iterations > MOST:
+            raise ValueError(
+                f"{owner}: max_iterations must be at most {MOST} (got {max_iterations!r})"
+            )
 
 
 def check_own(owner: str, name: str, t: Tensor, *, whole: bool = False) -> None:

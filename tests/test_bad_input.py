@@ -234,6 +234,13 @@ def test_tolerance_must_be_finite_and_not_negative(name, value):
         Tolerance(**{name: value})
 
 
+def test_iterations_are_as_many_as_can_be_counted():
+    x = torch.zeros(2, 3)
+    with raises(ValueError, r"max_iterations must be at most 2147483647 \(got "):
+        fixed_point(torch.cos, x, max_iterations=2**31)
+    assert fixed_point(torch.cos, x, max_iterations=2**31 - 1).converged.all()
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, None, math.nan, "10"])
 def test_max_iterations_must_be_a_whole_number_from_1(value):
     with raises(ValueError, r"max_iterations must be a whole number >= 1 \(got "):

@@ -47,6 +47,16 @@ class Pair(nn.Module):
 # --- signatures and semantics that are kept --------------------------------------------------
 
 
+def test_a_state_may_be_one_number(m_anderson):
+    y = (torch.tensor(0.3, dtype=torch.float64, requires_grad=True),)
+    (x,) = fixed_point_iteration(
+        y, (zeros(()),), lambda x, y: (torch.cos(0.5 * x[0]) + y[0],), TIGHT, TIGHT, m_anderson
+    )
+    assert x.shape == ()
+    torch.testing.assert_close(x, torch.cos(0.5 * x) + y[0], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(grad(x, y[0])[0], 1 / (1 + 0.5 * torch.sin(0.5 * x)))
+
+
 def test_state_input_and_result_are_tuples_of_any_shapes(m_anderson):
     g, y, x0 = Pair(), (double(2, 2),), (zeros(2, 3), zeros(()))
     x = fixed_point_iteration(y, x0, g, all_tight, all_tight, m_anderson)

@@ -153,6 +153,21 @@ def test_a_shared_tensor_with_as_many_rows_as_the_batch_is_found_out(square):
         assert not (caught and square == "parameter")
 
 
+def test_the_last_batch_may_have_as_many_rows_as_a_weight():
+    """What was found out with six samples is not known of seven, of which a weight has as many."""
+    weight, slow = torch.eye(7).double() * 0.5, torch.logspace(-3, 1, 7).double()[:, None]
+    layer = FixedPointIteration(
+        lambda x, y: (torch.tanh(x[0] @ y[1]) + y[0],), TIGHT, TIGHT, accelerate=True
+    )
+    for b in (6, 6, 6, 7):
+        z = slow[:b].expand(b, 7).flip(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (x,) = layer((z, weight), (zeros(b, 7),))
+        torch.testing.assert_close(torch.tanh(0.5 * x) + z, x, rtol=1e-9, atol=1e-9)
+        assert ("compacted" in layer.last.path) == (b == 6)
+
+
 def test_samples_that_depend_on_each_other_are_one_system():
     """A chain: 0.5 of the state of the node before; each node would be done before it has begun."""
     n, z = 6, zeros(6, 1)
@@ -266,6 +281,15 @@ def test_what_a_condition_implies():
     assert terms.max_iterations == 4001
     # All samples at their bound together change by the threshold: 6 · 5 values of this squared.
     assert limits(terms, 30) == pytest.approx((0, (1e-4 / 30) ** 0.5), rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("limit", [10**12, float("inf")])
+def test_a_huge_limit_is_no_limit(limit):
+    layer = FixedPointIteration(
+        lambda x, y: (0.5 * x[0] + y[0],), bind(default_term_cond, maxIter=limit), accelerate=True
+    )
+    (x,) = layer((torch.ones(2, 3),), (torch.zeros(2, 3),))
+    torch.testing.assert_close(x, torch.full((2, 3), 2.0), rtol=1e-4, atol=0)
 
 
 def test_each_direction_has_its_own_condition(monkeypatch):

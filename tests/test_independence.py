@@ -225,6 +225,25 @@ def test_auto_compacts_an_independent_g_without_a_warning(backend, solver, monke
         assert torch.equal(value, result[key]), key
 
 
+@pytest.mark.parametrize(
+    ("z", "s"),
+    [
+        ([[0.3, -0.8], [9, -9]], [0.9, 0.2]),  # two rows: one that is left fits any tensor
+        ([[0.3, -0.8], [9, -9], [9, 9], [-9, 9]], [[0.9, 0.4], [0.2, 0.4], [0.1, 0.2], [0.3, 0]]),
+    ],
+)
+def test_that_a_tensor_is_not_the_samples_may_matter_to_the_first_alone(z, s, backend):
+    """The others are at their ends, where nothing matters."""
+
+    def g(x, z, s):
+        return torch.tanh(x * (s if s.dim() == 1 else s.mean(0)) + z)
+
+    z, s = torch.tensor(z), torch.tensor(s)
+    with pytest.warns(UserWarning, match="part of the batch"):
+        x = fixed_point(g, torch.zeros_like(z), z, s, backend=backend).x
+    torch.testing.assert_close(g(x, z, s), x, rtol=1e-3, atol=1e-3)
+
+
 def test_a_rush_of_endings_is_not_compacted_until_the_rest_goes_on(backend):
     """Most samples end in one iteration: the others are given one more in the whole batch."""
     z = torch.full((32, 6), 0.2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from ..options import Tolerance
+from ..options import MOST, Tolerance
 
 __all__ = ["NO_LIMIT", "Condition", "Tensors", "Terms", "default_term_cond", "read"]
 
@@ -96,7 +96,9 @@ class Terms(NamedTuple):
     @property
     def max_iterations(self) -> int:
         """Evaluations of g."""
-        return math.ceil(self.max_iter) + 1 if self.max_iter > 0 else NO_LIMIT
+        if not self.max_iter > 0:
+            return NO_LIMIT
+        return min(math.ceil(min(self.max_iter, MOST)) + 1, MOST)
 
 
 def read(name: str, cond: Any) -> Terms:

@@ -43,7 +43,7 @@ def solve(
     shared = [i for i in range(len(y)) if i not in own]
     values = max(1, sum(t.numel() for t in x0))
     return fixed_point(
-        _step(g, [*own, *shared], param),
+        _step(g, own, shared, param),
         x0 if len(x0) > 1 else x0[0],
         *(y[i] for i in own),
         params=(*(y[i] for i in shared), *param),
@@ -56,10 +56,14 @@ def solve(
     )
 
 
-def _step(g: Step, order: list[int], param: Tensors) -> Callable[..., Any]:
-    """G of the state, the tensors of y in this order, and param."""
+def _step(g: Step, own: list[int], shared: list[int], param: Tensors) -> Callable[..., Any]:
+    """G of the state, the tensors of y that are the samples' own, those that are not, and param.
+
+    What is known of its samples holds where the same ones are their own: it captures both lists.
+    """
 
     def step(x: State, *given: Tensor) -> Any:
+        order = *own, *shared
         y = [given[0]] * len(order) if order else []
         for i, t in zip(order, given, strict=False):
             y[i] = t

@@ -16,7 +16,7 @@ from ..drivers.support import Solved, Support
 from ..options import Options, Solver, Tolerance
 from ..record import ACTIVE_ROWS, NEVER, Progress
 from ..solution import FixedPointWarning, warn
-from ..solve.independence import samples_of
+from ..solve.independence import INDEPENDENT
 from ..solve.problem import Context, Problem, Report
 from ..solvers import Picard
 from .conditions import Condition, Tensors, default_term_cond
@@ -43,7 +43,7 @@ def solve(
         drivers=(_Conditioned(forward_cond),),
         context=Context.here(x0[0].device.type),
         unpack=map.unpack,
-        samples=samples_of(True, map, x0[0]),
+        samples=INDEPENDENT,
         name="compat.fixed_point_iteration",
         advice="pass it in y or param",
     )

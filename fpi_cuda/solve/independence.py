@@ -57,12 +57,15 @@ class Samples:
             dtype: autocast's: g's products have the rounding of that, whatever the state's.
         """
         # Backwards, and without the first: a g that takes as many rows of a tensor that it captures
-        # would be right on the first ones.
-        at = torch.arange(len(whole) - 1, 0, -1, device=whole.device)
-        try:
-            same = bool(agree(part(at), whole.index_select(0, at), dtype or whole.dtype, 4).all())
-        except Exception:
-            same = False
+        # would be right on the first ones. Then without the last: the first may be the only sample
+        # to which it matters.
+        n, same = len(whole), True
+        for at in (torch.arange(i + n - 2, i - 1, -1, device=whole.device) for i in (1, 0)):
+            try:
+                values = part(at), whole.index_select(0, at)
+                same = same and bool(agree(*values, dtype or whole.dtype, 4).all())
+            except Exception:
+                same = False
         self.compactable, self.suspect = same, not same
         return same
 
