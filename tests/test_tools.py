@@ -4,7 +4,6 @@ import pytest
 import torch
 from helpers import Energy, Net
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fpi_cuda import ConvStep, DenseStep, FixedPointLayer, GradientStep, fixed_point
 from fpi_cuda.contraction import jacobian_norm
@@ -26,6 +25,9 @@ class Counted:
     of_one = 2 * 4 * 3 * 3
 
     def __init__(self):
+        # It imports triton, which must see first that it is to be interpreted: at collection.
+        from torch.utils.flop_counter import FlopCounterMode
+
         self.mode = FlopCounterMode(display=False)
 
     def __enter__(self):
