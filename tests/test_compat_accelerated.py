@@ -283,6 +283,26 @@ def test_what_a_condition_implies():
     assert limits(terms, 30) == pytest.approx((0, (1e-4 / 30) ** 0.5), rel=1e-12, abs=0)
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e5])
+def test_the_first_tensor_of_several_meets_its_condition_however_large_the_others_are(scale):
+    y = torch.linspace(0.1, 2, 6, dtype=torch.float64)[:, None].requires_grad_()
+    shift = scale * torch.linspace(0, 1, 6, dtype=torch.float64)[:, None]
+    cond = bind(default_term_cond, threshold=1e-8, maxIter=4000)
+
+    def g(x, y):
+        return 0.9 * torch.sin(x[0]) + y[0], 0.9 * x[1] + y[1]
+
+    layer = FixedPointIteration(g, cond, cond, accelerate=True)
+    x = layer((y, shift), (zeros(6, 3), zeros(6, 1)))
+    assert layer.last.converged.all()
+    change = (g(x, (y, shift))[0] - x[0]).norm(dim=1) / x[0].norm(dim=1)
+    assert change.max() < 2e-4
+    slope = 1 / (1 - 0.9 * torch.cos(x[0]))
+    torch.testing.assert_close(
+        grad(x[0].sum(), y)[0], slope.sum(1, keepdim=True), rtol=1e-2, atol=0
+    )
+
+
 @pytest.mark.parametrize("limit", [10**12, float("inf")])
 def test_a_huge_limit_is_no_limit(limit):
     layer = FixedPointIteration(

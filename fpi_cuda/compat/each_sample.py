@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .._torch import transforming
 from ..adjoint import ImplicitAdjoint
 from ..fixed_point import fixed_point
-from ..options import Solver
+from ..options import Solver, Tolerance
 from ..solution import Solution, State
 from .conditions import Condition, Tensors, read
 from .tuples import Step, Substitute, check_start, check_value
@@ -32,28 +35,53 @@ def solve(
     b = x0[0].shape[:1]
     for i, t in enumerate(x0):
         if t.dim() == 0 or t.shape[:1] != b:
-            sizes = ", ".join(str(tuple(t.shape)) for t in x0)
+            shapes = ", ".join(str(tuple(t.shape)) for t in x0)
             raise ValueError(
                 "compat: with accelerate=True every tensor of x0 must have the batch as its first "
-                f"dimension, of one size (got shapes {sizes}; see x0[{i}]); bring it there, or "
+                f"dimension, of one size (got shapes {shapes}; see x0[{i}]); bring it there, or "
                 "leave accelerate out"
             )
     # Each sample has a row of these; that a tensor has as many by accident is found out.
     own = [i for i, t in enumerate(y) if t.shape[:1] == b and not isinstance(t, nn.Parameter)]
     shared = [i for i in range(len(y)) if i not in own]
     values = max(1, sum(t.numel() for t in x0))
-    return fixed_point(
-        _step(g, own, shared, param),
-        x0 if len(x0) > 1 else x0[0],
-        *(y[i] for i in own),
-        params=(*(y[i] for i in shared), *param),
-        solver=solver,
-        tolerance=forward.tolerance(values),
-        max_iterations=forward.max_iterations,
-        adjoint=ImplicitAdjoint(
-            tolerance=backward.tolerance(values), max_iterations=backward.max_iterations
-        ),
+    step = _step(g, own, shared, param)
+    adjoint = ImplicitAdjoint(
+        tolerance=backward.tolerance(values), max_iterations=backward.max_iterations
     )
+
+    def solved(start: State, tolerance: Tolerance) -> Solution:
+        return fixed_point(
+            step,
+            start,
+            *(y[i] for i in own),
+            params=(*(y[i] for i in shared), *param),
+            solver=solver,
+            tolerance=tolerance,
+            max_iterations=forward.max_iterations,
+            adjoint=adjoint,
+        )
+
+    if len(x0) == 1:
+        return solved(x0[0], forward.tolerance(values))
+    solution = solved(x0, forward.tolerance(values))
+    if transforming() or not forward.normalized:
+        return solution
+    # The condition is about the first tensor alone, the solve's norm is of all of them.
+    x = [t.detach() for t in solution.x]
+    sizes = torch.stack([_norm(t) for t in x])
+    share = sizes[0] / _norm(sizes.T)
+    limit, rounding = math.sqrt(forward.threshold), 4 * torch.finfo(x[0].dtype).eps
+    short = solution.residual_norm > limit * sizes[0]
+    if not bool((short & solution.converged).any()):
+        return solution
+    rtol = torch.where(short, limit * share.nan_to_num(1.0), limit).clamp(min=rounding)
+    return solved(tuple(x), Tolerance(rtol, forward.tolerance(values).atol))
+
+
+def _norm(rows: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float64)
+    return norm
 
 
 def _step(g: Step, own: list[int], shared: list[int], param: Tensors) -> Callable[..., Any]:
