@@ -366,7 +366,7 @@ def test_a_cotangent_with_a_tangent_is_refused():
 
 
 def test_a_captured_tensor_is_named_wherever_g_holds_it():
-    w = (torch.randn(3, 3) / 4).requires_grad_()
+    w, still = (torch.randn(3, 3) / 4).requires_grad_(), torch.ones(3, 3)
     z = torch.randn(2, 3)
 
     class Owner(nn.Module):
@@ -382,7 +382,7 @@ def test_a_captured_tensor_is_named_wherever_g_holds_it():
         return lambda x, z: torch.tanh(x @ factor / 2) + z
 
     for g, name in (
-        (lambda x, z: torch.tanh(x @ w) + z, "w"),
+        (lambda x, z: torch.tanh(x @ (still * w)) + z, "w"),  # the other one has no gradient
         (lambda x, z, v=w: torch.tanh(x @ v) + z, "v"),
         (functools.partial(lambda x, z, u: torch.tanh(x @ u) + z, u=w), "u"),
         (made(), "factor"),
@@ -390,7 +390,7 @@ def test_a_captured_tensor_is_named_wherever_g_holds_it():
         (nn.ModuleList([Owner()])[0].forward, r"self.kept\['all'\]\[0\]"),
     ):
         x = fixed_point(g, torch.zeros(2, 3), z).x
-        with pytest.raises(RuntimeError, match=rf"needs gradients \({name} of shape \(3, 3\)"):
+        with pytest.raises(RuntimeError, match=rf"needs gradients \({name} of shape \(3, 3\)\)"):
             grad(x.sum(), w, create_graph=True)
     with pytest.raises(ValueError, match=r"captures one \(w of shape \(3, 3\)\)"):
         partial(lambda x: (x @ w).sum(), z)
