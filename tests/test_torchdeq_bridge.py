@@ -21,7 +21,11 @@ NAMES = ("fpi_anderson", "fpi_picard")
 THEIRS = {"fpi_anderson": "anderson", "fpi_picard": "fixed_point_iter"}
 TIGHT = {"f_tol": 1e-11, "b_tol": 1e-11, "f_max_iter": 400, "b_max_iter": 400}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # torch 2.11's, of any sparse tensor: the graph's edges
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
