@@ -184,6 +184,15 @@ def test_a_sample_of_a_fixed_count_never_fails_for_want_of_convergence(backend, 
         solve(z, rtol, 0.0, most, **options | {"on_failure": "raise"})
 
 
+def test_a_tolerance_below_the_states_dtype_is_no_fixed_count(backend):
+    z, tiny = inputs(torch.float32), torch.full((B,), 1e-60, dtype=torch.float64)
+    options = {"most": 200, "backend": backend, "solver": Picard()}
+    expected = account(solve(z, 1e-60, 0.0, **options), z)
+    assert LIMIT not in expected[2]
+    same(account(solve(z, tiny, 0.0, **options), z), expected)
+    same(account(solve(z, 0.0, tiny, **options), z), account(solve(z, 0.0, 1e-60, **options), z))
+
+
 def test_a_failure_of_a_fixed_count_is_told():
     z = inputs()
     with torch.no_grad():
