@@ -98,6 +98,22 @@ def test_a_layers_grow_in_eval_mode_too():
     assert torch.equal(given, solve(z).x)
 
 
+def test_a_layers_grow_in_eval_mode_as_numbers_do():
+    """In narrow dtypes too: no limit overflows, and no tolerance becomes a fixed count."""
+    narrow = (torch.full((B,), 2.0**-10).half(), torch.full((B,), 100, dtype=torch.uint8))
+    found = []
+    for rtol, most in (narrow, (2.0**-10, narrow[1][0]), (2.0**-10, 100)):
+        own = {"tolerance": Tolerance(rtol, 0.0), "max_iterations": most, "on_failure": "return"}
+        layer = FixedPointLayer(sine, solver=Picard(0.04), **own, eval_factor=3).eval()
+        layer(inputs())
+        found.append(layer.last.iterations.tolist())
+        layer.eval_factor, layer.max_iterations, layer.solver = 2.0**15, 1, Picard()
+        layer(inputs())
+        found[-1] += layer.last.status.tolist()
+    assert found[0] == found[1] == found[2]
+    assert max(found[0]) > 100
+
+
 def test_values_are_read_at_each_call():
     z, most = inputs(), MOST.clone()
     tolerance = Tolerance(RTOL.clone(), 0.0)
