@@ -42,7 +42,7 @@ def limits_of(problem: Problem, start: Tensor, *, adjoint: bool) -> Limits:
             wide = value.to(start.device, torch.float64)
         else:
             wide = torch.full(batch[-1:], value, dtype=torch.float64, device=start.device)
-        least = torch.where(wide > 0, torch.finfo(acc).tiny, 0.0)  # what rounds to 0 is no count
+        least = torch.finfo(acc).tiny * wide.sign()  # what rounds to 0 is no fixed count
         return torch.maximum(factor * wide, least).to(acc)
 
     rtol, offset = column(rtol), column(atol, math.sqrt(size))
