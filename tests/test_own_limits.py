@@ -133,8 +133,8 @@ def test_a_tensor_without_dimensions_is_a_number():
     assert ImplicitAdjoint(max_iterations=torch.tensor(7)) == ImplicitAdjoint(max_iterations=7)
 
 
-@pytest.mark.parametrize("whole", [torch.uint8, torch.int8, torch.int32])
-@pytest.mark.parametrize("floating", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("whole", [torch.uint8, torch.int8, torch.int32, torch.uint64])
+@pytest.mark.parametrize("floating", [torch.float8_e5m2, torch.bfloat16, torch.float64])
 def test_tensors_may_be_of_any_dtype_of_their_kind(floating, whole):
     z, t, k = inputs(), torch.full((B,), 2.0**-6), torch.full((B,), 100)
     found = solve(z, t.to(floating), t.to(floating)[:1].expand(B), k.to(whole))

@@ -26,6 +26,8 @@ WRONG = [
     ("most", MOST - 1, ValueError, r"max_iterations must be from 1 .*got 0 for sample 5"),
     ("most", MOST + 2**24, ValueError, "max_iterations must be from 1 to 16777216"),
     ("most", MOST[:2], ValueError, "max_iterations must have one value for each of the 6 samples"),
+    ("most", MOST.to("meta"), ValueError, "must be a dense tensor .* .got one on the meta device"),
+    ("rtol", RTOL.to_sparse(), ValueError, "must be a dense tensor .* .got one of layout"),
     ("most", torch.tensor(0), ValueError, "max_iterations must be a whole number >= 1"),
 ]
 
