@@ -20,6 +20,8 @@ WRONG = [
     ("rtol", RTOL / 0, ValueError, r"rtol must be finite and >= 0 \(got inf for sample 0\)"),
     ("rtol", RTOL * torch.nan, ValueError, r"rtol must be finite and >= 0 \(got nan"),
     ("rtol", torch.tensor(-1.0), ValueError, "rtol must be a finite number >= 0 .got -1.0"),
+    ("rtol", RTOL.tolist(), ValueError, r"rtol must be a finite number .*a tensor \[B\] has one"),
+    ("atol", ATOL.numpy(), ValueError, r"atol must be a finite number .*a tensor \[B\] has one"),
     ("rtol", MOST, TypeError, "rtol must be a tensor of a floating dtype .got one of torch.int64"),
     ("most", RTOL, TypeError, "max_iterations must be a tensor of whole numbers .got one of"),
     ("most", MOST > 0, TypeError, "max_iterations must be a tensor of whole numbers"),
