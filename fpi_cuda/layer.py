@@ -156,10 +156,14 @@ class FixedPointLayer(nn.Module):
         """The options in eval mode."""
         options.check()
         factor, dtype = self.eval_factor, state_of(x0).packed.dtype
-        tolerance = Tolerance(*(v / factor for v in options.tolerance.resolve(dtype)))
-        most = options.max_iterations * factor
-        most = most.ceil().long() if isinstance(most, Tensor) else math.ceil(most)
-        return options._replace(tolerance=tolerance, max_iterations=most)
+        values, most = options.tolerance.resolve(dtype), options.max_iterations
+        # In float64, as numbers are: in a narrow dtype tolerances round to 0 and limits overflow.
+        rtol, atol = ((t.double() if isinstance(t, Tensor) else t) / factor for t in values)
+        if isinstance(most, Tensor):
+            most = (most.double() * factor).ceil().long()
+        else:
+            most = math.ceil(most * factor)
+        return options._replace(tolerance=Tolerance(rtol, atol), max_iterations=most)
 
     def _zeros(
         self, tensors: Sequence[Tensor], inputs: Sequence[Any], params: Any, keywords: Any

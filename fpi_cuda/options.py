@@ -78,10 +78,10 @@ class Tolerance(ByValue):
                 if isinstance(value, Tensor):
                     object.__setattr__(self, "own", True)
                     continue
-            if value is not None and not (0 <= value < math.inf):
+            if value is not None and not _finite(value):
                 raise ValueError(
                     f"Tolerance: {name} must be a finite number >= 0 (got {value!r}); None takes "
-                    "the default of the state's dtype"
+                    "the default of the state's dtype, a tensor [B] has one for each sample"
                 )
 
     def resolve(
@@ -91,6 +91,13 @@ class Tolerance(ByValue):
         rtol = _RTOL[dtype] if self.rtol is None else self.rtol
         default_atol = 0.0 if adjoint else _ATOL[dtype]
         return rtol, default_atol if self.atol is None else self.atol
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return bool(0 <= value < math.inf)
+    except (TypeError, ValueError):  # no number: a list, an array of several
+        return False
 
 
 class Solver(Protocol):

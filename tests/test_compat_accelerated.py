@@ -303,6 +303,21 @@ def test_the_first_tensor_of_several_meets_its_condition_however_large_the_other
     )
 
 
+def test_the_first_tensor_is_solved_below_the_rounding_of_the_others():
+    """What can't be met is told, not taken for met."""
+    z = torch.linspace(0.1, 2, 6)[:, None].expand(6, 3)
+    cond = bind(default_term_cond, threshold=1e-8, maxIter=500)
+
+    def g(x, y):
+        return 0.7 * torch.sin(x[0]) + y[0], 0.9 * torch.cos(x[1]) + 1e6
+
+    layer = FixedPointIteration(g, cond, cond, accelerate=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FixedPointWarning)
+        x, _ = layer((z,), (torch.zeros(6, 3), torch.zeros(6, 4)))
+    assert (0.7 * torch.sin(x) + z - x).norm(dim=1).max() < 1e-4 * x.norm(dim=1).min()
+
+
 @pytest.mark.parametrize("limit", [10**12, float("inf")])
 def test_a_huge_limit_is_no_limit(limit):
     layer = FixedPointIteration(

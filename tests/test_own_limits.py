@@ -133,8 +133,8 @@ def test_a_tensor_without_dimensions_is_a_number():
     assert ImplicitAdjoint(max_iterations=torch.tensor(7)) == ImplicitAdjoint(max_iterations=7)
 
 
-@pytest.mark.parametrize("whole", [torch.uint8, torch.int8, torch.int32])
-@pytest.mark.parametrize("floating", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("whole", [torch.uint8, torch.int8, torch.int32, torch.uint64])
+@pytest.mark.parametrize("floating", [torch.float8_e5m2, torch.bfloat16, torch.float64])
 def test_tensors_may_be_of_any_dtype_of_their_kind(floating, whole):
     z, t, k = inputs(), torch.full((B,), 2.0**-6), torch.full((B,), 100)
     found = solve(z, t.to(floating), t.to(floating)[:1].expand(B), k.to(whole))
@@ -182,6 +182,15 @@ def test_a_sample_of_a_fixed_count_never_fails_for_want_of_convergence(backend, 
         solve(z, rtol, 0.0, most, **options)
     with pytest.raises(FixedPointError, match=r"1 of 6 samples MAX"):
         solve(z, rtol, 0.0, most, **options | {"on_failure": "raise"})
+
+
+def test_a_tolerance_below_the_states_dtype_is_no_fixed_count(backend):
+    z, tiny = inputs(torch.float32), torch.full((B,), 1e-60, dtype=torch.float64)
+    options = {"most": 200, "backend": backend, "solver": Picard()}
+    expected = account(solve(z, 1e-60, 0.0, **options), z)
+    assert LIMIT not in expected[2]
+    same(account(solve(z, tiny, 0.0, **options), z), expected)
+    same(account(solve(z, 0.0, tiny, **options), z), account(solve(z, 0.0, 1e-60, **options), z))
 
 
 def test_a_failure_of_a_fixed_count_is_told():

@@ -20,12 +20,16 @@ WRONG = [
     ("rtol", RTOL / 0, ValueError, r"rtol must be finite and >= 0 \(got inf for sample 0\)"),
     ("rtol", RTOL * torch.nan, ValueError, r"rtol must be finite and >= 0 \(got nan"),
     ("rtol", torch.tensor(-1.0), ValueError, "rtol must be a finite number >= 0 .got -1.0"),
+    ("rtol", RTOL.tolist(), ValueError, r"rtol must be a finite number .*a tensor \[B\] has one"),
+    ("atol", ATOL.numpy(), ValueError, r"atol must be a finite number .*a tensor \[B\] has one"),
     ("rtol", MOST, TypeError, "rtol must be a tensor of a floating dtype .got one of torch.int64"),
     ("most", RTOL, TypeError, "max_iterations must be a tensor of whole numbers .got one of"),
     ("most", MOST > 0, TypeError, "max_iterations must be a tensor of whole numbers"),
     ("most", MOST - 1, ValueError, r"max_iterations must be from 1 .*got 0 for sample 5"),
     ("most", MOST + 2**24, ValueError, "max_iterations must be from 1 to 16777216"),
     ("most", MOST[:2], ValueError, "max_iterations must have one value for each of the 6 samples"),
+    ("most", MOST.to("meta"), ValueError, "must be a dense tensor .* .got one on the meta device"),
+    ("rtol", RTOL.to_sparse(), ValueError, "must be a dense tensor .* .got one of layout"),
     ("most", torch.tensor(0), ValueError, "max_iterations must be a whole number >= 1"),
 ]
 
@@ -96,6 +100,22 @@ def test_a_layers_grow_in_eval_mode_too():
     assert torch.equal(x, solve(z, RTOL / 2.5, ATOL / 2.5, most).x)
     given = layer(z, tolerance=Tolerance(RTOL, ATOL), max_iterations=MOST)
     assert torch.equal(given, solve(z).x)
+
+
+def test_a_layers_grow_in_eval_mode_as_numbers_do():
+    """In narrow dtypes too: no limit overflows, and no tolerance becomes a fixed count."""
+    narrow = (torch.full((B,), 2.0**-10).half(), torch.full((B,), 100, dtype=torch.uint8))
+    found = []
+    for rtol, most in (narrow, (2.0**-10, narrow[1][0]), (2.0**-10, 100)):
+        own = {"tolerance": Tolerance(rtol, 0.0), "max_iterations": most, "on_failure": "return"}
+        layer = FixedPointLayer(sine, solver=Picard(0.04), **own, eval_factor=3).eval()
+        layer(inputs())
+        found.append(layer.last.iterations.tolist())
+        layer.eval_factor, layer.max_iterations, layer.solver = 2.0**15, 1, Picard()
+        layer(inputs())
+        found[-1] += layer.last.status.tolist()
+    assert found[0] == found[1] == found[2]
+    assert max(found[0]) > 100
 
 
 def test_values_are_read_at_each_call():

@@ -71,11 +71,12 @@ def solve(
     x = [t.detach() for t in solution.x]
     sizes = torch.stack([_norm(t) for t in x])
     share = sizes[0] / _norm(sizes.T)
-    limit, rounding = math.sqrt(forward.threshold), 4 * torch.finfo(x[0].dtype).eps
+    limit = math.sqrt(forward.threshold)
     short = solution.residual_norm > limit * sizes[0]
     if not bool((short & solution.converged).any()):
         return solution
-    rtol = torch.where(short, limit * share.nan_to_num(1.0), limit).clamp(min=rounding)
+    rtol = torch.where(short, limit * share.nan_to_num(1.0), limit)
+    rtol = rtol.clamp(min=torch.finfo(rtol.dtype).tiny)  # 0 might be a fixed count
     return solved(tuple(x), Tolerance(rtol, forward.tolerance(values).atol))
 
 

@@ -42,7 +42,8 @@ def limits_of(problem: Problem, start: Tensor, *, adjoint: bool) -> Limits:
             wide = value.to(start.device, torch.float64)
         else:
             wide = torch.full(batch[-1:], value, dtype=torch.float64, device=start.device)
-        return (factor * wide).to(acc)
+        least = torch.finfo(acc).tiny * wide.sign()  # what rounds to 0 is no fixed count
+        return torch.maximum(factor * wide, least).to(acc)
 
     rtol, offset = column(rtol), column(atol, math.sqrt(size))
     limit = column(most if isinstance(most, Tensor) else min(most, 2**30))
@@ -78,21 +79,24 @@ def check_values(owner: str, tolerance: Tolerance | None, most: Any, b: int) -> 
     """
     if tolerance is not None:
         for name in ("rtol", "atol"):
-            t = getattr(tolerance, name)
+            t, top = getattr(tolerance, name), torch.finfo(torch.float64).max
             if isinstance(t, Tensor):
-                finite = (t >= 0) & (t < math.inf)
-                _check(owner, f"tolerance.{name}", t, finite, "finite and >= 0", b)
+                _check(owner, f"tolerance.{name}", t, 0, top, "finite and >= 0", b)
     if isinstance(most, Tensor) and most.dim() == 1:
-        within = (most >= 1) & (most.long() <= MOST)
-        _check(owner, "max_iterations", most, within, f"from 1 to {MOST}", b)
+        _check(owner, "max_iterations", most, 1, MOST, f"from 1 to {MOST}", b)
 
 
-def _check(owner: str, name: str, t: Tensor, good: Tensor, what: str, b: int) -> None:
+def _check(owner: str, name: str, t: Tensor, least: float, top: float, what: str, b: int) -> None:
     if t.shape != (b,):
         raise ValueError(
             f"{owner}: {name} must have one value for each of the {b} samples of x0, shape [{b}] "
             f"(got shape {list(t.shape)})"
         )
+    if t.is_meta or t.layout != torch.strided:
+        place = "on the meta device" if t.is_meta else f"of layout {t.layout}"
+        raise ValueError(f"{owner}: {name} must be a dense tensor with values (got one {place})")
+    wide = t.double()  # some dtypes can't be compared
+    good = (wide >= least) & (wide <= top)
     if not bool(good.all()):
         i = int(good.to(torch.uint8).argmin())
         got = t[i].item()
