@@ -86,6 +86,9 @@ def check_tuple(owner: str, x: Any, n: int) -> None:
         raise TypeError(f"{owner}: g must return a tuple of {n} tensors like x0 (got {got})")
 
 
+_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+
 def _check_part(name: str, part: Any) -> None:
     if not isinstance(part, Tensor):
         what = "a tensor or a tuple of tensors" if name == "x0" else "a tensor"
@@ -107,12 +110,12 @@ def _check_part(name: str, part: Any) -> None:
         raise TypeError(
             f"fixed_point: {name} must be dense (got {part.layout}); write {name}.to_dense()"
         )
-    if part.is_complex():
-        raise TypeError(
-            f"fixed_point: {name} must be real (got {part.dtype}); start from "
-            f"torch.view_as_real({name}), and take torch.view_as_complex(x) in g"
-        )
-    if part.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    if part.dtype not in _DTYPES:
+        if part.is_complex():
+            raise TypeError(
+                f"fixed_point: {name} must be real (got {part.dtype}); start from "
+                f"torch.view_as_real({name}), and take torch.view_as_complex(x) in g"
+            )
         raise TypeError(
             f"fixed_point: {name} must be float64, float32, float16 or bfloat16 (got "
             f"{part.dtype}); write {name}.float()"
