@@ -19,7 +19,7 @@ from .tables import markdown_table, reasons, sections, verdict_table
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = ("full", "solve", "peers", "dense", "whole", "nets", "scaling", "kernels", "conv")
-NAMES += ("convolutions", "loop", "dropin", "dropin-bibtex")
+NAMES += ("convolutions", "loop", "dropin", "dropin-bibtex", "bridge")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
