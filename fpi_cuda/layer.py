@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import attribute, stripped, transforming
+from ._torch import attribute
 from .adjoint import ImplicitAdjoint
 from .arguments import Arguments
 from .fixed_point import solve
 from .modules import Binding
 from .operators import differentiable
 from .options import Options, Solver, Tolerance
-from .solution import Solution, State, each
+from .solution import Solution, State, each, kept
 from .solvers import Anderson
 from .state import state_of
 
@@ -144,9 +144,7 @@ class FixedPointLayer(nn.Module):
         if max_iterations is not None:
             options = options._replace(max_iterations=max_iterations)
         solution = solve(self.g, x0, inputs, params, options, given)
-        self.last = solution.detach()
-        if not torch.compiler.is_compiling() and transforming():
-            self.last.x = each(_unwrapped, self.last.x)  # its wrappers end with the transform
+        self.last = kept(solution)
         # What is kept, for a warm start and for the backward, is the solver's own: the caller may
         # change the output in place.
         x = solution.x
@@ -271,8 +269,3 @@ def _check_first(inputs: Sequence[Any]) -> None:
             f"the callable {getattr(first, '__name__', type(first).__name__)!r}); give g where the "
             "layer is made, FixedPointLayer(g)(z), or use fixed_point(g, x0)"
         )
-
-
-def _unwrapped(t: Tensor) -> Tensor:
-    """Without torch.func's wrappers; mapped dimensions first, as in the record."""
-    return stripped(t, lambda t, dim: t.movedim(dim, 0))

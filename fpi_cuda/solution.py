@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._torch import stripped, transforming
 from .options import Tolerance
 from .record import Account, Record, Status
 
@@ -89,3 +90,14 @@ class Solution(Account):
     def detach(self) -> Solution:
         """The same with x cut from the graph: keeps no graph alive."""
         return Solution(each(Tensor.detach, self.x), self.record)
+
+
+def kept(solution: Solution) -> Solution:
+    """The same for a layer to keep: detached, without the wrappers of torch.func.
+
+    Those end with their transform. Mapped dimensions come first, as in the record.
+    """
+    kept = solution.detach()
+    if not torch.compiler.is_compiling() and transforming():
+        kept.x = each(lambda t: stripped(t, lambda t, dim: t.movedim(dim, 0)), kept.x)
+    return kept

@@ -9,6 +9,7 @@ import torch
 from helpers import Counter, Energy, Net, contraction, unroll
 from helpers_compat import (
     TIGHT,
+    Descent,
     double,
     m_anderson_fixture,  # noqa: F401
     zeros,
@@ -91,18 +92,6 @@ def test_gradcheck_and_gradgradcheck_of_the_layer(m_anderson):
 
 def test_fpi_gd_by_compats_partial_has_right_second_derivatives():
     """The old layer's FPI_GD: g = x - γ P(f) inside a module."""
-
-    class Descent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.energy = Energy()
-
-        def forward(self, x, y):
-            slope = partial(
-                lambda x, y: self.energy(x[0], y[0]).sum(), x, y, tuple(self.energy.parameters())
-            )
-            return (x[0] - 0.4 * slope[0],)
-
     g, y = Descent(), double(2, 2).requires_grad_()
     tensors = (y, *g.parameters())
     (x,) = FixedPointIteration(g, TIGHT, TIGHT)((y,), (zeros(2, 3),))

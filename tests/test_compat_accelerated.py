@@ -7,8 +7,8 @@ from functools import partial as bind
 
 import pytest
 import torch
-from helpers import Energy, Net, contraction, unroll
-from helpers_compat import double, zeros
+from helpers import Net, contraction, unroll
+from helpers_compat import Descent, double, zeros
 from torch import nn
 from torch.autograd import grad
 from torch.nn.functional import linear
@@ -19,7 +19,6 @@ from fpi_cuda.compat import (
     default_term_cond,
     each_sample,
     fixed_point_iteration,
-    partial,
 )
 from fpi_cuda.compat.conditions import NO_LIMIT, read
 
@@ -49,20 +48,6 @@ class Pair(nn.Module):
     def forward(self, x, y):
         u, s = x
         return self.net(u, y[0]), 0.5 * torch.tanh(s) + u.mean(1, keepdim=True)
-
-
-class Descent(nn.Module):
-    """The old layer's FPI_GD."""
-
-    def __init__(self):
-        super().__init__()
-        self.energy = Energy()
-
-    def forward(self, x, y):
-        slope = partial(
-            lambda x, y: self.energy(x[0], y[0]).sum(), x, y, tuple(self.energy.parameters())
-        )
-        return (x[0] - 0.4 * slope[0],)
 
 
 def derivatives(x, tensors):

@@ -41,14 +41,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import operators
 from .._check import check_whole
-from .._torch import stripped, transforming
 from ..options import Solver
-from ..solution import Solution, each
+from ..solution import Solution, kept
 from ..solvers import Anderson, Picard
 from . import each_sample, whole_batch
 from .conditions import Condition, Tensors, default_term_cond, read
@@ -163,9 +161,7 @@ class FixedPointIteration(nn.Module):
         solution = each_sample.solve(
             tensors("y", y), tensors("x0", x0), *given[2:], solver, self.param
         )
-        self.last = solution.detach()
-        if not torch.compiler.is_compiling() and transforming():
-            self.last.x = each(_unwrapped, self.last.x)  # its wrappers end with the transform
+        self.last = kept(solution)
         return _own(solution.x)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -208,8 +204,3 @@ def _solver(m_anderson: int, eps: float, accelerate: bool) -> Solver:
 def _own(x: Any) -> Tensors:
     """A copy of the state, so that the caller may change it in place."""
     return tuple(t.clone() for t in ((x,) if isinstance(x, Tensor) else x))
-
-
-def _unwrapped(t: Tensor) -> Tensor:
-    """Without torch.func's wrappers; mapped dimensions first, as in the record."""
-    return stripped(t, lambda t, dim: t.movedim(dim, 0))
