@@ -14,6 +14,7 @@
 
 #include "math/dense.h"
 #include "math/progress.h"
+#include "math/window.h"
 
 // Unlike STD_TORCH_CHECK, the message starts with the operator, not with a source file.
 #define FPI_CHECK(condition, ...)                                  \
@@ -161,6 +162,14 @@ inline void check_step(const char* op, const Tensor& x, const Tensor& gx, const 
       check_sizes(op, "bounds", *bounds, {samples});
     }
     check_dtype(op, "bounds", *bounds, accumulate_dtype(x));
+  }
+}
+
+inline void check_trail(const char* op, const Tensor& x, const Tensor& out,
+                        const std::optional<Tensor>& trail) {
+  if (trail) {
+    check_sizes(op, "trail", *trail, {out.size(0), kTrailLength, x.size(1)});
+    check_same_dtype(op, "trail", *trail, "x", x);
   }
 }
 

@@ -9,18 +9,20 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   // index[R] of B; Acc is float64 for float64 states, else float32.
   //   x, gx      [R, N]  iterates, moved in place; g at them
   //   out        [B, N]  results of finished samples
-  //   counters   [B, 5]  int32, scalars [B, 7] Acc: csrc/math/progress.h
+  //   counters   [B, 6]  int32, scalars [B, 9] Acc: csrc/math/progress.h
   //   tally      [3]     int32: set to the rows still active; grows by those that failed; grows
   //                      by 1, the iterations made, so that a device needs no host to count them
   //   index      [R]     int64; none: row r holds sample r
-  //   bounds     [B]     Acc: the least norm that rtol multiplies; or [B, 5]: that one, and each
-  //                      sample's own rtol, offset, patience and max_iterations; none: 0
+  //   bounds     [B]     Acc: the least norm that rtol multiplies; or [B, 6]: that one, and each
+  //                      sample's own rtol, offset, patience, max_iterations and rounding; none: 0
   // offset is atol √N.
 #define FPI_STEP                                                                       \
   "Tensor(a!) x, Tensor gx, Tensor(b!) out, Tensor(c!) counters, Tensor(d!) scalars, " \
   "Tensor(e!) tally, Tensor? index, Tensor? bounds, float rtol, float offset, "         \
   "float rounding, int patience, int max_iterations, float beta"
-  m.def("_picard_step(" FPI_STEP ") -> ()");
+  //   trail      [B, 2, N]  the last iterates before x, where they are kept; none: nothing is
+  //                         measured of g but its rate at beta = 1
+  m.def("_picard_step(" FPI_STEP ", Tensor(f!)? trail) -> ()");
   //   values, residuals  [B, m, N]  rings of g(x) and g(x) − x;  gram [B, m, m] Acc
   m.def("_anderson_step(" FPI_STEP
         ", float ridge, float restart, Tensor(f!) values, Tensor(g!) residuals, Tensor(h!) gram)"

@@ -53,19 +53,21 @@ StepCall<T> step_call(const Tensor& x, const Tensor& gx, const Tensor& out, cons
           .tally = static_cast<int32_t*>(tally.mutable_data_ptr())};
 }
 
-// Kernel::run(x, call)
+// Kernel::run(x, call, trail)
 template <typename Kernel>
 void picard_step(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalars, Tensor tally,
                  std::optional<Tensor> index, std::optional<Tensor> bounds, double rtol,
                  double offset, double rounding, int64_t patience, int64_t max_iterations,
-                 double beta) {
+                 double beta, std::optional<Tensor> trail) {
   constexpr const char* op = "_picard_step";
   check_step(op, x, gx, out, counters, scalars, tally, index, bounds);
+  check_trail(op, x, out, trail);
   dispatch_floating(op, "x", x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto record = record_of<accumulate_t<T>>(counters, scalars, index, bounds, rtol, offset,
                                                    rounding, patience, max_iterations);
-    Kernel::run(x, step_call<T>(x, gx, out, tally, beta, record));
+    T* states = trail ? static_cast<T*>(trail->mutable_data_ptr()) : nullptr;
+    Kernel::run(x, step_call<T>(x, gx, out, tally, beta, record), Trail<T>{states});
   });
 }
 

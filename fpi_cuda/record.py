@@ -53,21 +53,29 @@ MASKED = (Status.DIVERGED, Status.NONFINITE)
 # In counters[:, STATUS]: 0 while a sample iterates, then its Status + 1; csrc/math/progress.h.
 ACTIVE = 0
 
-# Columns of `counters`, int32 [B, 5]; csrc/math/progress.h has the same.
-STATUS, ITERATIONS, REFERENCE_ITERATION, WINDOW, HEAD = range(5)
+# Columns of `counters`, int32 [B, 6]; csrc/math/progress.h has the same: of the window or trail how
+# many iterates it holds, and the slot of the newest; how often a mixture was taken back.
+STATUS, ITERATIONS, REFERENCE_ITERATION, WINDOW, HEAD, RETREATS = range(6)
+COUNTERS = 6
 # Entries of `tally`, int32 [3]: rows still active; samples that ended otherwise than converged, so
 # far; iterations made. The last so that a device needs no host to count them.
 ACTIVE_ROWS, FAILED, ITERATION = range(3)
-# Columns of `scalars`, [B, 2 + RING] in the accumulate dtype; csrc/math/progress.h has the same.
-RESIDUAL, REFERENCE, RING_START = 0, 1, 2
-# Columns of `bounds`, [B] or [B, 5]; csrc/math/progress.h has the same: the least norm that rtol
+# Columns of `scalars` in the accumulate dtype; csrc/math/progress.h has the same: the last residual
+# norm; the one at the last fall by 0.5 %; the last ‖g(x)‖; the largest gain ‖Δg‖/‖Δr‖ seen, 0: none;
+# a ring of secant ratios ‖Δg‖/‖Δx‖, 0: none.
+RESIDUAL, REFERENCE, VALUE, GAIN, RING_START = range(5)
+RING = 5
+SCALARS = RING_START + RING
+# Columns of `bounds`, [B] or [B, 6]; csrc/math/progress.h has the same: the least norm that rtol
 # multiplies; where there are more, a sample's own limits instead of the solve's.
-FLOOR, OWN_RTOL, OWN_OFFSET, OWN_PATIENCE, OWN_MAX_ITERATIONS = range(5)
-RING = 5  # residuals (Picard) or secant ratios (Anderson) behind the contraction estimate
+FLOOR, OWN_RTOL, OWN_OFFSET, OWN_PATIENCE, OWN_MAX_ITERATIONS, OWN_ROUNDING = range(6)
 
 # DIVERGED: the residual is GROWTH times the reference, which is at least GROWTH_ITERATIONS old.
 GROWTH, GROWTH_ITERATIONS = 1e4, 5
-NOISE = 2  # Anderson needs residual differences above this many roundings of g(x)
+NOISE = 2  # residual differences below this many roundings of g(x) say nothing of g
+TRAIL = 2  # iterates that Picard keeps for its end,
+NEAR_END = 4  # when the residual comes near so many times the threshold
+MAX_RETREATS = 3  # mixtures that a sample takes back; then it takes plain steps
 # A residual this much below the reference counts as progress. Slow contractions must not look
 # stalled: in ten iterations one of rate 0.9995 falls this far.
 FALL = 0.995
@@ -82,8 +90,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 class Limits:
     """When a sample stops; see `Tolerance` and `Status`.
 
-    own: [B, 4] in the accumulate dtype, or None: each sample's own rtol, offset, patience and
-    max_iterations. Those of the solve are then the least rtol and the most iterations of any.
+    own: [B, 5] in the accumulate dtype, or None: each sample's own rtol, offset, patience,
+    max_iterations and rounding. Those of the solve are then the least rtol and the most iterations
+    of any.
     """
 
     rtol: float
@@ -99,6 +108,11 @@ class Limits:
         return (self.rtol, self.offset) if self.own is None else (self.own[:, 0], self.own[:, 1])
 
     @property
+    def roundings(self) -> float | Tensor:
+        """Of ‖g(x)‖: 16 u √N, a number for all samples or [B]."""
+        return self.rounding if self.own is None else self.own[:, 4]
+
+    @property
     def counted(self) -> bool | Tensor:
         """Whether samples run a fixed count, for all of them or [B]."""
         rtol, offset = self.thresholds
@@ -109,6 +123,10 @@ class Limits:
         """In the order in which the kernels take them."""
         return self.rtol, self.offset, self.rounding, self.patience, self.max_iterations
 
+
+# Times gain times residual is the error estimate: fitted once to a zoo of maps, so that it covers the
+# error in 99 of 100 (docs/math.md).
+ESTIMATE = 2.6
 
 # Reached by no finite residual, except that one which grows without end is DIVERGED.
 NEVER = Limits(rtol=0.0, offset=-1.0, rounding=-1.0, patience=2**30, max_iterations=2**30)
@@ -135,8 +153,8 @@ class Progress:
         b, device = x.shape[0], x.device
         self.limits = limits
         self.dtype = accumulate_dtype(x.dtype)
-        self.counters = torch.zeros(b, 5, dtype=torch.int32, device=device)
-        self.scalars = torch.zeros(b, 2 + RING, dtype=self.dtype, device=device)
+        self.counters = torch.zeros(b, COUNTERS, dtype=torch.int32, device=device)
+        self.scalars = torch.zeros(b, SCALARS, dtype=self.dtype, device=device)
         self.bounds = floor  # what the step operators are told of each sample
         if limits.own is not None:
             first = limits.own.new_zeros(b) if floor is None else floor
@@ -162,7 +180,7 @@ class Progress:
 
     @property
     def own(self) -> Tensor | None:
-        """[B, 4], a view of the bounds: the samples' own limits; None: they have none."""
+        """[B, 5], a view of the bounds: the samples' own limits; None: they have none."""
         bounds = self.bounds
         return None if bounds is None or bounds.dim() == 1 else bounds[:, OWN_RTOL:]
 
@@ -223,7 +241,7 @@ class Account:
 
     @property
     def contraction(self) -> Tensor:
-        """[B], measured rate; NaN where only one iteration was made."""
+        """[B], measured rate of g; NaN where only one iteration was made."""
         record = self.record
         ring, counters = record.progress.scalars[:, RING_START:], record.progress.counters
         return record.rate(ring, counters[:, ITERATIONS]).view(record.batch)
@@ -234,16 +252,40 @@ class Account:
         return self.status == Status.CONVERGED
 
     @property
+    def retreats(self) -> Tensor:
+        """Int32 [B], mixtures of Anderson that were taken back because g was not finite there."""
+        return self.record.progress.counters[:, RETREATS].reshape(self.record.batch)
+
+    @property
     def error_estimate(self) -> Tensor:
-        """ρ̂/(1−ρ̂)·residual [B]: an estimate of ‖x − x̂‖₂, not a bound. Inf where ρ̂ ≥ 1."""
-        rate = self.contraction
-        return torch.where(rate < 1, rate / (1 - rate), math.inf) * self.residual_norm
+        """[B], an estimate of ‖x − x̂‖₂, no bound: 2.6 times the measured gain times the residual.
+
+        docs/math.md says how often it is too small. Inf where nothing could be measured (one
+        iteration, differences at the rounding level) or there is nothing to be near to (DIVERGED,
+        NONFINITE); 0 where the residual is.
+        """
+        record, scalars = self.record, self.record.progress.scalars
+        gain, residual = scalars[:, GAIN], record.measured_residual
+        estimate = torch.where(gain > 0, ESTIMATE * gain * residual, math.inf)
+        estimate = torch.where(residual == 0, residual, estimate)
+        lost = torch.zeros_like(gain, dtype=torch.bool)
+        for status in MASKED:
+            lost |= record.progress.counters[:, STATUS] == status + 1
+        return torch.where(lost, math.inf, estimate).view(record.batch)
 
     @property
     def error_bound(self) -> Tensor | None:
-        """k/(1−k)·residual [B] where the step certifies a Lipschitz constant k < 1, else None."""
-        k = self.record.lipschitz
-        return None if k is None or not 0 <= k < 1 else k / (1 - k) * self.residual_norm
+        """A bound of ‖x − x̂‖₂, [B], where the step certifies a Lipschitz constant k < 1, else None.
+
+        (k·residual + ε)/(1 − k), with ε = 16 u √N ‖g(x)‖ for the rounding of one evaluation of g,
+        u the unit roundoff of the state.
+        """
+        record, k = self.record, self.record.lipschitz
+        if k is None or not 0 <= k < 1:
+            return None
+        scalars = record.progress.scalars
+        rounding = record.progress.limits.roundings * scalars[:, VALUE]
+        return ((k * scalars[:, RESIDUAL] + rounding) / (1 - k)).view(record.batch)
 
 
 @dataclass(eq=False)
@@ -258,11 +300,25 @@ class Record(Account):
     evaluations: int = 0  # calls of g with any number of rows, those of the per_sample probe too
     lipschitz: float | None = None  # certified by the step, for error_bound
     adjoint: Record | None = None  # the backward solve's own record, filled by each backward
+    system: int = 1  # samples that are solved as one system
 
     @property
     def record(self) -> Record:  # type: ignore[override]
         """Itself."""
         return self
+
+    @property
+    def measured_residual(self) -> Tensor:
+        """[B], what the gain multiplies: the residual; of one system at least its mean square.
+
+        There a sample's error comes from the others' residuals too.
+        """
+        residual = self.progress.scalars[:, RESIDUAL]
+        if self.system == 1 or not len(residual):
+            return residual
+        systems = residual.view(-1, self.system)
+        mean = torch.linalg.vector_norm(systems.double(), dim=1) / math.sqrt(self.system)
+        return torch.maximum(systems, mean.to(residual.dtype)[:, None]).view(-1)
 
     def count(self, status: Status) -> int:
         """How many samples ended with this status."""

@@ -9,10 +9,10 @@ namespace {
 
 struct PicardOnCpu {
   template <typename T>
-  static void run(const Tensor&, const StepCall<T>& call) {
+  static void run(const Tensor&, const StepCall<T>& call, const Trail<T>& trail) {
     const auto kernel = FPI_CPU_DISPATCH(picard_step<T>);
     for_rows(call, call.n, [&](int64_t begin, int64_t end) {
-      return kernel(call.x, call.gx, call.out, call.n, call.beta, call.record, begin, end);
+      return kernel(call.x, call.gx, call.out, call.n, call.beta, trail, call.record, begin, end);
     });
   }
 };

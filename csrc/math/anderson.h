@@ -1,44 +1,98 @@
 // What an Anderson step decides of a sample, and the mixture.
 #pragma once
 
-#include "accumulate.h"
+#include "gain.h"
 #include "least_squares.h"
 #include "window.h"
 
 namespace fpi {
 
 // Squares of an iterate's norms: of r = g(x) − x, of g(x), and of the secant to the iterate before,
-// Δg and Δx, which are there if the window is not empty.
-enum AndersonNorm { kResidualSquares, kValueSquares, kValueSecant, kStateSecant, kAndersonNorms };
+// Δg, Δx and Δr, which are there if the window is not empty.
+enum AndersonNorm {
+  kResidualSquares,
+  kValueSquares,
+  kValueSecant,
+  kStateSecant,
+  kResidualSecant,
+  kAndersonNorms,
+};
 
+// Whether the sums of a step are free of under- and overflow, the squares of its differences, newest
+// first in diagonal(j), among them. If not, those of differences, the matrix and its right-hand side are
+// taken anew from the window, scaled by a power of two for the largest entry of residual and
+// differences: the weights are free of it.
+template <typename Acc, typename Diagonal>
+FPI_HOST_DEVICE bool are_trusted(const Acc* squares, int window, int differences,
+                                 const Diagonal& diagonal) {
+  bool good = is_trusted(squares[kResidualSquares]);
+  if (window > 0) {
+    good = good && is_trusted(squares[kValueSecant]) && is_trusted(squares[kStateSecant]) &&
+           is_trusted(squares[kResidualSecant]);
+  }
+  for (int j = 0; j < differences; ++j) {
+    good = good && is_trusted(diagonal(j));
+  }
+  return good;
+}
+
+constexpr int kMaxRetreats = 3;
+
+// `differences` below 0 of a decision: the iterate is taken back, see Retreat.
 struct AndersonDecision {
   int32_t status;   // after this step
   int differences;  // of residuals, from which the weights follow
 };
 
-// Ends a sample's iteration by the stop rule: its record but for the window. Where the residual has
-// grown too much, or there is no iterate before, the window has no differences.
+// Where g or the residual is not finite at a mixture, or the mixture itself is not, the sample goes back
+// to the last iterate where they were, in slot counters[kHead]: x ← x' + β r' there, and the window
+// starts anew. If g fails again, the step is halved: −1 − differences times. A sample that ends at that,
+// because it made all its iterations, ends with g(x').
 template <typename Acc>
-FPI_HOST_DEVICE AndersonDecision decide(Acc residual, Acc value, const Acc* squares, Acc restart,
-                                        int m, int64_t sample, const Record<Acc>& record) {
+FPI_HOST_DEVICE Acc retreat_beta(int differences, Acc beta) {
+  for (int halvings = -1 - differences; halvings > 0; --halvings) {
+    beta /= 2;
+  }
+  return beta;
+}
+
+// Ends a sample's iteration by the stop rule: its record but for the window. Where the residual has
+// grown too much, where there is no iterate before, or where mixtures were taken back too often, the
+// window has no differences. scale: that of the squares of secants.
+template <typename T, typename Acc = accumulate_t<T>>
+FPI_HOST_DEVICE AndersonDecision decide(Acc residual, Acc value, const Acc* squares, Acc scale,
+                                        Acc restart, int m, int64_t sample,
+                                        const Record<Acc>& record) {
+  int32_t* counters = record.counters + sample * kCounters;
   Acc* scalars = record.scalars + sample * kScalars;
   const int32_t k = iteration_of(sample, record);
-  const int32_t window = record.counters[sample * kCounters + kWindow];
-  if (window > 0) {
-    scalars[kRing + (k - 2) % kRingLength] =
-        square_root(squares[kValueSecant]) / square_root(squares[kStateSecant]);
+  const int32_t window = counters[kWindow], retreats = counters[kRetreats];
+  if (!is_finite(residual) || !is_finite(value)) {
+    const bool is_mixture = window > 1, went_back = window == 1 && retreats > 0;
+    if ((is_mixture || went_back) && retreats < kMaxRetreats) {
+      const bool ends = k >= limits_of(sample, record).limits.max_iterations;
+      counters[kStatus] = ends ? kMaxIterations : kActive;
+      counters[kIterations] = k;
+      counters[kWindow] = 1;
+      counters[kRetreats] = retreats + 1;
+      return {counters[kStatus], -1 - (is_mixture ? 0 : retreats)};
+    }
+  } else if (window > 0) {
+    const Acc value_secant = square_root(squares[kValueSecant]);
+    scalars[kRing + (k - 2) % kRingLength] = value_secant / square_root(squares[kStateSecant]);
+    scalars[kGain] = larger_gain(scalars[kGain], squares[kValueSecant], squares[kResidualSecant],
+                                 scale * noise_of<T>(value));
   }
   const bool grown = k > 1 && residual > restart * scalars[kReference];
   const int32_t status = stop(residual, value, sample, record);
-  return {status, grown ? 0 : window < m ? window : m - 1};
+  const bool is_plain = grown || retreats == kMaxRetreats;
+  return {status, is_plain ? 0 : window < m ? window : m - 1};
 }
 
-// Differences of residuals say nothing of g where the trace of their Gram matrix is below this: the
-// rounding level of g(x).
+// The trace of the differences' Gram matrix below which they say nothing of g; value: ‖g(x)‖, scaled.
 template <typename T>
-FPI_HOST_DEVICE accumulate_t<T> noise_of(accumulate_t<T> value) {
-  const accumulate_t<T> rounding = kNoise * unit_roundoff<T>() * value;
-  return rounding * rounding;
+FPI_HOST_DEVICE accumulate_t<T> noise_squares_of(accumulate_t<T> value) {
+  return noise_of<T>(value) * noise_of<T>(value);
 }
 
 // Adds the newest iterate, in slot head, to the window. Returns the differences in the mixture: 0

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "macros.h"
-#include "progress.h"
+#include "norm.h"
 
 namespace fpi {
 

@@ -19,16 +19,41 @@ enum Status : int32_t {
   kStatuses,
 };
 
-// Columns of counters, int32 [B, kCounters].
-enum Counter { kStatus, kIterations, kReferenceIteration, kWindow, kHead, kCounters };
+// Columns of counters, int32 [B, kCounters]: of the window or trail how many iterates it holds, and
+// the slot of the newest; how often a mixture was taken back.
+enum Counter {
+  kStatus,
+  kIterations,
+  kReferenceIteration,
+  kWindow,
+  kHead,
+  kRetreats,
+  kCounters,
+};
 
 // Columns of bounds, [B] or [B, kBounds]: the least norm that rtol multiplies; where there are
 // more, a sample's own limits instead of the solve's.
-enum Bound { kFloor, kOwnRtol, kOwnOffset, kOwnPatience, kOwnMaxIterations, kBounds };
+enum Bound {
+  kFloor,
+  kOwnRtol,
+  kOwnOffset,
+  kOwnPatience,
+  kOwnMaxIterations,
+  kOwnRounding,
+  kBounds,
+};
 
-// Columns of scalars, [B, kScalars]: the last residual norm; the norm at the last fall by 0.5 %;
-// a ring of residual norms (Picard) or secant ratios (Anderson).
-enum Scalar { kResidual, kReference, kRing, kRingLength = 5, kScalars = kRing + kRingLength };
+// Columns of scalars, [B, kScalars]: the last residual norm; the norm at the last fall by 0.5 %; the
+// last ‖g(x)‖; the largest gain ‖Δg‖/‖Δr‖ seen, 0: none; a ring of secant ratios ‖Δg‖/‖Δx‖, 0: none.
+enum Scalar {
+  kResidual,
+  kReference,
+  kValue,
+  kGain,
+  kRing,
+  kRingLength = 5,
+  kScalars = kRing + kRingLength,
+};
 
 // Entries of tally, int32 [kTallies]: rows still active; samples that ended otherwise than
 // converged, so far; iterations made.
@@ -40,7 +65,7 @@ constexpr int32_t kGrowthIterations = 5;  // which is this old
 // ten iterations one of rate 0.9995 falls this far.
 constexpr double kFall = 0.995;
 
-constexpr int kNoise = 2;  // Anderson needs residual differences above this many roundings of g(x)
+constexpr int kNoise = 2;  // residual differences below this many roundings of g(x) say nothing
 
 template <typename Acc>
 struct Limits {
@@ -76,24 +101,41 @@ FPI_HOST_DEVICE int32_t iteration_of(int64_t sample, const Record<Acc>& record) 
   return record.counters[sample * kCounters + kIterations] + 1;
 }
 
+// The limits that hold for a sample, and the least norm that rtol multiplies.
+template <typename Acc>
+struct SampleLimits {
+  Limits<Acc> limits;
+  Acc floor;
+
+  FPI_HOST_DEVICE Acc threshold(Acc value) const {
+    return limits.offset + limits.rtol * (value > floor ? value : floor);
+  }
+};
+
+template <typename Acc>
+FPI_HOST_DEVICE SampleLimits<Acc> limits_of(int64_t sample, const Record<Acc>& record) {
+  SampleLimits<Acc> own = {record.limits, 0};
+  if (record.bounds != nullptr) {
+    const Acc* bounds = record.bounds + sample * record.bound_columns;
+    own.floor = bounds[kFloor];
+    if (record.bound_columns == kBounds) {
+      own.limits.rtol = bounds[kOwnRtol];
+      own.limits.offset = bounds[kOwnOffset];
+      own.limits.rounding = bounds[kOwnRounding];
+      own.limits.patience = static_cast<int32_t>(bounds[kOwnPatience]);
+      own.limits.max_iterations = static_cast<int32_t>(bounds[kOwnMaxIterations]);
+    }
+  }
+  return own;
+}
+
 // The sample's status after this iteration, and its counters and reference brought up to date.
 // CONVERGED: ‖r‖ ≤ atol √N + rtol max(‖g(x)‖, floor), with offset = atol √N.
 template <typename Acc>
 FPI_HOST_DEVICE int32_t stop(Acc residual, Acc value, int64_t sample, const Record<Acc>& record) {
   int32_t* counters = record.counters + sample * kCounters;
   Acc* scalars = record.scalars + sample * kScalars;
-  Limits<Acc> limits = record.limits;
-  Acc floor = 0;
-  if (record.bounds != nullptr) {
-    const Acc* bounds = record.bounds + sample * record.bound_columns;
-    floor = bounds[kFloor];
-    if (record.bound_columns == kBounds) {
-      limits.rtol = bounds[kOwnRtol];
-      limits.offset = bounds[kOwnOffset];
-      limits.patience = static_cast<int32_t>(bounds[kOwnPatience]);
-      limits.max_iterations = static_cast<int32_t>(bounds[kOwnMaxIterations]);
-    }
-  }
+  const SampleLimits<Acc> own = limits_of(sample, record);
   const int32_t k = counters[kIterations] + 1;
 
   Acc reference = scalars[kReference];
@@ -102,18 +144,17 @@ FPI_HOST_DEVICE int32_t stop(Acc residual, Acc value, int64_t sample, const Reco
     reference = residual;
     since = k;
   }
-  const Acc threshold = limits.offset + limits.rtol * (value > floor ? value : floor);
 
   int32_t status = kActive;
   if (!is_finite(residual) || !is_finite(value)) {
     status = kNonfinite;
-  } else if (residual <= threshold) {
+  } else if (residual <= own.threshold(value)) {
     status = kConverged;
   } else if (k - since >= kGrowthIterations && residual > Acc(kGrowth) * reference) {
     status = kDiverged;
-  } else if (k - since >= limits.patience && residual <= limits.rounding * value) {
+  } else if (k - since >= own.limits.patience && residual <= own.limits.rounding * value) {
     status = kStalled;
-  } else if (k >= limits.max_iterations) {
+  } else if (k >= own.limits.max_iterations) {
     status = kMaxIterations;
   }
   counters[kStatus] = status;
@@ -121,6 +162,7 @@ FPI_HOST_DEVICE int32_t stop(Acc residual, Acc value, int64_t sample, const Reco
   counters[kReferenceIteration] = since;
   scalars[kResidual] = residual;
   scalars[kReference] = reference;
+  scalars[kValue] = value;
   return status;
 }
 

@@ -86,11 +86,12 @@ def _has(device: str, operator: str) -> bool:
     return has_kernel(f"fpi_cuda::{operator}", device)
 
 
-def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
+def picard_step(
+    p: Progress, x: Tensor, gx: Tensor, beta: float, trail: Tensor | None = None
+) -> None:
     """See `reference.picard_step`."""
-    _picard_step(
-        x, gx, p.out, p.counters, p.scalars, p.tally, p.index, p.bounds, *p.limits.values, beta
-    )
+    given = p.out, p.counters, p.scalars, p.tally, p.index, p.bounds
+    _picard_step(x, gx, *given, *p.limits.values, beta, trail)
 
 
 def anderson_step(p: Progress, x: Tensor, gx: Tensor, *weights_and_window: Any) -> None:

@@ -51,10 +51,12 @@ def limits_of(problem: Problem, start: Tensor, *, adjoint: bool) -> Limits:
     if problem.samples.coupled:  # one system: it may take what any sample may; one's count is all's
         limit, counted = limit.amax().expand_as(limit), counted.any().expand_as(counted)
         rtol, offset = (torch.where(counted, 0, t) for t in (rtol, offset))
-    own = torch.stack((rtol, offset, torch.where(counted, limit, patience), limit), 1)
-    least, longest = torch.stack((rtol.amin(), limit.amax())).tolist()
     rounding = _rounding(dtype, size)
-    slices = own.expand(*batch, 4).reshape(-1, 4)  # of torch.vmap, which share them
+    own = torch.stack(
+        (rtol, offset, torch.where(counted, limit, patience), limit, column(rounding)), 1
+    )
+    least, longest = torch.stack((rtol.amin(), limit.amax())).tolist()
+    slices = own.expand(*batch, 5).reshape(-1, 5)  # of torch.vmap, which share them
     return Limits(least, 0.0, rounding, patience, int(longest), slices)
 
 

@@ -57,6 +57,8 @@ def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | N
     if record is None:
         return None
     record.lipschitz = problem.lipschitz
+    if direction.coupled:
+        record.system = solved.x.shape[problem.batch_dims - 1]
     report(record)
     if not record.failed:
         if direction.seen.random:

@@ -84,10 +84,11 @@ class Anderson:
         return update
 
     def contraction(self, ring: Tensor, iterations: Tensor) -> Tensor:
-        """[B]: the largest secant ratio ‖g(xᵢ)−g(xⱼ)‖/‖xᵢ−xⱼ‖ over the last iterates.
+        """[B]: the largest secant ratio ‖Δg‖/‖Δx‖ of the last iterates; NaN where there is none.
 
-        Residual ratios, which serve Picard, say nothing of g here.
+        The largest, because Anderson's iterates do not turn to where g contracts least.
         """
         if self.history == 1:
             return Picard(self.beta).contraction(ring, iterations)
-        return torch.where(iterations > 1, ring.amax(1), torch.nan)
+        known = (ring > 0) & ring.isfinite()
+        return torch.where(known.any(1), torch.where(known, ring, 0).amax(1), torch.nan)

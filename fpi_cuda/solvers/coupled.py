@@ -14,10 +14,12 @@ from ..record import (
     ACTIVE,
     ACTIVE_ROWS,
     FAILED,
+    GAIN,
     NEVER,
+    OWN_OFFSET,
     REFERENCE,
     REFERENCE_ITERATION,
-    RING_START,
+    RETREATS,
     STATUS,
     Progress,
     Status,
@@ -65,29 +67,42 @@ class Coupled:
         systems = x.shape[0] // samples
         whole = (systems, samples * n)
         joint = Progress(x.view(whole), NEVER)
-        joint.out = progress.out.view(whole)  # written where a system fails as a whole
+        joint.out = progress.out.view(whole)
+        # Limits of its own: a threshold that every residual meets once its samples all end.
+        most = progress.limits.max_iterations
+        never = [0.0, 0.0, -1.0, NEVER.patience, most if most <= 2**24 else 2**30, -1.0]
+        joint.bounds = joint.scalars.new_tensor(never).repeat(systems, 1)
+        threshold = joint.bounds[:, OWN_OFFSET]
         move = self.solver.start(backend, joint, joint.out)
         judged = torch.empty_like(x)
         status = progress.counters[:, STATUS].view(systems, samples)
         since = progress.counters[:, REFERENCE_ITERATION].view(systems, samples)
+        retreats = progress.counters[:, RETREATS].view(systems, samples)
+        norms = progress.scalars[:, :GAIN].view(systems, samples, -1)
+        measured = progress.scalars[:, GAIN:].view(systems, samples, -1)
         reference = progress.scalars[:, REFERENCE]
-        ring = progress.scalars[:, RING_START:].view(systems, samples, -1)
         joint_status = joint.counters[:, STATUS]
         joint_since = joint.counters[:, REFERENCE_ITERATION, None]
-        joint_ring = joint.scalars[:, None, RING_START:]
+        joint_retreats = joint.counters[:, RETREATS, None]
+        joint_measured = joint.scalars[:, None, GAIN:]
 
         def update(x: Tensor, gx: Tensor) -> None:
             judged.copy_(x)
+            before = norms.clone()
             backend.picard_step(progress, judged, gx, 1.0)
-            move(x.view(whole), gx.view(whole))
             least, most = torch.aminmax(status, dim=1)
-            ended = torch.maximum(torch.where(least > ACTIVE, most, ACTIVE), joint_status)
+            threshold.copy_(torch.where(least > ACTIVE, math.inf, -1.0))
+            move(x.view(whole), gx.view(whole))
+            ended = torch.where(joint_status == _CONVERGED, most, joint_status)
             status.copy_(ended[:, None])
             joint_status.copy_(ended)
+            # Where it went back, the norms are those of the iterate to which it did.
+            norms.copy_(torch.where((retreats != joint_retreats)[..., None], before, norms))
+            retreats.copy_(joint_retreats)
             # What counts as growth or as progress, the system says.
             since.copy_(joint_since)
             reference.fill_(math.nan)
-            ring.copy_(joint_ring)
+            measured.copy_(joint_measured)
             progress.tally[ACTIVE_ROWS] = (ended == ACTIVE).sum() * samples
             progress.tally[FAILED] = (ended > _CONVERGED).sum() * samples
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .._check import check_beta
-from ..record import RING, Progress
+from ..backends.scratch import Scratch
+from ..record import TRAIL, Progress
 
 Update = Callable[[Tensor, Tensor], None]
 
@@ -53,26 +54,26 @@ class Picard:
         return Mixing(beta=self.beta)
 
     def start(self, backend: Any, progress: Progress, x: Tensor) -> Update:
-        """The update `(x, gx) -> None` that moves x [R, N] in place."""
-        del x
+        """The update `(x, gx) -> None` that moves x [R, N] in place; owns the trail."""
+        b, n = x.shape
+        scratch = Scratch(x)
+        trail = scratch.empty((b, TRAIL, n), x.dtype, x.device)
 
         def update(x: Tensor, gx: Tensor) -> None:
-            backend.picard_step(progress, x, gx, self.beta)
+            backend.picard_step(progress, x, gx, self.beta, trail)
 
+        update.scratch = scratch  # type: ignore[attr-defined]  # back to the pool with the update
         return update
 
     def contraction(self, ring: Tensor, iterations: Tensor) -> Tensor:
-        """[B]: the geometric mean of the last residual ratios, taken back from the damped map to g.
+        """[B]: the geometric mean of the last secant ratios ‖Δg‖/‖Δx‖; NaN where there is none.
 
         Args:
-            ring: [B, RING], the last residual norms, iteration k in column (k − 1) mod RING.
+            ring: [B, RING], the ratios, 0 where there is none. Of a damped solve there are two at
+                most, measured where it ended.
             iterations: [B].
         """
-        last = iterations.long()
-        span = (last - 1).clamp(min=0, max=RING - 1)
-        rows = torch.arange(len(last), device=last.device)
-        newest = ring[rows, (last - 1) % RING]
-        oldest = ring[rows, (last - 1 - span) % RING]
-        rate = (newest / oldest) ** (1 / span.to(ring.dtype))
-        rate = (1 - (1 - rate) / self.beta).abs()
-        return torch.where(span > 0, rate, torch.nan)
+        del iterations
+        known = (ring > 0) & ring.isfinite()
+        logs = torch.where(known, ring, 1.0).log().sum(1)
+        return (logs / known.sum(1)).exp()

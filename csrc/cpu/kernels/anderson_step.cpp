@@ -1,5 +1,7 @@
 #include "anderson_step.h"
 
+#include <cstdlib>
+#include <new>
 #include <type_traits>
 
 #include "../../math/anderson.h"
@@ -22,19 +24,28 @@ struct Aged {
 };
 
 // For C successive differences d_j = r_j − r_{j+1} (newest first; residuals holds C+1 rows):
-// gram_row[j] = d_0 · d_j and rhs[j] = r_0 · d_j, with newest = r_0 and previous = r_1.
-template <int C, typename T>
+// gram_row[j] = d_0 · d_j and rhs[j] = r_0 · d_j, with newest = r_0 and previous = r_1, of residuals
+// that are multiplied by scale first if kScaled.
+template <bool kScaled, int C, typename T>
 FPI_HOST_DEVICE void dots(const T* newest, const T* previous, const T* const* residuals, int64_t n,
-                          accumulate_t<T>* gram_row, accumulate_t<T>* rhs) {
+                          accumulate_t<T> scale, accumulate_t<T>* gram_row,
+                          accumulate_t<T>* rhs) {
   using Acc = accumulate_t<T>;
   constexpr int kHalf = C == 3 ? 4 : C;
   Vector<Acc> products[2 * kHalf] = {};
   for_vectors<T>(n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
-    const Vector<Acc> r = load(newest + i);
-    const Vector<Acc> d_new = r - load(previous + i);
-    Vector<Acc> younger = load(residuals[0] + i);
+    const auto scaled = [&](const T* p) __attribute__((always_inline)) {
+      if constexpr (kScaled) {
+        return scale * load(p);
+      } else {
+        return load(p);
+      }
+    };
+    const Vector<Acc> r = scaled(newest + i);
+    const Vector<Acc> d_new = r - scaled(previous + i);
+    Vector<Acc> younger = scaled(residuals[0] + i);
     for (int j = 0; j < C; ++j) {
-      const Vector<Acc> older = load(residuals[j + 1] + i);
+      const Vector<Acc> older = scaled(residuals[j + 1] + i);
       const Vector<Acc> d = younger - older;
       products[j] += d_new * d;
       products[kHalf + j] += r * d;
@@ -50,22 +61,25 @@ FPI_HOST_DEVICE void dots(const T* newest, const T* previous, const T* const* re
 }
 
 // Four differences a pass keep the sums in registers.
-template <typename T>
+template <bool kScaled, typename T>
 FPI_HOST_DEVICE void all_dots(const T* const* residuals, int count, int64_t n,
-                              accumulate_t<T>* gram_row, accumulate_t<T>* rhs) {
-  const T* newest = residuals[0];
-  const T* previous = residuals[1];
+                              accumulate_t<T> scale, accumulate_t<T>* gram_row,
+                              accumulate_t<T>* rhs) {
+  const auto some = [&](auto size, int j) __attribute__((always_inline)) {
+    dots<kScaled, size.value>(residuals[0], residuals[1], residuals + j, n, scale, gram_row + j,
+                              rhs + j);
+  };
   int j = 0;
   for (; j + 4 <= count; j += 4) {
-    dots<4>(newest, previous, residuals + j, n, gram_row + j, rhs + j);
+    some(std::integral_constant<int, 4>{}, j);
   }
   switch (count - j) {
     case 3:
-      return dots<3>(newest, previous, residuals + j, n, gram_row + j, rhs + j);
+      return some(std::integral_constant<int, 3>{}, j);
     case 2:
-      return dots<2>(newest, previous, residuals + j, n, gram_row + j, rhs + j);
+      return some(std::integral_constant<int, 2>{}, j);
     case 1:
-      return dots<1>(newest, previous, residuals + j, n, gram_row + j, rhs + j);
+      return some(std::integral_constant<int, 1>{}, j);
     default:
       return;
   }
@@ -101,28 +115,108 @@ FPI_HOST_DEVICE void prefetch(const void* begin, int64_t bytes) {
   }
 }
 
+// The squares of an iterate's norms. r is g(x) − x, with older those of the iterate before.
+template <bool kHasOlder, typename V>
+FPI_HOST_DEVICE void add_squares(V* squares, V g, V r, V older_g, V older_r) {
+  if constexpr (kHasOlder) {
+    const V dg = g - older_g, dr = r - older_r, dx = dg - dr;
+    squares[kValueSecant] += dg * dg;
+    squares[kStateSecant] += dx * dx;
+    squares[kResidualSecant] += dr * dr;
+  }
+  squares[kResidualSquares] += r * r;
+  squares[kValueSquares] += g * g;
+}
+
+constexpr int kSquares = 8;  // vectors that are folded together: a power of two
+static_assert(kAndersonNorms <= kSquares);
+
 // One iterate's value and residual to the window's slot `head`, and the squares of its norms.
 template <bool kHasOlder, typename T>
 FPI_HOST_DEVICE void push(const T* x, const T* gx, T* values, T* residuals, int64_t n, int old,
                           int head, accumulate_t<T>* square) {
   using Acc = accumulate_t<T>;
-  Vector<Acc> squares[kAndersonNorms] = {};
+  Vector<Acc> squares[kSquares] = {};
   for_vectors<T>(n, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
     const Vector<Acc> g = load(gx + i);
     const Vector<Acc> r = g - load(x + i);
+    Vector<Acc> older_g = {}, older_r = {};
     if constexpr (kHasOlder) {
-      const Vector<Acc> dg = g - load(values + old * n + i);
-      const Vector<Acc> dx = dg - (r - load(residuals + old * n + i));
-      squares[kValueSecant] += dg * dg;
-      squares[kStateSecant] += dx * dx;
+      older_g = load(values + old * n + i);
+      older_r = load(residuals + old * n + i);
     }
+    add_squares<kHasOlder>(squares, g, r, older_g, older_r);
     store(values + head * n + i, g);
     store(residuals + head * n + i, r);
-    squares[kResidualSquares] += r * r;
-    squares[kValueSquares] += g * g;
   });
-  sums<kAndersonNorms>(squares, square);
+  sums<kSquares>(squares, square);
 }
+
+// Where sums can't be trusted: the power of two by which residual and differences come near 1, and
+// the squares of secants so scaled. values and residuals: by age, of count + 1 ≥ 1 iterates. 1 where
+// there is nothing to scale.
+template <typename T>
+__attribute__((noinline)) accumulate_t<T> rescale(const T* x, const T* gx, const Aged<T>& values,
+                                                  const Aged<T>& residuals, int count, int64_t n,
+                                                  accumulate_t<T>* square) {
+  using Acc = accumulate_t<T>;
+  Acc largest = 0;
+  for (int j = 0; j <= count; ++j) {
+    const T* younger = residuals.rows[j];
+    for (int64_t i = 0; i < n; ++i) {
+      const Acc entry = static_cast<Acc>(younger[i]) -
+                        (j == 0 ? Acc(0) : static_cast<Acc>(residuals.rows[j - 1][i]));
+      largest = Larger{}(largest, entry < 0 ? -entry : entry);
+    }
+  }
+  if (!is_finite(largest) || largest == Acc(0)) {
+    return 1;
+  }
+  const Acc scale = scale_for(largest);
+  if (count > 0) {
+    Vector<Acc> squares[kSquares] = {};
+    for_vectors<T>(n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
+      const Vector<Acc> g = load(gx + i), r = g - load(x + i);
+      add_squares<true>(squares, scale * g, scale * r, scale * load(values.rows[1] + i),
+                        scale * load(residuals.rows[1] + i));
+    });
+    Acc scaled[kSquares];
+    sums<kSquares>(squares, scaled);
+    for (const int secant : {kValueSecant, kStateSecant, kResidualSecant}) {
+      square[secant] = scaled[secant];
+    }
+  }
+  return scale;
+}
+
+// The systems of a team of samples, one a lane, [size, size]: on the stack where they are small.
+template <typename V>
+class Systems {
+ public:
+  FPI_HOST_DEVICE explicit Systems(int size) : all_(few_) {
+    const size_t bytes = static_cast<size_t>(size) * size * sizeof(V);
+    if (bytes > sizeof few_) {
+      all_ = static_cast<V*>(aligned_alloc(alignof(V), bytes));
+      if (all_ == nullptr) {
+        throw std::bad_alloc();
+      }
+    }
+    memset(static_cast<void*>(all_), 0, bytes);
+  }
+  FPI_HOST_DEVICE ~Systems() {
+    if (all_ != few_) {
+      free(all_);
+    }
+  }
+  Systems(const Systems&) = delete;
+  Systems& operator=(const Systems&) = delete;
+
+  FPI_HOST_DEVICE V* data() { return all_; }
+
+ private:
+  V few_[144];
+  V* all_;
+};
 
 }  // namespace
 
@@ -136,14 +230,13 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
   constexpr int kMaxSize = kMaxHistory - 1;
   constexpr int64_t kShortRow = 1024;  // bytes
   const int m = window.m, size = m - 1;
-  Vector<Acc> gamma[kMaxSize], system[kMaxSize * kMaxSize];
+  Systems<Vector<Acc>> systems(size);
+  Vector<Acc>* const system = systems.data();
+  Vector<Acc> gamma[kMaxSize];
   struct {
     int64_t row, sample, place;  // in x, in the record, of its window
     int head, count;             // its window's newest slot, and differences
   } team[kTeam];
-  for (int i = 0; i < size * size; ++i) {
-    system[i] = Vector<Acc>{};
-  }
   for (int i = 0; i < size; ++i) {
     gamma[i] = Vector<Acc>{};
   }
@@ -172,18 +265,39 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
         }
       }
       const int old = counters[kHead], head = old + 1 == m ? 0 : old + 1;
-      Acc squares[kAndersonNorms];
-      if (counters[kWindow] > 0) {
+      const int seen = counters[kWindow], most = seen < m ? seen : m - 1;  // differences
+      Acc squares[kSquares];
+      if (seen > 0) {
         push<true>(x_row, g_row, values, residuals, n, old, head, squares);
       } else {
         push<false>(x_row, g_row, values, residuals, n, old, head, squares);
       }
-      const Acc residual = norm_from(squares[kResidualSquares], n,
-                                     [&](int64_t i) { return residual_at(x_row, g_row, i); });
-      const Acc value = norm_from(squares[kValueSquares], n,
-                                  [&](int64_t i) { return static_cast<Acc>(g_row[i]); });
-      const auto [status, count] =
-          decide(residual, value, squares, static_cast<Acc>(restart), m, sample, record);
+      const Acc residual = residual_norm(squares[kResidualSquares], x_row, g_row, n);
+      const Acc value = value_norm(squares[kValueSquares], g_row, n);
+      Acc* gram = window.gram + place * m * m;
+      const bool trusted = are_trusted(squares, seen, most, [&](int j) {
+        const int slot = slot_of(j, head, m);
+        return j == 0 ? squares[kResidualSecant] : gram[slot * m + slot];
+      });
+      Acc scale = 1;
+      if (!trusted) {
+        scale = rescale(x_row, g_row, Aged<T>(values, head, most + 1, m, n),
+                        Aged<T>(residuals, head, most + 1, m, n), most, n, squares);
+      }
+      const auto [status, count] = decide<T>(residual, value, squares, scale,
+                                             static_cast<Acc>(restart), m, sample, record);
+      if (count < 0) {  // x goes back to the iterate in slot old
+        const T *good = values + old * n, *step = residuals + old * n;
+        if (status == kActive) {
+          ++tally.active;
+          mix<true>(x_row, &good, &step, 0, static_cast<const Acc*>(nullptr),
+                    retreat_beta(count, static_cast<Acc>(beta)), n);
+        } else {
+          ++tally.failed;
+          freeze_row(x_row, good, out + sample * n, status, n);
+        }
+        continue;
+      }
       if (status != kActive) {
         freeze_row(x_row, g_row, out + sample * n, status, n);
         tally.failed += status != kConverged;
@@ -195,17 +309,18 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
 
       // One row of the Gram matrix is new; it is kept by slot, so nothing else moves.
       Acc gram_row[kMaxHistory], rhs[kMaxHistory];
-      if (count > 0) {
-        all_dots(Aged<T>(residuals, head, count + 1, m, n).rows, count, n, gram_row, rhs);
+      const Aged<T> aged(residuals, head, count + 1, m, n);
+      if (count > 0 && trusted) {
+        all_dots<false>(aged.rows, count, n, Acc(1), gram_row, rhs);
+      } else if (count > 0) {
+        all_dots<true>(aged.rows, count, n, scale, gram_row, rhs);
       }
-      Acc* gram = window.gram + place * m * m;
       Acc sum = 0;
       for (int i = 0; i < size; ++i) {
         const bool there = i < count;
         const int slot = slot_of(i, head, m);
         if (there) {
-          gram[head * m + slot] = gram[slot * m + head] = gram_row[i];
-          sum += gram[slot * m + slot];
+          gram[head * m + slot] = gram[slot * m + head] = gram_row[i] / scale / scale;
         }
         for (int j = 0; j < i; ++j) {
           system[i * size + j][lane] = there ? gram[slot * m + slot_of(j, head, m)] : Acc(0);
@@ -213,8 +328,20 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
         system[i * size + i][lane] = there ? gram[slot * m + slot] : Acc(1);
         gamma[i][lane] = there ? rhs[i] : Acc(0);
       }
+      if (!trusted) {  // the whole matrix anew
+        for (int i = 0; i < count; ++i) {
+          Acc unused[kMaxHistory];
+          all_dots<true>(aged.rows + i, count - i, n, scale, gram_row, unused);
+          for (int j = i; j < count; ++j) {
+            system[j * size + i][lane] = gram_row[j - i];
+          }
+        }
+      }
+      for (int i = 0; i < count; ++i) {
+        sum += system[i * size + i][lane];
+      }
       trace[lane] = sum;
-      noise[lane] = noise_of<T>(value);
+      noise[lane] = noise_squares_of<T>(scale * value);
     }
 
     const auto solved =

@@ -16,18 +16,19 @@ struct Tile {
   T *x, *gx;              // [slots, n]
   Acc* operand;           // [slots, n]: t, where x itself can't serve
   Acc* hidden;            // [slots, hidden outputs]
-  T *values, *residuals;  // [slots, history, n]
+  T *values, *residuals;  // [slots, history, n]; of Picard values alone, the trail
   Acc* gram;              // [slots, history, history]
   int64_t bytes = 0;      // of all this
   unsigned char* memory;
 
   Tile(const DenseSolve<T>& s, unsigned char* memory) : memory(memory) {
-    const int64_t rows = s.slots, n = s.call.dense.n, m = s.call.history == 1 ? 0 : s.call.history;
+    const bool is_picard = s.call.history == 1;
+    const int64_t rows = s.slots, n = s.call.dense.n, m = is_picard ? 0 : s.call.history;
     take(x, rows * n);
     take(gx, rows * n);
     take(operand, rows * n);
     take(hidden, s.call.dense.has_hidden ? rows * s.call.dense.hidden.out : 0);
-    take(values, rows * m * n);
+    take(values, rows * (is_picard ? kTrailLength : m) * n);
     take(residuals, rows * m * n);
     take(gram, rows * m * m);
   }
@@ -81,6 +82,7 @@ Ended dense_solve(const DenseSolve<T>& solve, int64_t* next, unsigned char* memo
   Record<Acc> record = call.record;
   record.index = sample_of_slot;
   const Window<T> window{tile.values, tile.residuals, tile.gram, call.history, true};
+  const Trail<T> trail{tile.values, true};
   const auto status_of = [&](int64_t sample) {
     return record.counters[sample * kCounters + kStatus];
   };
@@ -118,7 +120,7 @@ Ended dense_solve(const DenseSolve<T>& solve, int64_t* next, unsigned char* memo
     }
     evaluate(solve, tile, slots, samples, active);
     const Tally tally = call.history == 1
-                            ? picard_step(tile.x, tile.gx, call.out, n, call.beta, record, 0, used)
+                            ? picard_step(tile.x, tile.gx, call.out, n, call.beta, trail, record, 0, used)
                             : anderson_step(tile.x, tile.gx, call.out, n, call.beta, call.ridge,
                                             call.restart, window, record, 0, used);
     ended.failed += tally.failed;

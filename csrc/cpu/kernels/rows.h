@@ -29,9 +29,21 @@ FPI_HOST_DEVICE void freeze_row(T* x, const T* gx, T* out, int32_t status, int64
   }
 }
 
+// ‖g(x) − x‖ of a row, from its squares.
 template <typename T>
-FPI_HOST_DEVICE accumulate_t<T> residual_at(const T* x, const T* gx, int64_t i) {
-  return static_cast<accumulate_t<T>>(gx[i]) - static_cast<accumulate_t<T>>(x[i]);
+FPI_HOST_DEVICE accumulate_t<T> residual_norm(accumulate_t<T> squares, const T* x, const T* gx,
+                                              int64_t n) {
+  return norm_from<T>(squares, n, [&](int64_t i, auto load) __attribute__((always_inline)) {
+    return load(gx + i) - load(x + i);
+  });
+}
+
+// ‖g(x)‖ likewise.
+template <typename T>
+FPI_HOST_DEVICE accumulate_t<T> value_norm(accumulate_t<T> squares, const T* gx, int64_t n) {
+  return norm_from<T>(squares, n, [&](int64_t i, auto load) __attribute__((always_inline)) {
+    return load(gx + i);
+  });
 }
 
 }  // namespace fpi::FPI_CPU_NAMESPACE

@@ -138,15 +138,28 @@ FPI_HOST_DEVICE void for_vectors(int64_t n, const Body& body) {
   }
 }
 
-// See norm_of; value(i) gives entry i.
-template <typename Acc, typename Value>
+// See norm_of; value(i, load) gives entries i and on. The sums are those of a kernel's own loop.
+template <typename T, typename Acc, typename Value>
 FPI_HOST_DEVICE Acc norm_from(Acc squares, int64_t n, const Value& value) {
-  return norm_of(squares, [&](const auto& term, const auto& join) {
-    Acc joined = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      joined = join(joined, term(value(i)));
-    }
-    return joined;
+  const auto largest = [&] {
+    Acc most = 0;
+    for_vectors<T>(n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
+      const Vector<Acc> entries = value(i, load);
+      for (int l = 0; l < kLanes<Acc>; ++l) {
+        most = Larger{}(most, entries[l] < 0 ? -entries[l] : entries[l]);
+      }
+    });
+    return most;
+  };
+  return norm_of(squares, largest, [&](Acc scale) {
+    Vector<Acc> sum[1] = {};
+    for_vectors<T>(n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
+      const Vector<Acc> scaled = scale * value(i, load);
+      sum[0] += scaled * scaled;
+    });
+    Acc total;
+    sums<1>(sum, &total);
+    return total;
   });
 }
 
