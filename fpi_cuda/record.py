@@ -69,6 +69,7 @@ SCALARS = RING_START + RING
 # Columns of `bounds`, [B] or [B, 6]; csrc/math/progress.h has the same: the least norm that rtol
 # multiplies; where there are more, a sample's own limits instead of the solve's.
 FLOOR, OWN_RTOL, OWN_OFFSET, OWN_PATIENCE, OWN_MAX_ITERATIONS, OWN_ROUNDING = range(6)
+BOUNDS = 6
 
 # DIVERGED: the residual is GROWTH times the reference, which is at least GROWTH_ITERATIONS old.
 GROWTH, GROWTH_ITERATIONS = 1e4, 5
@@ -128,7 +129,7 @@ class Limits:
 # error in 99 of 100 (docs/math.md).
 ESTIMATE = 2.6
 
-# Reached by no finite residual, except that one which grows without end is DIVERGED.
+# For a solve that is ended from outside. Reached by no finite residual, except that one which grows without end is DIVERGED.
 NEVER = Limits(rtol=0.0, offset=-1.0, rounding=-1.0, patience=2**30, max_iterations=2**30)
 
 

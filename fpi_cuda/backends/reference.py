@@ -71,7 +71,7 @@ def picard_step(
 
     (rtol, offset, _, most, _), floor = _limits(p)
     threshold = offset + rtol * (value if floor is None else torch.maximum(value, floor))
-    near = residual * (residual / before) ** 2 <= NEAR_END * threshold
+    near = (residual * (residual / before) ** 2 <= NEAR_END * threshold) | (threshold < 0)
     near |= (c[samples, REFERENCE_ITERATION] != k) | (k + TRAIL >= most)
     keeps = active & (near if k > TRAIL else torch.ones_like(near))
     t = samples[keeps]
