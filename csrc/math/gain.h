@@ -15,15 +15,12 @@ FPI_HOST_DEVICE accumulate_t<T> noise_of(accumulate_t<T> value) {
 }
 
 // The larger of the gain known and that of a pair of iterates, from sums of squares of scaled
-// differences; noise is scaled likewise.
+// differences; noise is scaled likewise. No root is taken where the pair adds nothing.
 template <typename Acc>
 FPI_HOST_DEVICE Acc larger_gain(Acc gain, Acc value_squares, Acc residual_squares, Acc noise) {
-  const Acc residual = square_root(residual_squares);
-  if (!(residual > noise)) {
-    return gain;
-  }
-  const Acc found = square_root(value_squares) / residual;
-  return found > gain ? found : gain;
+  const bool is_larger = residual_squares > noise * noise &&
+                         value_squares > gain * gain * residual_squares;
+  return is_larger ? square_root(value_squares / residual_squares) : gain;
 }
 
 }  // namespace fpi

@@ -26,10 +26,10 @@ FPI_HOST_DEVICE PicardDecision decide(Acc residual, Acc value, Acc beta, int64_t
                                       const Record<Acc>& record) {
   int32_t* counters = record.counters + sample * kCounters;
   Acc* scalars = record.scalars + sample * kScalars;
-  const Acc before = scalars[kResidual];
   const int32_t k = iteration_of(sample, record);
+  const Acc fall = residual / scalars[kResidual];
   if (k > 1 && beta == Acc(1)) {  // Δg = r and Δx is the residual before
-    scalars[kRing + (k - 2) % kRingLength] = residual / before;
+    scalars[kRing + (k - 2) % kRingLength] = fall;
   }
   const int32_t status = stop(residual, value, sample, record);
   if (status != kActive) {
@@ -38,7 +38,7 @@ FPI_HOST_DEVICE PicardDecision decide(Acc residual, Acc value, Acc beta, int64_t
   bool keeps = k <= kTrailLength || counters[kReferenceIteration] != k;
   if (!keeps) {
     const SampleLimits<Acc> own = limits_of(sample, record);
-    const Acc fall = residual / before, threshold = own.threshold(value);
+    const Acc threshold = own.threshold(value);
     keeps = k + kTrailLength >= own.limits.max_iterations || threshold < Acc(0) ||
             residual * fall * fall <= kNearEnd * threshold;
   }

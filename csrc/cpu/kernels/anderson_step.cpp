@@ -320,7 +320,9 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
         const bool there = i < count;
         const int slot = slot_of(i, head, m);
         if (there) {
-          gram[head * m + slot] = gram[slot * m + head] = gram_row[i] / scale / scale;
+          const Acc dot = trusted ? gram_row[i] : gram_row[i] / scale / scale;
+          gram[head * m + slot] = gram[slot * m + head] = dot;
+          sum += gram[slot * m + slot];
         }
         for (int j = 0; j < i; ++j) {
           system[i * size + j][lane] = there ? gram[slot * m + slot_of(j, head, m)] : Acc(0);
@@ -329,16 +331,14 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
         gamma[i][lane] = there ? rhs[i] : Acc(0);
       }
       if (!trusted) {  // the whole matrix anew
+        sum = 0;
         for (int i = 0; i < count; ++i) {
-          Acc unused[kMaxHistory];
-          all_dots<true>(aged.rows + i, count - i, n, scale, gram_row, unused);
+          all_dots<true>(aged.rows + i, count - i, n, scale, gram_row, rhs);
           for (int j = i; j < count; ++j) {
             system[j * size + i][lane] = gram_row[j - i];
           }
+          sum += gram_row[0];
         }
-      }
-      for (int i = 0; i < count; ++i) {
-        sum += system[i * size + i][lane];
       }
       trace[lane] = sum;
       noise[lane] = noise_squares_of<T>(scale * value);
