@@ -61,8 +61,8 @@ COUNTERS = 6
 # far; iterations made. The last so that a device needs no host to count them.
 ACTIVE_ROWS, FAILED, ITERATION = range(3)
 # Columns of `scalars` in the accumulate dtype; csrc/math/progress.h has the same: the last residual
-# norm; the one at the last fall by 0.5 %; the last ‖g(x)‖; the largest gain ‖Δg‖/‖Δr‖ seen, 0: none;
-# a ring of secant ratios ‖Δg‖/‖Δx‖, 0: none.
+# norm; the one at the last fall by 0.5 %; the last ‖g(x)‖; the square of the largest gain ‖Δg‖/‖Δr‖
+# seen, 0: none; a ring of squares of secant ratios ‖Δg‖/‖Δx‖, 0: none.
 RESIDUAL, REFERENCE, VALUE, GAIN, RING_START = range(5)
 RING = 5
 SCALARS = RING_START + RING
@@ -266,7 +266,7 @@ class Account:
         NONFINITE); 0 where the residual is.
         """
         record, scalars = self.record, self.record.progress.scalars
-        gain, residual = scalars[:, GAIN], record.measured_residual
+        gain, residual = scalars[:, GAIN].sqrt(), record.measured_residual
         estimate = torch.where(gain > 0, ESTIMATE * gain * residual, math.inf)
         estimate = torch.where(residual == 0, residual, estimate)
         lost = torch.zeros_like(gain, dtype=torch.bool)

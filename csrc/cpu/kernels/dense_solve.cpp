@@ -119,10 +119,11 @@ Ended dense_solve(const DenseSolve<T>& solve, int64_t* next, unsigned char* memo
       return ended;
     }
     evaluate(solve, tile, slots, samples, active);
-    const Tally tally = call.history == 1
-                            ? picard_step(tile.x, tile.gx, call.out, n, call.beta, trail, record, 0, used)
-                            : anderson_step(tile.x, tile.gx, call.out, n, call.beta, call.ridge,
-                                            call.restart, window, record, 0, used);
+    const Tally tally =
+        call.history == 1
+            ? picard_step(tile.x, tile.gx, call.out, n, call.beta, trail, record, 0, used)
+            : anderson_step(tile.x, tile.gx, call.out, n, call.beta, call.ridge, call.restart,
+                            window, record, 0, used);
     ended.failed += tally.failed;
     for (int i = 0; i < active && tally.active < active; ++i) {
       if (status_of(samples[i]) != kActive) {
