@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class State(NamedTuple):
@@ -120,11 +120,31 @@ def _check_part(name: str, part: Any) -> None:
             f"fixed_point: {name} must be float64, float32, float16 or bfloat16 (got "
             f"{part.dtype}); write {name}.float()"
         )
+    refuse_freed("fixed_point", name, part)
     if part.dim() == 0:
         raise ValueError(
             f"fixed_point: {name} must have a batch dimension first (got a scalar); write "
             "x0.reshape(1, 1)"
         )
+
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
+
+
+def refuse_freed(owner: str, name: str, t: Tensor) -> None:
+    """Raise where a tensor's storage was freed: it keeps its shape, and torch may read null."""
+    if type(t) not in _PLAIN:
+        return
+    try:
+        if t.untyped_storage().nbytes() or not t.numel():
+            return
+    except RuntimeError:  # sparse, or inside a transform of torch.func: no memory of its own
+        return
+    raise ValueError(
+        f"{owner}: {name} must have its values in memory (got shape {tuple(t.shape)} whose "
+        "storage was freed, as untyped_storage().resize_(0) does); fill it again before the solve, "
+        "and free it after the backward"
+    )
 
 
 def refuse_sharded(name: str, t: Tensor) -> None:
@@ -156,6 +176,7 @@ def check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], x: Tensor
                 )
             if type(t) is not Tensor:
                 refuse_sharded(f"{name}[{i}]", t)
+            refuse_freed("fixed_point", f"{name}[{i}]", t)
             if t.device != device and not (t.dim() == 0 and group is params):
                 raise ValueError(
                     f"fixed_point: {name}[{i}] must be on x0's device, {device} (got {t.device}); "

@@ -18,6 +18,7 @@ from ..operators import for_modules
 from ..options import Solver
 from ..record import MASKED, Limits, accumulate_dtype
 from ..solvers.coupled import Coupled
+from ..state import refuse_freed
 from .evaluation import Direct, Linearised, Masked, Seen, convolutions
 from .independence import INDEPENDENT, Samples, norm_of
 from .limits import limits_of
@@ -140,6 +141,8 @@ class Direction:
         elif self.map.arguments is not None:
             reason = "g is given more than tensors by position"
         else:
+            for t in (*inputs, *params):  # torch may read null where it makes the form of them
+                refuse_freed(problem.name, "a tensor of g", t)
             found = self.map.form(x, inputs, params)
             if found is not None:
                 return found

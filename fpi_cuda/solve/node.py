@@ -19,6 +19,7 @@ from .. import _torch
 from ..captures import carries_tangent, followed, refuse_captures
 from ..modules import reached
 from ..operators import needs_gradients, over_legacy_batch, partial_bound
+from ..state import refuse_freed
 from .direction import Backward, direction_of, masked, stand_in
 from .maps import Map, TransposedMap, VmappedMap, check_output, users
 from .problem import Problem, Report
@@ -118,6 +119,9 @@ class FixedPoint(Function):
     def backward(ctx: Any, v: Tensor | None, _: Any) -> tuple[Any, ...]:
         problem: Problem = ctx.call.problem
         x, keep, *tensors = ctx.saved_tensors
+        for t in (v, x, *tensors):
+            if t is not None:
+                refuse_freed(f"{problem.name}'s backward", "a tensor", t)
         out: list[Tensor | None] = [None] * len(tensors)
         if v is None:
             return (*_NOTHING, None, *out)
