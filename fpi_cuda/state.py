@@ -131,20 +131,19 @@ def _check_part(name: str, part: Any) -> None:
 _PLAIN = frozenset({Tensor, nn.Parameter})
 
 
-def refuse_freed(owner: str, name: str, t: Tensor) -> None:
-    """Raise where a tensor's storage was freed: it keeps its shape, and torch may read null."""
-    if type(t) not in _PLAIN:
-        return
-    try:
-        if t.untyped_storage().nbytes() or not t.numel():
-            return
-    except RuntimeError:  # sparse, or inside a transform of torch.func: no memory of its own
-        return
-    raise ValueError(
-        f"{owner}: {name} must have its values in memory (got shape {tuple(t.shape)} whose "
-        "storage was freed, as untyped_storage().resize_(0) does); fill it again before the solve, "
-        "and free it after the backward"
-    )
+def refuse_freed(owner: str, name: str, *tensors: Tensor) -> None:
+    """Raise where a storage was freed: a tensor keeps its shape then, and torch may read null."""
+    for t in tensors:
+        try:
+            if type(t) not in _PLAIN or t.untyped_storage().nbytes() or not t.numel():
+                continue
+        except RuntimeError:  # sparse, or inside a transform of torch.func: no memory of its own
+            continue
+        raise ValueError(
+            f"{owner}: {name} must have its values in memory (got shape {tuple(t.shape)} whose "
+            "storage was freed, as untyped_storage().resize_(0) does); fill it again before the "
+            "solve, and free it after the backward"
+        )
 
 
 def refuse_sharded(name: str, t: Tensor) -> None:
@@ -176,12 +175,12 @@ def check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], x: Tensor
                 )
             if type(t) is not Tensor:
                 refuse_sharded(f"{name}[{i}]", t)
-            refuse_freed("fixed_point", f"{name}[{i}]", t)
             if t.device != device and not (t.dim() == 0 and group is params):
                 raise ValueError(
                     f"fixed_point: {name}[{i}] must be on x0's device, {device} (got {t.device}); "
                     f"write {name}[{i}].to(x0.device)"
                 )
+    refuse_freed("fixed_point", "a tensor of inputs or params", *inputs, *params)
     b = x.shape[0]
     for i, t in enumerate(inputs):
         if t.dim() == 0 or t.shape[0] != b:

@@ -141,8 +141,6 @@ class Direction:
         elif self.map.arguments is not None:
             reason = "g is given more than tensors by position"
         else:
-            for t in (*inputs, *params):  # torch may read null where it makes the form of them
-                refuse_freed(problem.name, "a tensor of g", t)
             found = self.map.form(x, inputs, params)
             if found is not None:
                 return found
@@ -195,6 +193,7 @@ class Forward(Direction):
         """The form, unless g has closure tensors: the first call of g finds those out."""
         if self.map.form_dim == 0:
             return None
+        refuse_freed(self.problem.name, "a parameter of g", *self.params)
         with self.problem.context.grad():
             form = self._layers(self.start, self.inputs, self.params)
         closure = form is not None and any(t.requires_grad for t in form.tensors)

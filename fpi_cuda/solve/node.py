@@ -119,9 +119,6 @@ class FixedPoint(Function):
     def backward(ctx: Any, v: Tensor | None, _: Any) -> tuple[Any, ...]:
         problem: Problem = ctx.call.problem
         x, keep, *tensors = ctx.saved_tensors
-        for t in (v, x, *tensors):
-            if t is not None:
-                refuse_freed(f"{problem.name}'s backward", "a tensor", t)
         out: list[Tensor | None] = [None] * len(tensors)
         if v is None:
             return (*_NOTHING, None, *out)
@@ -130,6 +127,7 @@ class FixedPoint(Function):
             return over(lambda v: FixedPoint.backward(ctx, v, None), v)
         if carries_tangent(v):
             return FixedPoint.jvp(ctx)  # type: ignore[no-any-return]
+        refuse_freed(problem.name, "a tensor of the backward", v, x, *tensors)
         need = [i for i in range(len(tensors)) if ctx.needs_input_grad[FIRST + i]]
         if ctx.closure and (torch.is_grad_enabled() or _torch.transforming()):
             names = reached(users(problem.map), needs_gradients)
