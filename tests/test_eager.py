@@ -66,6 +66,24 @@ def test_late_read_returns_the_newest_arrival_and_waits_for_the_last(polls):
     assert [rest for *_, rest in seen] == [9, 9, 8, 7, 6]  # two steps ago, whatever has arrived
 
 
+@pytest.mark.parametrize("lag", [1, 2])
+def test_late_read_waits_for_no_step_that_is_not_more_than_its_lag_behind(lag):
+    """A step earlier, and the device would be idle while the host goes on."""
+    waits = []
+
+    class Awaited(Tardy):
+        def wait(self):
+            waits.append(self.copy[2])
+            super().wait()
+
+    read = eager.LateRead([Awaited(50) for _ in range(lag + 1)], 9, 5)
+    for k in range(1, 5):
+        read(torch.tensor([9, 0, k]))
+        assert waits == list(range(1, k - lag + 1))
+    read(torch.tensor([9, 0, 5]))
+    assert waits == [1, 2, 3, 4, 5]  # nothing can follow
+
+
 class Sizes:
     """A row-wise g that notes the size of each batch it is given."""
 
