@@ -1,5 +1,6 @@
 """The eager driver reads late: slots that arrive late on purpose."""
 
+import types
 import warnings
 
 import pytest
@@ -82,6 +83,16 @@ def test_late_read_waits_for_no_step_that_is_not_more_than_its_lag_behind(lag):
         assert waits == list(range(1, k - lag + 1))
     read(torch.tensor([9, 0, 5]))
     assert waits == [1, 2, 3, 4, 5]  # nothing can follow
+
+
+def test_a_device_is_never_more_than_two_steps_ahead(monkeypatch):
+    """What has not arrived by then is waited for; each step more may be an evaluation too many."""
+    monkeypatch.setattr(eager, "refuse_capture", lambda: None)
+    monkeypatch.setattr(eager, "PinnedSlot", lambda: Tardy(50))
+    on_device = types.SimpleNamespace(device=torch.device("cuda"), shape=(9, 2))
+    read = eager.reader(on_device, 99)
+    seen = [read(torch.tensor([9 - k, 0, k])) for k in range(1, 6)]
+    assert seen == [(9, 0, 9), (9, 0, 9), (8, 0, 8), (7, 0, 7), (6, 0, 6)]
 
 
 class Sizes:
