@@ -110,7 +110,7 @@ class Limits:
 
     @property
     def roundings(self) -> float | Tensor:
-        """Of ‖g(x)‖: 16 u √N, a number for all samples or [B]."""
+        """Of ‖g(x)‖: 16 u √N, a number for all samples or [B]; N of its own `sizes`."""
         return self.rounding if self.own is None else self.own[:, 4]
 
     @property
@@ -279,7 +279,7 @@ class Account:
         """A bound of ‖x − x̂‖₂, [B], where the step certifies a Lipschitz constant k < 1, else None.
 
         (k·residual + ε)/(1 − k), with ε = 16 u √N ‖g(x)‖ for the rounding of one evaluation of g,
-        u the unit roundoff of the state.
+        u the unit roundoff of the state, N its entries or the sample's `sizes`.
         """
         record, k = self.record, self.record.lipschitz
         if k is None or not 0 <= k < 1:
