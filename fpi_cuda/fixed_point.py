@@ -50,8 +50,9 @@ def fixed_point(
 
     Args:
         g: a callable or module g(x, *inputs, *params) that returns x's shape, dtype and device.
-            It must not write to x, and must give the same value for the same arguments (freeze
-            dropout). x is the solver's own buffer: clone it to keep it.
+            It must not write to x (a write raises, but for one through x.data or NumPy, which
+            nobody sees), and must give the same value for the same arguments (freeze dropout). x is
+            the solver's own buffer: clone it to keep it.
         x0: where to start, [B, ...], floating; or a tuple of such tensors, of one dtype, with one
             norm over all of them per sample (g then takes and returns tuples).
         inputs: what g depends on per sample, z: tensors with first dimension B.

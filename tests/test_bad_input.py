@@ -85,6 +85,58 @@ def test_g_must_not_write_to_its_argument(backend):
         fixed_point(lambda x: x.mul_(0.5), torch.ones(2, 3), backend=backend)
 
 
+class Writing(torch.autograd.Function):
+    """Half of x, by a backward that writes to what it is given."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x / 2
+
+    @staticmethod
+    def backward(ctx, v):
+        return v.div_(2)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("given", [{}, {"per_sample": True}, {"per_sample": False}])
+@pytest.mark.parametrize("at", [2, 3, 6])
+def test_a_write_of_a_later_call_is_seen_too(at, given, autocast, backend):
+    """Where some samples have been left out as well, in views of x, and under autocast."""
+
+    def half_plus(x, z):
+        if g.calls == at:
+            x[:, :1].add_(1)
+        return 0.5 * x + z
+
+    g, autocast = Counter(half_plus), torch.autocast("cpu", enabled=autocast)
+    with autocast, raises(RuntimeError, r"must not change its argument x in place"):
+        fixed_point(g, X0, torch.ones(2, 3), backend=backend, solver=Picard(), **given)
+    assert g.calls == at
+
+
+def test_a_write_while_g_is_linearised_is_seen():
+    """It is to x̂ itself, which the caller holds."""
+    z = torch.ones(2, 3, requires_grad=True)
+
+    def g(x, z):
+        y = 0.5 * x + z
+        if x.requires_grad:
+            x.detach().zero_()
+        return y
+
+    x = fixed_point(g, X0, z).x
+    with raises(RuntimeError, r"must not change its argument x in place"):
+        x.sum().backward()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_derivative_must_not_write_to_its_gradient(create_graph):
+    z = torch.ones(2, 3, requires_grad=True)
+    x = fixed_point(lambda x, z: Writing.apply(x) + z, X0, z).x
+    with raises(RuntimeError, r"derivative of g must not change .* in place .*; write grad \* 2"):
+        torch.autograd.grad(x.sum(), z, create_graph=create_graph)
+
+
 def test_g_must_be_callable():
     with raises(TypeError, r"g must be callable \(got Tensor\)"):
         fixed_point(X0, X0)
