@@ -50,7 +50,7 @@ class FixedPointError(RuntimeError):
         self.solution = solution
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Solution(Account):
     """The fixed point and the per-sample record of the solve that found it.
 
@@ -71,6 +71,11 @@ class Solution(Account):
 
     x: State
     record: Record
+
+    def __repr__(self) -> str:
+        parts = (self.x,) if isinstance(self.x, Tensor) else self.x
+        of = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in parts)
+        return f"Solution(x {of}; {self.record.summary()})"
 
     @property
     def evaluations(self) -> int:
