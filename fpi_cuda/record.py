@@ -30,8 +30,8 @@ class Status(enum.IntEnum):
 _MESSAGES = {
     Status.CONVERGED: "the residual met the tolerance.",
     Status.MAX_ITERATIONS: (
-        "the residual was above the tolerance after max_iterations; raise max_iterations or rtol, "
-        "use Anderson, damp a rotation or a 2-cycle with beta < 1, or make g a contraction. (A noisy "
+        "the residual was above the tolerance after max_iterations; raise that or rtol, use "
+        "Anderson, damp a rotation or a 2-cycle with beta < 1, or make g a contraction. (A noisy "
         "g, by dropout or atomics, comes no nearer than its noise: freeze it, or raise rtol.)"
     ),
     Status.STALLED: (
