@@ -30,9 +30,10 @@ class Status(enum.IntEnum):
 _MESSAGES = {
     Status.CONVERGED: "the residual met the tolerance.",
     Status.MAX_ITERATIONS: (
-        "the residual was above the tolerance after max_iterations; raise that or rtol, use "
-        "Anderson, damp a rotation or a 2-cycle with beta < 1, or make g a contraction. (A noisy "
-        "g, by dropout or atomics, comes no nearer than its noise: freeze it, or raise rtol.)"
+        "the residual was above the tolerance after max_iterations; raise max_iterations, loosen "
+        "rtol, use Anderson, damp a rotation or a 2-cycle with beta < 1, or make g a contraction. "
+        "(A noisy g, by dropout or atomics, comes no nearer than its noise: freeze it, or loosen "
+        "rtol.)"
     ),
     Status.STALLED: (
         "the residual stopped falling at the rounding level of the dtype; loosen rtol or solve in "

@@ -403,7 +403,7 @@ def test_what_diverged_may_have_a_fixed_point(backend):
 
 
 def test_a_noisy_g_and_a_looser_rtol_are_thought_of():
-    with pytest.warns(FixedPointWarning, match=r"raise that or rtol.*A noisy g"):
+    with pytest.warns(FixedPointWarning, match=r"raise max_iterations, loosen rtol.*A noisy g"):
         fixed_point(lambda x: 1 - x, torch.zeros(2, 1), solver=Picard(), max_iterations=3)
 
 
