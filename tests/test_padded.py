@@ -18,6 +18,7 @@ from fpi_cuda import (
     Tolerance,
     fixed_point,
 )
+from fpi_cuda.solve import coupling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -165,6 +166,10 @@ def test_the_rounding_level_is_that_of_the_valid_entries(backend):
     assert status(100)[0] == [stalled] * 3
     found, s = status(100, sizes=torch.tensor([1, 99, 2]))
     assert found == [stuck, stalled, stuck]
+    y = torch.zeros(3, 100)
+    y[:, 0] = 1
+    met = coupling._met(y * (1 + 40 * unit), y, s.record, None)
+    assert met.tolist() == [False, True, False]
     s.record.lipschitz = 0.0
     assert torch.allclose(s.error_bound, 16 * unit * torch.tensor([1.0, 99.0, 2.0]).sqrt())
 
