@@ -154,7 +154,7 @@ Ended dense_solve(const DenseSolve<T>& solve, int64_t* next, unsigned char* memo
       const int end = used - first < piece ? used : first + piece;
       const Tally part =
           call.history == 1
-              ? picard_step(tile.x, tile.gx, call.out, n, call.beta, record, first, end)
+              ? picard_step(tile.x, tile.gx, call.out, n, call.beta, trail, record, first, end)
               : anderson_step(tile.x, tile.gx, call.out, n, call.beta, call.ridge, call.restart,
                               window, record, first, end);
       tally.active += part.active;
