@@ -47,6 +47,12 @@ _MESSAGES = {
     ),
 }
 
+# NONFINITE of an adjoint: g itself was finite there.
+_NONFINITE_ADJOINT = (
+    "g's derivative at this sample's x holds NaN or Inf (of a square root, norm or logarithm at 0, "
+    "say: add a small number to what is under it), or the gradient that came in did; g was finite."
+)
+
 # Gradients of these samples are masked by default: their state means nothing.
 MASKED = (Status.DIVERGED, Status.NONFINITE)
 
@@ -275,12 +281,13 @@ class Record(Account):
         short = (status == Status.MAX_ITERATIONS) & counted
         return ((status != Status.CONVERGED) & ~short).view(self.batch)
 
-    def failures(self, advice: bool = True) -> str:
+    def failures(self, advice: bool = True, adjoint: bool = False) -> str:
         """A sentence per status of samples that failed, with counts and the first ones; or ''.
 
         Samples of `Tolerance(0, 0)` that made all their iterations did what was asked.
 
         advice: whether to say what each means and what to try.
+        adjoint: whether it is the record of a backward solve.
         """
         parts = []
         flat = torch.where(self.wanting, self.status, Status.CONVERGED).reshape(-1)
@@ -291,8 +298,10 @@ class Record(Account):
             if len(samples):
                 shown = ", ".join(str(int(i)) for i in samples[:8])
                 more = ", ..." if len(samples) > 8 else ""
+                derivative = adjoint and status is Status.NONFINITE
+                message = _NONFINITE_ADJOINT if derivative else status.message
                 parts.append(
                     f"{len(samples)} of {flat.numel()} samples {status.name} "
-                    f"(samples {shown}{more}){': ' + status.message if advice else '.'}"
+                    f"(samples {shown}{more}){': ' + message if advice else '.'}"
                 )
         return " ".join(parts)

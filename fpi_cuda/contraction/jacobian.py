@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..norms import row_norms
 from ..operators import free, vjp
 
 Step = Callable[..., Tensor]
@@ -163,7 +164,7 @@ def _linearise(
 
 def _length(v: Tensor) -> Tensor:
     """[B]."""
-    return torch.linalg.vector_norm(v.flatten(1), dim=1)  # type: ignore[no-any-return]
+    return row_norms(v.flatten(1), look=False).to(v.dtype)
 
 
 def unit(v: Tensor) -> Tensor:
