@@ -34,7 +34,7 @@ Z[BAD] = 0
 
 def root(x, z, w):
     """Where z = 0, so is x, and the derivative there is infinite."""
-    return 0.3 * torch.sqrt(x @ w.mT) + z
+    return 0.3 * torch.sqrt(x @ w.mT) + 0.1 * torch.tanh(x @ w) + z
 
 
 def steep(x, z, w):
@@ -155,6 +155,11 @@ def test_captured_tensors_backward_again_and_again():
             assert b.isfinite().all()
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     assert not any(t.any() for t in grad(x[BAD].sum(), (w, z), retain_graph=True))
+    x = captured(steep, z, 2 * w / 2, options)
+    passed = by_params(steep, z, w, options)
+    for rows in (slice(None), GOOD):  # the second fails nobody's adjoint
+        mine, true = (grad(s[rows].sum(), w, retain_graph=True)[0] for s in (x, passed))
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-10)
     x.sum().backward(retain_graph=True)
     once = w.grad.clone()
     passed.sum().backward()
@@ -168,6 +173,19 @@ def test_where_all_fail_gradients_are_zero(way):
         options = tight("native", Picard())
         for found in derivatives(way, g, torch.zeros_like(Z), options, orders):
             assert not any(t.any() for t in found)
+
+
+def test_where_all_failed_before_a_captured_tensor_has_a_zero_gradient_too():
+    w, z = W.clone().requires_grad_(), torch.full_like(Z, math.nan).requires_grad_()
+    x = captured(root, z, w, tight("native", Picard()))
+    assert not any(t.any() for t in grad(x.sum(), (w, z)))
+
+
+def test_a_sample_left_out_by_the_loss_is_no_stand_in():
+    w, z = W.clone().requires_grad_(), torch.cat((Z[[BAD]], Z)).requires_grad_()
+    (dw,) = grad(by_params(root, z, w, tight("native", Picard()))[1:].sum(), w)
+    (true,) = grad(by_params(root, Z[GOOD], w, tight("native", Picard())).sum(), w)
+    torch.testing.assert_close(dw, true)
 
 
 @pytest.mark.parametrize("way", [by_params, captured])
@@ -245,22 +263,38 @@ def test_rows_that_g_captures_have_a_stand_in(shared):
         assert not dz[BAD].any()
 
 
+@pytest.mark.filterwarnings("ignore:fpi_cuda. g can't be given a part of the batch")
 def test_a_constant_with_as_many_rows_as_samples_is_not_taken_for_theirs():
-    """A mask over a state's parts, which are as many as the samples: nothing stands in for it."""
-    mask = torch.full((3, 3), -math.inf, dtype=torch.float64).triu(1)
-    bias = double(3, seed=5)
+    """A mask and a bias over a state's parts, which are as many as the samples."""
+    mask = torch.full((3, 3), -math.inf, dtype=torch.float64).tril(-1)
+    bias, rows, at = double(3, seed=5), torch.ones(3, 3, dtype=torch.float64), [0, 2]
+    rows[1] = math.inf
 
-    def g(x, z, w):
-        mixed = torch.softmax(w + mask, -1) @ x[..., None]
-        return 0.3 * torch.sqrt(mixed[..., 0]) * torch.sigmoid(bias) + z
+    def found(z, rows):
+        def g(x, z, w):
+            mixed = torch.softmax(w + mask, -1) @ x[..., None]
+            return rows * torch.tanh(0.5 * mixed[..., 0] + bias) + z
 
-    def found(z):
         return derivatives(by_params, g, z, tight("native", Picard()), 1)[0]
 
-    z = Z[[0, 1, 2]]
-    (dw, dz), (of_w, of_z) = found(z), found(z[[0, 2]])
+    (dw, dz), (of_w, of_z) = found(Z[:3], rows), found(Z[at], rows[at])
     torch.testing.assert_close(dw, of_w)
-    torch.testing.assert_close(dz[[0, 2]], of_z)
+    torch.testing.assert_close(dz[at], of_z)
+
+
+@pytest.mark.filterwarnings("ignore:fpi_cuda. g can't be given a part of the batch")
+def test_infinity_in_a_constant_that_nobody_sees_stays_out_of_its_samples_gradient():
+    columns = torch.ones(3, 4, dtype=torch.float64)
+    columns[:, BAD] = math.inf
+    w, z = W.clone().requires_grad_(), (Z + 0.1).requires_grad_()
+
+    def g(x, z, w):
+        return 0.5 * torch.tanh(x @ w.mT) + z * columns.T
+
+    dw, dz = grad(by_params(g, z, w, tight("native", Picard())).sum(), (w, z))
+    assert dw.isfinite().all()
+    assert dz[GOOD].all()
+    assert not dz[BAD].any()
 
 
 def test_the_message_says_that_the_derivative_is_not_finite(backend, solver):
@@ -278,9 +312,12 @@ def test_use_lets_it_through_and_the_record_tells_of_the_second_call():
         z, w = Z.clone().requires_grad_(), W.clone().requires_grad_()
         options = tight("native", Picard()) | {"adjoint": ImplicitAdjoint(failed=failed)}
         s = fixed_point(root, torch.zeros_like(z), z, params=(w,), **options)
-        (dw,) = grad(s.x.sum(), w)
+        (dw,) = grad(s.x.sum(), w, retain_graph=True)
         assert s.adjoint.status.tolist() == [0, Status.NONFINITE, 0, 0]
-        return dw, s.adjoint.evaluations
+        count = s.adjoint.evaluations
+        (of_good,) = grad(s.x[GOOD].sum(), w)
+        assert of_good.isfinite().all() == dw.isfinite().all()
+        return dw, count
 
     used, one = solve("use")
     masked, two = solve("mask")

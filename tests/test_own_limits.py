@@ -32,8 +32,8 @@ from fpi_cuda import (
 )
 from fpi_cuda.drivers import eager
 from fpi_cuda.drivers.whole import tf32_allowed
-from fpi_cuda.solve import coupling, limits
 from fpi_cuda.norms import row_norms
+from fpi_cuda.solve import coupling, limits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,9 @@ row too, and nobody hands it over: it is met while g runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -37,32 +39,47 @@ def stood(problem: Problem, keep: Tensor, x: Tensor, tensors: Sequence[Tensor]) 
 
     Returns:
         The same problem where g captures no tensor of B rows, or where those are no samples': then
-        other rows there change g's values for samples that are kept.
+        other rows there change g's values for samples that are kept. Each is tried by itself.
     """
     if of_vmap(keep) or problem.batch_dims != 1 or not bool(keep.any()):
         return problem
-    met: list[Tensor] = []
-    other = problem._replace(map=_standing(problem.map, keep, met))
-    try:
+
+    def values(map: Map) -> Tensor:
         with torch.no_grad(), problem.context.autocast():
-            values = other.map(x, *tensors)
-            same = bool(met) and torch.equal(values[keep], problem.map(x, *tensors)[keep])
+            return map(x, *tensors)[keep]
+
+    met: dict[int, Tensor] = {}
+
+    def note(t: Tensor) -> bool:
+        met[id(t)] = t
+        return False
+
+    try:
+        right = values(_standing(problem.map, keep, note))
+        theirs = [
+            t
+            for t in met.values()
+            if torch.equal(values(_standing(problem.map, keep, partial(is_, t))), right)
+        ]
+        map = _standing(problem.map, keep, lambda t: any(t is s for s in theirs))
+        if theirs and torch.equal(values(map), right):
+            return problem._replace(map=map)
     except Exception:  # tensors that g was never meant to see
-        return problem
-    return other if same else problem
+        pass
+    return problem
 
 
-def _standing(map: Map, keep: Tensor, met: list[Tensor]) -> Map:
+def _standing(map: Map, keep: Tensor, whether: Callable[[Tensor], bool]) -> Map:
     if isinstance(map, TransposedMap):
-        return TransposedMap(_standing(map.inner, keep, met))
-    return _Standing(map, keep, met)
+        return TransposedMap(_standing(map.inner, keep, whether))
+    return _Standing(map, keep, whether)
 
 
 class _Standing(Map):
-    """A map whose captured rows are those of kept samples."""
+    """A map whose captured rows are those of kept samples; see `_Replaced`."""
 
-    def __init__(self, inner: Map, keep: Tensor, met: list[Tensor]) -> None:
-        self.inner, self.keep, self.met = inner, keep, met
+    def __init__(self, inner: Map, keep: Tensor, whether: Callable[[Tensor], bool]) -> None:
+        self.inner, self.keep, self.whether = inner, keep, whether
         self.n_inputs = inner.n_inputs
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
@@ -70,24 +87,26 @@ class _Standing(Map):
         g = self.inner.bind(params)
 
         def bound(x: Tensor, *inputs: Tensor) -> Tensor:
-            with _Replaced(self.keep, self.met, (x, *inputs, *params)):
+            with _Replaced((x, *inputs, *params), self.keep, self.whether):
                 return g(x, *inputs)
 
         return bound
 
 
 class _Replaced(TorchFunctionMode):
-    """Replaces rows in whatever has B of them and comes from outside.
+    """Replaces rows of tensors that have B of them and come from outside.
 
     Args:
-        keep: bool [B].
-        met: what was replaced is noted here.
         known: what comes from inside, and so does all that is made of it.
+        keep: bool [B].
+        whether: asked of each such tensor.
     """
 
-    def __init__(self, keep: Tensor, met: list[Tensor], known: Sequence[Tensor]) -> None:
+    def __init__(
+        self, known: Sequence[Tensor], keep: Tensor, whether: Callable[[Tensor], bool]
+    ) -> None:
         super().__init__()
-        self._keep, self._met = keep, met
+        self._keep, self._whether = keep, whether
         self._known = {id(t): t for t in known}  # held, so that no id is given twice
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -99,7 +118,6 @@ class _Replaced(TorchFunctionMode):
     def _replaced(self, t: Any) -> Any:
         if not isinstance(t, Tensor) or id(t) in self._known or t.dim() == 0:
             return t
-        if len(t) != len(self._keep):
+        if len(t) != len(self._keep) or not self._whether(t):
             return t
-        self._met.append(t)
         return with_row(self._keep, t)
