@@ -47,10 +47,13 @@ _MESSAGES = {
     ),
 }
 
-# NONFINITE of an adjoint: g itself was finite there.
-_NONFINITE_ADJOINT = (
+# Why an adjoint is NONFINITE, where g itself was finite.
+DERIVATIVE = (
     "g's derivative at this sample's x holds NaN or Inf (of a square root, norm or logarithm at 0, "
-    "say: add a small number to what is under it), or the gradient that came in did; g was finite."
+    "say): add a small number to what is under it."
+)
+INCOMING = (
+    "the gradient of the loss by this sample's x holds NaN or Inf; look at what the loss does to x."
 )
 
 # Gradients of these samples are masked by default: their state means nothing.
@@ -281,13 +284,13 @@ class Record(Account):
         short = (status == Status.MAX_ITERATIONS) & counted
         return ((status != Status.CONVERGED) & ~short).view(self.batch)
 
-    def failures(self, advice: bool = True, adjoint: bool = False) -> str:
+    def failures(self, advice: bool = True, nonfinite: str = "") -> str:
         """A sentence per status of samples that failed, with counts and the first ones; or ''.
 
         Samples of `Tolerance(0, 0)` that made all their iterations did what was asked.
 
         advice: whether to say what each means and what to try.
-        adjoint: whether it is the record of a backward solve.
+        nonfinite: what NONFINITE means, if not what its message says.
         """
         parts = []
         flat = torch.where(self.wanting, self.status, Status.CONVERGED).reshape(-1)
@@ -298,8 +301,8 @@ class Record(Account):
             if len(samples):
                 shown = ", ".join(str(int(i)) for i in samples[:8])
                 more = ", ..." if len(samples) > 8 else ""
-                derivative = adjoint and status is Status.NONFINITE
-                message = _NONFINITE_ADJOINT if derivative else status.message
+                own = nonfinite if status is Status.NONFINITE else ""
+                message = own or status.message
                 parts.append(
                     f"{len(samples)} of {flat.numel()} samples {status.name} "
                     f"(samples {shown}{more}){': ' + message if advice else '.'}"

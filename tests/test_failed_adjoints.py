@@ -305,6 +305,19 @@ def test_the_message_says_that_the_derivative_is_not_finite(backend, solver):
     (message,) = {str(w.message) for w in caught}
     assert "adjoint: 1 of 4 samples NONFINITE (samples 1): g's derivative at" in message
     assert "g returned" not in message
+    assert "the loss" not in message
+
+
+def test_the_message_says_that_the_loss_has_no_finite_gradient(backend, solver):
+    z, v = (Z + 0.1).requires_grad_(), torch.ones_like(Z)
+    v[2, 0] = math.nan
+    x = fixed_point(root, torch.zeros_like(z), z, params=(W,), backend=backend, solver=solver).x
+    with pytest.warns(FixedPointWarning, match=r"adjoint: 1 of 4 .*2\): the gradient of the loss"):
+        grad(x, z, v)
+    both = Z.clone().requires_grad_()
+    x = fixed_point(root, torch.zeros_like(z), both, params=(W,), backend=backend, solver=solver).x
+    with pytest.warns(FixedPointWarning, match=r"\(samples 1, 2\): g's deriv.* Or: the gradient"):
+        grad(x, both, v)
 
 
 def test_use_lets_it_through_and_the_record_tells_of_the_second_call():

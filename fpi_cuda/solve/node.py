@@ -17,6 +17,7 @@ from torch.autograd import Function
 
 from .. import _torch
 from ..captures import carries_tangent, followed, refuse_captures
+from ..drivers import graph
 from ..modules import reached
 from ..operators import needs_gradients, over_legacy_batch
 from .closure import Redirected
@@ -148,7 +149,8 @@ class FixedPoint(Function):
         report = Report(ctx.call.report)
         found = _gradients(problem, report, x, keep, v, tensors, need)
         if report.masked:  # a graph can't tell the host that a derivative is infinite where v = 0
-            ctx.call.problem = problem._replace(drivers=problem.drivers[-1:])
+            others = [d for d in problem.drivers if d is not graph]
+            ctx.call.problem = problem._replace(drivers=others)
         if ctx.closure:
             _redirect(ctx, problem, x, keep, tensors, found)
         for i, grad in zip(need, found.of, strict=True):

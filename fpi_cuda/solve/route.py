@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..drivers.support import Solved
-from ..record import Record, Status
+from ..record import DERIVATIVE, INCOMING, Record, Status
 from ..solution import FixedPointError, FixedPointWarning, Solution, warn
 from .coupling import RANDOM, random, wrong
 from .direction import Direction
@@ -57,15 +57,16 @@ def _run(direction: Direction) -> Solved:
 
 def _outputs(direction: Direction, solved: Solved, keep: Tensor | None) -> Sequence[Tensor | None]:
     """What follows the loop; no gradient but its own is any the worse for a sample that failed."""
-    need = direction.need
-    if not need or keep is None or bool(keep.all()):
-        outputs = solved.outputs
-        if outputs is None:
-            outputs = direction.outputs(solved.x, keep)
-        # Where v = 0 nobody has seen the derivative, and zero times infinity is in these.
-        use = direction.problem.options.adjoint.failed == "use"
-        if not need or direction.skip is None or use or finite(outputs):
-            return outputs
+    outputs = solved.outputs
+    if outputs is None:
+        outputs = direction.outputs(solved.x, keep)
+    all_are = keep is None or bool(keep.all())
+    if not direction.need or (all_are and direction.skip is None):
+        return outputs
+    # Zero times infinity may be in these, of samples that failed, or of which v = 0 and whose
+    # derivative nobody has seen.
+    if direction.problem.options.adjoint.failed == "use" or finite(outputs):
+        return outputs
     if solved.record is not None:
         solved.record.evaluations += 1
     return direction.spared(solved.x, keep)
@@ -97,7 +98,17 @@ def _complain(direction: Direction, x: Tensor, record: Record) -> None:
     if bool(stuck.any()) and random(direction, x, record):
         message = f"{problem.name}: {RANDOM} {record.failures(advice=False)}"
     else:
-        message = f"{problem.name}: {record.failures(adjoint=direction.adjoint)}"
+        message = f"{problem.name}: {record.failures(nonfinite=_nonfinite(direction, record))}"
     if on_failure == "raise":
         raise FixedPointError(message, Solution(problem.unpack(x), record))
     warn(message, FixedPointWarning)
+
+
+def _nonfinite(direction: Direction, record: Record) -> str:
+    """What NONFINITE means here, if not what it means forward: g was finite."""
+    if not direction.adjoint:
+        return ""
+    samples = (record.status == Status.NONFINITE).reshape(-1)
+    came = torch.zeros_like(samples) if direction.floor is None else ~direction.floor.isfinite()
+    why = [DERIVATIVE] * bool((samples & ~came).any()) + [INCOMING] * bool((samples & came).any())
+    return " Or: ".join(why)
