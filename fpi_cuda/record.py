@@ -257,7 +257,7 @@ class Account:
 
     @property
     def contraction(self) -> Tensor:
-        """[B], measured rate of g; NaN where only one iteration was made."""
+        """[B], measured rate of g; NaN where only one iteration was made, or rounding hides it."""
         record = self.record
         ring, counters = record.progress.scalars[:, RING_START:], record.progress.counters
         return record.rate(ring, counters[:, ITERATIONS]).view(record.batch)

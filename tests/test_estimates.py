@@ -191,3 +191,27 @@ def test_a_system_is_estimated_as_a_whole():
     assert s.converged.all()
     assert torch.linalg.vector_norm(s.error_estimate) >= torch.linalg.vector_norm(error)
     assert s.error_estimate.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_rounding_hides_of_a_damped_solve_is_not_measured(backend, dtype):
+    """A residual told from Δx/β is off by the rounding of x times 1/β."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(200, 2, generator=generator).to(dtype)
+    a = (1.8 * torch.rand(200, 2, generator=generator) - 0.9).to(dtype)
+    s = fixed_point(
+        lambda x, z, a: a * x + z,
+        torch.zeros_like(z),
+        z,
+        a,
+        solver=Picard(0.3),
+        backend=backend,
+        max_iterations=400,
+        on_failure="return",
+    )
+    error = torch.linalg.vector_norm(s.x.double() - z.double() / (1 - a.double()), dim=1)
+    covered = (s.error_estimate >= error)[s.converged]
+    assert s.converged.double().mean() > 0.9
+    assert s.repelling.double().mean() <= 0.02
+    assert covered.double().mean() >= 0.95
+    assert s.error_estimate.isfinite().any()

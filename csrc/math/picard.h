@@ -91,21 +91,25 @@ FPI_HOST_DEVICE void add_differences(V* sums, V x, V gx, V x1, V x2, Acc beta, A
   sums[kOldState] += dx1 * dx1;
 }
 
-// The record of a sample that ended, from those sums; noise is scaled too.
+// The record of a sample that ended, from those sums; noise is scaled too. A damped x was rounded,
+// and residuals and values that are told from it, by Δx/β, are so much the less exact.
 template <typename Acc>
 FPI_HOST_DEVICE void measure(const Acc* sums, Acc beta, Acc noise, int64_t sample,
                              const Record<Acc>& record) {
   Acc* scalars = record.scalars + sample * kScalars;
   const bool is_long = record.counters[sample * kCounters + kWindow] > 1;
+  if (beta < Acc(1)) {
+    noise /= beta;
+  }
   Acc gain = larger_gain(Acc(0), sums[kNewValue], sums[kNewResidual], noise);
   if (is_long) {
     gain = larger_gain(gain, sums[kFarValue], sums[kFarResidual], noise);
   }
   scalars[kGain] = gain;
   if (beta != Acc(1)) {  // whose residuals do not tell g's rate
-    scalars[kRing] = sums[kNewValue] / sums[kNewState];
+    scalars[kRing] = larger_gain(Acc(0), sums[kNewValue], sums[kNewState], noise);
     if (is_long) {
-      scalars[kRing + 1] = sums[kOldValue] / sums[kOldState];
+      scalars[kRing + 1] = larger_gain(Acc(0), sums[kOldValue], sums[kOldState], noise);
     }
   }
 }

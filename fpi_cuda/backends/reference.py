@@ -84,7 +84,8 @@ def picard_step(
         t = samples[last]
         newest, older = c[t, HEAD].long(), torch.where(c[t, WINDOW] > 1, 1 - c[t, HEAD], c[t, HEAD])
         states = xa[last], trail[t, newest].to(p.dtype), trail[t, older.long()].to(p.dtype)
-        noise = NOISE * torch.finfo(x.dtype).eps / 2 * value[last]
+        # A damped x was rounded, and residuals told from it, by Δx/β, are so much the less exact.
+        noise = NOISE * torch.finfo(x.dtype).eps / 2 * value[last] / min(beta, 1)
         _measure(p, t, ga[last], states, beta, noise)
     _freeze(p, x, gx, _damped(xa, ga, beta, gx), status, running)
 
@@ -103,9 +104,10 @@ def _measure(
     far = _larger_gain(gain, dg + dg1, dr + dr1, noise)
     p.scalars[s, GAIN] = torch.where(long, far, gain)
     if beta != 1:
-        p.scalars[s, RING_START] = (_norm(dg) / _norm(dx)) ** 2
+        nothing = torch.zeros_like(noise)
+        p.scalars[s, RING_START] = _larger_gain(nothing, dg, dx, noise)
         second = RING_START + 1
-        rate = (_norm(dg1) / _norm(dx1)) ** 2
+        rate = _larger_gain(nothing, dg1, dx1, noise)
         p.scalars[s, second] = torch.where(long, rate, p.scalars[s, second])
 
 
