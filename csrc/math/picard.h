@@ -1,8 +1,8 @@
 // What a Picard step decides of a sample, and what its last iterates say of g.
 //
-// The gain is measured once, when a sample ends, from its last three iterates; the two before the last
-// are kept in the trail, and only where the end is near: a copy of x in every iteration would cost a
-// third of the step.
+// The gain is measured once, when a sample ends, from its last three iterates; the two before the
+// last are kept in the trail, and only where the end is near: a copy of x in every iteration would
+// cost a third of the step.
 #pragma once
 
 #include "gain.h"
@@ -17,10 +17,10 @@ struct PicardDecision {
   bool keeps;      // x goes to the trail, to slot counters[kHead]
 };
 
-// Ends a sample's iteration by the stop rule, and says whether its x is to be kept: where it may end
-// within two more iterations. So it may at once and before its last ones, where the residual does not
-// fall, and where it comes near the threshold if it goes on to fall as it does; at any time where the
-// threshold is negative, and the end decided elsewhere.
+// Ends a sample's iteration by the stop rule, and says whether its x is to be kept: where it may
+// end within two more iterations. So it may at once and before its last ones, where the residual
+// does not fall, and where it comes near the threshold if it goes on to fall as it does; at any
+// time where the threshold is negative, and the end decided elsewhere.
 template <typename Acc>
 FPI_HOST_DEVICE PicardDecision decide(Acc residual, Acc value, Acc beta, int64_t sample,
                                       const Record<Acc>& record) {
@@ -29,7 +29,7 @@ FPI_HOST_DEVICE PicardDecision decide(Acc residual, Acc value, Acc beta, int64_t
   const int32_t k = iteration_of(sample, record);
   const Acc fall = residual / scalars[kResidual];
   if (k > 1 && beta == Acc(1)) {  // Δg = r and Δx is the residual before
-    scalars[kRing + (k - 2) % kRingLength] = fall;
+    scalars[kRing + (k - 2) % kRingLength] = fall * fall;
   }
   const int32_t status = stop(residual, value, sample, record);
   if (status != kActive) {
@@ -50,7 +50,8 @@ FPI_HOST_DEVICE PicardDecision decide(Acc residual, Acc value, Acc beta, int64_t
   return {status, keeps};
 }
 
-// Whether a sample that ended can say anything of g: not where a NaN ended it, or its first residual.
+// Whether a sample that ended can say anything of g: not where a NaN ended it, or its first
+// residual.
 template <typename Acc>
 FPI_HOST_DEVICE bool has_trail(int32_t status, int64_t sample, const Record<Acc>& record) {
   return status != kActive && status != kNonfinite &&
@@ -58,8 +59,9 @@ FPI_HOST_DEVICE bool has_trail(int32_t status, int64_t sample, const Record<Acc>
          record.scalars[sample * kScalars + kResidual] > Acc(0);
 }
 
-// Sums over a row of squares of differences between the last iterate, the one before and that before
-// it: Δg, Δr, Δx of the newest two, Δg and Δr of the first and the last, Δg and Δx of the older two.
+// Sums over a row of squares of differences between the last iterate, the one before and that
+// before it: Δg, Δr, Δx of the newest two, Δg and Δr of the first and the last, Δg and Δx of the
+// older two.
 enum TrailSum {
   kNewValue,
   kNewResidual,
@@ -71,8 +73,8 @@ enum TrailSum {
   kTrailSums,
 };
 
-// Adds the terms of one entry: x and g(x), and the iterates before, newest first; everything scaled.
-// Where there is one alone, x2 is x1, and the sums but for the first three are not used.
+// Adds the terms of one entry: x and g(x), and the iterates before, newest first; everything
+// scaled. Where there is one alone, x2 is x1, and the sums but for the first three are not used.
 template <typename V, typename Acc>
 FPI_HOST_DEVICE void add_differences(V* sums, V x, V gx, V x1, V x2, Acc beta, Acc scale) {
   const V dx = scale * (x - x1), dx1 = scale * (x1 - x2);
@@ -101,9 +103,9 @@ FPI_HOST_DEVICE void measure(const Acc* sums, Acc beta, Acc noise, int64_t sampl
   }
   scalars[kGain] = gain;
   if (beta != Acc(1)) {  // whose residuals do not tell g's rate
-    scalars[kRing] = square_root(sums[kNewValue]) / square_root(sums[kNewState]);
+    scalars[kRing] = sums[kNewValue] / sums[kNewState];
     if (is_long) {
-      scalars[kRing + 1] = square_root(sums[kOldValue]) / square_root(sums[kOldState]);
+      scalars[kRing + 1] = sums[kOldValue] / sums[kOldState];
     }
   }
 }

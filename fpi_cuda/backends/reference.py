@@ -64,7 +64,7 @@ def picard_step(
     s = samples[running]
     before = scalars[samples, RESIDUAL]
     if k > 1 and beta == 1:  # Δg = r and Δx is the residual before
-        scalars[s, RING_START + (k - 2) % RING] = (residual / before)[running]
+        scalars[s, RING_START + (k - 2) % RING] = (residual / before)[running] ** 2
     status = _stop(p, residual, value, k, running)
     length = c[samples, WINDOW]
     active = running & (status == ACTIVE)
@@ -104,14 +104,15 @@ def _measure(
     far = _larger_gain(gain, dg + dg1, dr + dr1, noise)
     p.scalars[s, GAIN] = torch.where(long, far, gain)
     if beta != 1:
-        p.scalars[s, RING_START] = _norm(dg) / _norm(dx)
+        p.scalars[s, RING_START] = (_norm(dg) / _norm(dx)) ** 2
         second = RING_START + 1
-        p.scalars[s, second] = torch.where(long, _norm(dg1) / _norm(dx1), p.scalars[s, second])
+        rate = (_norm(dg1) / _norm(dx1)) ** 2
+        p.scalars[s, second] = torch.where(long, rate, p.scalars[s, second])
 
 
 def _larger_gain(gain: Tensor, dg: Tensor, dr: Tensor, noise: Tensor) -> Tensor:
     residual = _norm(dr)
-    found = torch.where(residual > noise, _norm(dg) / residual, 0)
+    found = torch.where(residual > noise, (_norm(dg) / residual) ** 2, 0)
     return torch.maximum(gain, found)
 
 
@@ -166,7 +167,7 @@ def anderson_step(
         head = c[t, HEAD].long()
         dg = ga[seen] - values[t, head].to(p.dtype)
         dr = r[seen] - residuals[t, head].to(p.dtype)
-        p.scalars[t, RING_START + (k - 2) % RING] = _norm(dg) / _norm(dg - dr)
+        p.scalars[t, RING_START + (k - 2) % RING] = (_norm(dg) / _norm(dg - dr)) ** 2
         p.scalars[t, GAIN] = _larger_gain(p.scalars[t, GAIN], dg, dr, noise[seen])
     reference = p.scalars[p.samples, REFERENCE]
     status = _stop(p, residual, value, k, running)

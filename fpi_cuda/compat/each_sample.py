@@ -81,7 +81,11 @@ def solve(
 
 
 def _norm(rows: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float64)
+    """[B], in float64, of any scale."""
+    wide = rows.flatten(1).double()
+    unit = wide.abs().amax(1, keepdim=True) if wide.shape[1] else wide.new_ones(len(wide), 1)
+    unit = torch.where(unit > 0, unit, 1.0)
+    norm: Tensor = torch.linalg.vector_norm(wide / unit, dim=1) * unit.squeeze(1)
     return norm
 
 

@@ -130,5 +130,5 @@ def _met(x: Tensor, y: Tensor, record: Record, floor: Tensor | None) -> Tensor:
     measure = value if floor is None else torch.maximum(value, floor)
     # The record's is of the iterate before; rounding: in other rows of a product.
     rtol, offset = limits.thresholds
-    within: Tensor = 2 * (offset + rtol * measure) + limits.rounding * value
+    within: Tensor = 2 * (offset + rtol * measure) + limits.roundings * value
     return residual <= within

@@ -18,6 +18,7 @@ from ..operators import for_modules
 from ..options import Solver
 from ..record import MASKED, Limits, accumulate_dtype
 from ..solvers.coupled import Coupled
+from ..state import refuse_freed
 from .evaluation import Direct, Linearised, Masked, Seen, convolutions
 from .independence import INDEPENDENT, Samples, norm_of
 from .limits import limits_of
@@ -192,6 +193,7 @@ class Forward(Direction):
         """The form, unless g has closure tensors: the first call of g finds those out."""
         if self.map.form_dim == 0:
             return None
+        refuse_freed(self.problem.name, "a parameter of g", *self.params)
         with self.problem.context.grad():
             form = self._layers(self.start, self.inputs, self.params)
         closure = form is not None and any(t.requires_grad for t in form.tensors)

@@ -19,6 +19,7 @@ from .. import _torch
 from ..captures import carries_tangent, followed, refuse_captures
 from ..modules import reached
 from ..operators import needs_gradients, over_legacy_batch, partial_bound
+from ..state import refuse_freed
 from .direction import Backward, direction_of, masked, stand_in
 from .maps import Map, TransposedMap, VmappedMap, check_output, users
 from .problem import Problem, Report
@@ -126,6 +127,7 @@ class FixedPoint(Function):
             return over(lambda v: FixedPoint.backward(ctx, v, None), v)
         if carries_tangent(v):
             return FixedPoint.jvp(ctx)  # type: ignore[no-any-return]
+        refuse_freed(problem.name, "a tensor of the backward", v, x, *tensors)
         need = [i for i in range(len(tensors)) if ctx.needs_input_grad[FIRST + i]]
         if ctx.closure and (torch.is_grad_enabled() or _torch.transforming()):
             names = reached(users(problem.map), needs_gradients)

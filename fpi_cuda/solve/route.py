@@ -57,6 +57,7 @@ def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | N
     if record is None:
         return None
     record.lipschitz = problem.lipschitz
+    record.mixes = direction.solver.history > 1 and not direction.adjoint
     if direction.coupled:
         record.system = solved.x.shape[problem.batch_dims - 1]
     report(record)
