@@ -245,9 +245,11 @@ struct AndersonStep {
                                int count) const {
     Acc* sums = batch.shared_sums(team);
     const Acc* system = batch.template team_shared<Acc>(team, batch.shared.system);
-    const bool trusted = are_trusted(sums, seen, count, [&](int j) {
-      return j == 0 ? sums[kResidualSecant] : system[j * count + j];
-    });
+    Acc trace = count > 0 ? place_of_dot(sums, 0, false) : Acc(0);
+    for (int j = 1; j < count; ++j) {
+      trace += system[j * count + j];
+    }
+    const bool trusted = are_trusted(sums, seen) && is_trusted(trace);
     if (trusted || count == 0) {
       if constexpr (kGroups > 1) {
         team.barrier();  // the system is solved where it is

@@ -209,6 +209,7 @@ struct Batch {
   template <typename Entry>
   FPI_DEVICE Acc largest(const Team& team, const Entry& entry) const {
     Acc mine[1] = {0};
+#pragma unroll 1
     for (int64_t i = team.rank; i < n; i += team.size) {
       const Acc value = entry(i);
       mine[0] = Larger{}(mine[0], value < 0 ? -value : value);
