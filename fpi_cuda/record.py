@@ -52,6 +52,15 @@ _MESSAGES = {
 # To NONFINITE, where the solver mixes iterates and came to do so.
 _MIXED = "(Mixtures of iterates at which g was not finite were taken back {}; Picard() makes none.)"
 
+# Why an adjoint is NONFINITE, where g itself was finite.
+DERIVATIVE = (
+    "g's derivative at this sample's x holds NaN or Inf (of a square root, norm or logarithm at 0, "
+    "say): add a small number to what is under it."
+)
+INCOMING = (
+    "the gradient of the loss by this sample's x holds NaN or Inf; look at what the loss does to x."
+)
+
 # Gradients of these samples are masked by default: their state means nothing.
 MASKED = (Status.DIVERGED, Status.NONFINITE)
 
@@ -130,11 +139,12 @@ class Limits:
         return self.rtol, self.offset, self.rounding, self.patience, self.max_iterations
 
 
-# Times gain times residual is the error estimate: fitted once to a zoo of maps, so that it covers the
-# error in 99 of 100 (docs/math.md).
+# Times gain times residual is the error estimate: fitted once to a zoo of maps, so that it covers
+# the error in 99 of 100 (docs/math.md).
 ESTIMATE = 2.6
 
-# For a solve that is ended from outside. Reached by no finite residual, except that one which grows without end is DIVERGED.
+# For a solve that is ended from outside: no finite residual reaches it, except that one which grows
+# without end is DIVERGED.
 NEVER = Limits(rtol=0.0, offset=-1.0, rounding=-1.0, patience=2**30, max_iterations=2**30)
 
 
@@ -333,8 +343,9 @@ class Record(Account):
         if self.system == 1 or not len(residual):
             return residual
         systems = residual.view(-1, self.system)
-        mean = torch.linalg.vector_norm(systems.double(), dim=1) / math.sqrt(self.system)
-        return torch.maximum(systems, mean.to(residual.dtype)[:, None]).view(-1)
+        unit = systems.amax(1, keepdim=True).clamp(min=torch.finfo(residual.dtype).tiny)
+        mean = unit * (systems / unit).square().mean(1, keepdim=True).sqrt()
+        return torch.maximum(systems, mean).view(-1)
 
     def count(self, status: Status) -> int:
         """How many samples ended with this status."""
@@ -347,12 +358,13 @@ class Record(Account):
         short = (status == Status.MAX_ITERATIONS) & counted
         return ((status != Status.CONVERGED) & ~short).view(self.batch)
 
-    def failures(self, advice: bool = True) -> str:
+    def failures(self, advice: bool = True, nonfinite: str = "") -> str:
         """A sentence per status of samples that failed, with counts and the first ones; or ''.
 
         Samples of `Tolerance(0, 0)` that made all their iterations did what was asked.
 
         advice: whether to say what each means and what to try.
+        nonfinite: what NONFINITE means, if not what its message says.
         """
         parts = []
         flat = torch.where(self.wanting, self.status, Status.CONVERGED).reshape(-1)
@@ -363,9 +375,11 @@ class Record(Account):
             if len(samples):
                 shown = ", ".join(str(int(i)) for i in samples[:8])
                 more = ", ..." if len(samples) > 8 else ""
+                own = nonfinite if status is Status.NONFINITE else ""
+                message = own or status.message
                 parts.append(
                     f"{len(samples)} of {flat.numel()} samples {status.name} "
-                    f"(samples {shown}{more}){': ' + status.message if advice else '.'}"
+                    f"(samples {shown}{more}){': ' + message if advice else '.'}"
                 )
                 mixed = advice and self.mixes and status is Status.NONFINITE
                 if mixed and bool((self.iterations.reshape(-1)[samples] > 2).any()):

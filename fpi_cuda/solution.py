@@ -57,11 +57,12 @@ class Solution(Account):
 
     Attributes:
         x: the fixed point x̂ = g(x, ·) of the last iterate, shaped like x0, attached to autograd.
-            Where the status is NONFINITE: the last finite iterate.
+            Where the status is NONFINITE: the plain iterate at which g was not finite.
         status: int8 [B], members of `Status`.
         iterations: int32 [B].
         residual_norm: [B], ‖g(x) − x‖₂ of the iterate whose g is returned.
         residual_at_x: [B], the same of x itself, evaluated when it is asked for.
+        retreats: int32 [B], Anderson's mixtures that were taken back.
         contraction, error_estimate: [B]; see `docs/math.md`. `error_bound`: [B] or None.
         evaluations: calls of g, those included by which "auto" looks at how samples depend, and two
             by which a solve that did not converge sees whether g is random.

@@ -145,3 +145,16 @@ def test_errors(measure):
         measure(lambda x: x, x, iterations=0)
     with pytest.raises(ValueError, match="bound must be >= 0"):
         jacobian_penalty(lambda x: x, x, bound=-1.0, measure=measure)
+
+
+@pytest.mark.parametrize("dtype, exponent", [(torch.float32, 100), (torch.float64, 900)])
+@pytest.mark.parametrize("measure", [jacobian_norm, jacobian_radius])
+def test_a_jacobian_of_any_scale_is_measured_as_well(measure, dtype, exponent):
+    a, x = torch.randn(3, 3, dtype=dtype), torch.randn(2, 3, dtype=dtype)
+    start = torch.randn(2, 3, dtype=dtype)
+
+    def size(factor):
+        return measure(lambda x: x @ (a * factor).T, x, v=start, iterations=6)[0].detach() / factor
+
+    for e in (-exponent, exponent):
+        torch.testing.assert_close(size(2.0**e), size(1.0))

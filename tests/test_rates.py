@@ -131,3 +131,24 @@ def test_adjoint_record_is_filled_by_each_backward(backend, solver):
     assert first.residual_norm.shape == (3,)
     solution.x.square().sum().backward()
     assert solution.adjoint is not first
+
+
+# --- from the ring of squared secant ratios ------------------------------------------------------
+
+RING = torch.tensor([[0.5, 0.9, 0.1, 0.3, 0.7], [0.0, 0.4, 0.0, 0.0, 0.2], [0.0] * 5]) ** 2
+
+
+def test_picards_rate_is_the_geometric_mean_of_all_ratios_that_there_are():
+    found = Picard().contraction(RING, torch.tensor([9, 3, 1]))
+    wanted = torch.tensor([(0.5 * 0.9 * 0.1 * 0.3 * 0.7) ** (1 / 5), (0.4 * 0.2) ** 0.5, torch.nan])
+    torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+def test_andersons_rate_is_the_largest():
+    found = Anderson().contraction(RING, torch.tensor([9, 3, 1]))
+    torch.testing.assert_close(found, torch.tensor([0.9, 0.4, torch.nan]), equal_nan=True)
+
+
+def test_ratios_of_iterates_that_were_not_finite_are_left_out(solver):
+    ring = torch.tensor([[0.25, torch.nan, torch.inf, 0.25, 0.0]])
+    torch.testing.assert_close(solver.contraction(ring, torch.tensor([5])), torch.tensor([0.5]))

@@ -141,6 +141,17 @@ def test_a_solve_that_ends_at_a_retreat_has_the_last_good_value(backend, limit):
         assert torch.equal(s.residual_norm, before.residual_norm)
 
 
+def test_a_step_beyond_the_dtype_is_an_undamped_one(backend):
+    z = torch.full((2, 3), 60000.0, dtype=torch.float16)
+
+    def g(x, z):
+        return torch.minimum(x + 20000, z)
+
+    s = fixed_point(g, torch.zeros_like(z), z, solver=Picard(1.9), backend=backend)
+    assert s.converged.all()
+    assert (s.x == 60000).all()
+
+
 def test_the_first_iterate_is_plain(backend, solver):
     z = torch.full((2, 2), torch.nan)
     s = fixed_point(

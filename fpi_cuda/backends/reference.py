@@ -86,8 +86,7 @@ def picard_step(
         states = xa[last], trail[t, newest].to(p.dtype), trail[t, older.long()].to(p.dtype)
         noise = NOISE * torch.finfo(x.dtype).eps / 2 * value[last]
         _measure(p, t, ga[last], states, beta, noise)
-    moved = _damped(xa, ga, beta).to(x.dtype)
-    _freeze(p, x, gx, moved, status, running)
+    _freeze(p, x, gx, _damped(xa, ga, beta, gx), status, running)
 
 
 def _measure(
@@ -231,8 +230,11 @@ def _retreat(
     c[s, RETREATS] += 1
 
 
-def _damped(xa: Tensor, ga: Tensor, beta: float) -> Tensor:
-    return ga if beta == 1 else xa + beta * (ga - xa)
+def _damped(xa: Tensor, ga: Tensor, beta: float, gx: Tensor) -> Tensor:
+    if beta == 1:
+        return gx
+    moved = (xa + beta * (ga - xa)).to(gx.dtype)
+    return torch.where(moved.isfinite(), moved, gx)  # where it overflows, g(x)
 
 
 def _norm(r: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .._torch import held, version
 from ..arguments import Arguments
+from ..norms import row_norms
 from ..record import accumulate_dtype
 from ..solution import State
 from ..state import state_of
-from .independence import norm_of
 from .maps import UserMap, check_output
 from .problem import Context
 
@@ -117,7 +117,7 @@ class Again:
             if map.binding is not None:
                 map.binding.reshard()
             shape, dtype = (len(packed), packed.shape[1:].numel()), accumulate_dtype(packed.dtype)
-            return norm_of((gx.to(dtype) - packed.to(dtype)).reshape(shape)).to(dtype)
+            return row_norms((gx.to(dtype) - packed.to(dtype)).reshape(shape)).to(dtype)
 
     def _check_own(self, map: UserMap) -> None:
         """Raise unless g's modules are those of the solve, with the same tensors in them."""

@@ -69,8 +69,8 @@ class Picard:
         """[B]: the geometric mean of the last secant ratios ‖Δg‖/‖Δx‖; NaN where there is none.
 
         Args:
-            ring: [B, RING], the squares of ratios, 0 where there is none. Of a damped solve there are two at
-                most, measured where it ended.
+            ring: [B, RING], the squares of ratios, 0 where there is none. Of a damped solve there
+                are two at most, measured where it ended.
             iterations: [B].
         """
         del iterations
