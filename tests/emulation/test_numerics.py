@@ -250,6 +250,17 @@ def test_a_mixture_that_overflows_is_taken_back(machines):
         assert (solve.p.out == 60000).all()
 
 
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("n", PLANS.values(), ids=PLANS)
+def test_a_damped_step_that_overflows_is_undamped(machines, n, m):
+    solve = Solve(torch.zeros(2, n, dtype=HALF), FOREVER, m, 1.5)
+    gx = torch.full((2, n), 60000.0)
+    gx[:, 0] = 1000
+    solve.step(machines[FORWARD], gx)
+    assert (solve.x[:, 0] == 1500).all()
+    assert (solve.x[:, 1:] == 60000).all()
+
+
 @pytest.mark.parametrize("n", [PLANS["a"], PLANS["c"]])
 @pytest.mark.parametrize("m", [1, 3])
 def test_no_counter_leads_out_of_bounds(machines, n, m):
