@@ -108,6 +108,28 @@ def test_picard_keeps_its_last_iterates_and_measures_at_the_end(plan, dtype, bet
     assert (p.scalars[[0, 1, 2], GAIN] > 0).all() and p.scalars[3, GAIN] == 0
 
 
+@pytest.mark.parametrize(("beta", "rtol"), [(1.0, 1e-3), (0.5, 1e-2)])
+def test_picard_keeps_x_only_near_the_end(beta, rtol):
+    """Near by its residual, by its iterations, or because the residual does not fall."""
+    torch.manual_seed(6)
+    n, dtype = 3, torch.float64
+    own = [(rtol, 0.0, 99, 99, -1.0), (0.0, -1.0, 99, 8, -1.0), (0.0, -1.0, 99, 8, -1.0)]
+    x = 1 + torch.rand(3, n, dtype=dtype)
+    p = Progress(x, replace(FOREVER, own=torch.tensor(own, dtype=dtype)))
+    trail, kept = poisoned(3, TRAIL, n, dtype=dtype), []
+    for k in range(8):
+        gx = 0.4 * x + 0.6
+        if k == 4:
+            gx[2] += 1
+        q, _ = step("picard", p, x, gx, beta, [trail])
+        agree(p, q, dtype)
+        kept.append(p.counters[:, WINDOW].tolist())
+    near, counted, risen = zip(*kept, strict=True)
+    assert near[:3] == (1, 2, 0) and near[-1] == TRAIL
+    assert counted == (1, 2, 0, 0, 0, 1, 2, 2)
+    assert risen[4] == 1
+
+
 def test_picard_measures_where_a_kernel_left_the_norms(plan):
     torch.manual_seed(1)
     n, dtype = 50, torch.float32
@@ -175,23 +197,30 @@ def test_anderson_is_free_of_the_scale(plan, dtype, beta, n, scale):
     assert (p.counters[:, WINDOW] == M).all() and (p.scalars[:, GAIN] > 0).all()
 
 
-def test_the_gram_matrix_is_kept_unscaled(plan):
-    """From sums that could not be trusted to such that can: old rows serve on."""
+@pytest.mark.parametrize(
+    "sizes",
+    [(2.0**-45, 2.0**-45, 2.0**-20, 2.0**-20), (2.0**70, 2.0**70, 2.0**40, 2.0**40)],
+    ids=["small", "large"],
+)
+def test_the_gram_matrix_is_kept_unscaled(plan, sizes):
+    """From sums that can't be trusted to such that can: an older difference is the last to go."""
     torch.manual_seed(3)
     n, dtype = 40, torch.float32
-    x = 2.0**-45 * torch.randn(1, n)
+    x = torch.empty(1, n)
     p, memory = Progress(x, FOREVER), window(1, M, n, dtype)
-    for size in (2.0**-45, 2.0**-45, 2.0**-20, 2.0**-20):
-        gx = size * torch.randn(1, n)
-        q, y = step("anderson", p, x, gx, 1.0, memory)
+    for size in sizes:
+        x.copy_(size * torch.randn(1, n))
+        q, y = step("anderson", p, x, size * torch.randn(1, n), 1.0, memory)
         assert torch.equal(p.counters, q.counters)
         close(x / size, y / size, dtype, 30)
+    assert p.counters[0, WINDOW] == M
     _, residuals, gram = memory
     head = int(p.counters[0, HEAD])
     slots = [(head - age) % M for age in range(M)]
-    d = residuals[0, slots][:-1] - residuals[0, slots][1:]
+    r = residuals[0, slots].double()
+    expected = (r[:-1] - r[1:]) @ (r[:-1] - r[1:]).mT
     kept = gram[0][slots[:-1]][:, slots[:-1]]
-    torch.testing.assert_close(2.0**40 * kept, 2.0**40 * (d @ d.mT))
+    torch.testing.assert_close(kept, expected.float(), rtol=1e-4, atol=0)
 
 
 # --- retreats -------------------------------------------------------------------------------------
