@@ -2,11 +2,13 @@
 // `op: <argument> must <property> (got <value>)`.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -85,6 +87,22 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& x) 
             " with other strides)");
 }
 
+// Raises where x, which is not empty, has no memory: where its storage was freed, it keeps its
+// sizes (FSDP frees parameters so between their uses), and a view its offset. An eager step of a
+// small batch feels each question, so the size of a storage, which costs the most, is asked for
+// last.
+inline void check_memory(const char* op, const char* name, const Tensor& x) {
+  const int64_t offset = x.storage_offset();
+  if (offset == 0 && x.const_data_ptr() != nullptr) {
+    return;
+  }
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));
+  FPI_CHECK(offset > 0 && bytes > 0, op, ": ", name, " of shape ", detail::shape(x),
+            " must have its values in memory (got one whose storage was freed, as "
+            "untyped_storage().resize_(0) does); fill it again first");
+}
+
 inline void check_same_device(const char* op, const char* name, const Tensor& x,
                               const char* like_name, const Tensor& like) {
   FPI_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), op,
@@ -116,13 +134,17 @@ inline void check_sizes(const char* op, const char* name, const Tensor& x,
                         std::initializer_list<int64_t> sizes) {
   const auto got = x.sizes();
   bool same = got.size() == sizes.size();
-  int64_t d = 0;
+  int64_t d = 0, count = 1;
   for (int64_t size : sizes) {
     same = same && got[d++] == size;
+    count *= size;
   }
   FPI_CHECK(same, op, ": ", name, " must have shape [", joined(sizes), "] (got ", detail::shape(x),
             ")");
   check_contiguous(op, name, x);
+  if (count > 0) {
+    check_memory(op, name, x);
+  }
 }
 
 inline torch::headeronly::ScalarType accumulate_dtype(const Tensor& x) {
@@ -163,6 +185,27 @@ inline void check_step(const char* op, const Tensor& x, const Tensor& gx, const 
     }
     check_dtype(op, "bounds", *bounds, accumulate_dtype(x));
   }
+  if (x.is_cuda()) {  // else none is: the CUDA kernels are taken where any tensor is there
+    check_same_device(op, "gx", gx, "x", x);
+    check_same_device(op, "out", out, "x", x);
+    check_same_device(op, "counters", counters, "x", x);
+    check_same_device(op, "scalars", scalars, "x", x);
+    check_same_device(op, "tally", tally, "x", x);
+    for (const auto* given : {&index, &bounds}) {
+      if (*given) {
+        check_same_device(op, given == &index ? "index" : "bounds", **given, "x", x);
+      }
+    }
+  }
+}
+
+// Iterations are counted in int32.
+inline void check_limits(const char* op, int64_t patience, int64_t max_iterations) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  FPI_CHECK(1 <= max_iterations && max_iterations <= kMost, op, ": max_iterations must be 1 to ",
+            kMost, " (got ", max_iterations, ")");
+  FPI_CHECK(0 <= patience && patience <= kMost, op, ": patience must be 0 to ", kMost, " (got ",
+            patience, ")");
 }
 
 inline void check_trail(const char* op, const Tensor& x, const Tensor& out,
@@ -214,6 +257,9 @@ inline void check_weight(const char* op, const char* name, const Tensor& weight,
             "] (got ", detail::shape(weight), ")");
   check_same_dtype(op, name, weight, "x", x);
   check_same_device(op, name, weight, "x", x);
+  if (weight.numel() > 0) {
+    check_memory(op, name, weight);
+  }
 }
 
 inline void check_activation(const char* op, const char* name, int64_t activation) {
@@ -250,7 +296,7 @@ inline void check_dense_map(const Tensor& x, const Tensor& weight, const std::op
   constexpr const char* op = "_dense_map";
   check_not_differentiated(op, {x, weight});
   FPI_CHECK(x.dim() == 2, op, ": x must have shape [B, K] (got ", detail::shape(x), ")");
-  check_contiguous(op, "x", x);
+  check_sizes(op, "x", x, {x.size(0), x.size(1)});
   check_weight(op, "weight", weight, x, x.size(1));
   check_per_sample(op, "u", u, x, x.size(0), weight.size(0), true);
   check_sizes(op, "out", out, {x.size(0), weight.size(0)});

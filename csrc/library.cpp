@@ -15,7 +15,11 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   //   index      [R]     int64; none: row r holds sample r
   //   bounds     [B]     Acc: the least norm that rtol multiplies; or [B, 6]: that one, and each
   //                      sample's own rtol, offset, patience, max_iterations and rounding; none: 0
-  // offset is atol √N.
+  // offset is atol √N. Shapes, dtypes, devices, storages and the numbers are checked. On the CPU so
+  // are values by which kernels index: `index` holds samples once each, and active samples have
+  // iterations from 0, a window and a head within m, limits of their own within int32. On CUDA,
+  // where to look would be to wait, these are trusted: they are what Progress and the steps
+  // themselves write.
 #define FPI_STEP                                                                       \
   "Tensor(a!) x, Tensor gx, Tensor(b!) out, Tensor(c!) counters, Tensor(d!) scalars, " \
   "Tensor(e!) tally, Tensor? index, Tensor? bounds, float rtol, float offset, "         \
@@ -41,6 +45,8 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   //   hidden_weight W₁    [H, N];  hidden_scale d: [B, H]
   //   tf32                products of tensor cores instead of float32's (CUDA)
   //   slots               rows that a thread or block iterates at a time; 0: as fits the machine
+  // On the CPU the call ends with an error soon after a signal's handler raised (csrc/cpu/watch.h),
+  // and what it wrote to means nothing. On CUDA the kernel runs to its end.
   m.def(
       "_dense_solve(Tensor x0, Tensor(a!) out, Tensor(b!) counters, Tensor(c!) scalars, "
       "Tensor(d!) tally, Tensor? bounds, float rtol, float offset, float rounding, int patience, "

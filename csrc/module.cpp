@@ -2,8 +2,12 @@
 // no tensor crosses pybind11. CMakeLists.txt defines the FPI_BUILD_* strings.
 #include <pybind11/pybind11.h>
 
+#include <atomic>
+#include <utility>
+
 #include "cpu/capability.h"
 #include "cpu/kernels/anderson_step.h"
+#include "cpu/watch.h"
 #include "cuda/plan.h"
 #include "math/activation.h"
 #include "math/anderson.h"
@@ -61,10 +65,58 @@ pybind11::dict constants() {
                "tally"_a = +kTallies, "status"_a = +kStatuses, "activations"_a = +kActivations));
 }
 
+// --- Signals: Python runs their handlers in its main thread alone, between two lines of Python.
+
+std::atomic<unsigned long> main_thread{0};
+
+void find_main_thread() {
+  const auto thread = pybind11::module_::import("threading").attr("main_thread")();
+  main_thread.store(thread.attr("ident").cast<unsigned long>());
+}
+
+// What a handler raised that broke off a call: held with the GIL, between the call and
+// take_raised().
+PyObject* raised = nullptr;
+
+// Runs the handlers of the signals that came. Whether one of them raised. Threads that never run
+// any don't wait for the GIL, by which Python could end them when it itself ends.
+bool handle_signals() {
+  if (PyThread_get_thread_ident() != main_thread.load(std::memory_order_relaxed)) {
+    return false;
+  }
+  const PyGILState_STATE state = PyGILState_Ensure();
+  const bool stop = PyErr_CheckSignals() != 0;
+  if (stop) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyErr_NormalizeException(&type, &value, &trace);
+    if (trace != nullptr) {
+      PyException_SetTraceback(value, trace);
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(trace);
+    Py_XDECREF(std::exchange(raised, value));
+  }
+  PyGILState_Release(state);
+  return stop;
+}
+
+pybind11::object take_raised() {
+  PyObject* value = std::exchange(raised, nullptr);
+  return value == nullptr ? pybind11::none() : pybind11::reinterpret_steal<pybind11::object>(value);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   fpi::cpu::capability();  // a wrong FPI_CPU_CAPABILITY is an ImportError, not a later surprise
+  find_main_thread();
+  pybind11::module_::import("os").attr("register_at_fork")(
+      pybind11::arg("after_in_child") = pybind11::cpp_function(&find_main_thread));
+  fpi::cpu::ask_to_stop.store(&handle_signals);
+  m.attr("INTERRUPTED") = fpi::cpu::kInterrupted;
+  m.def("take_raised", &take_raised,
+        "What a signal's handler raised, if it broke off the last call; then forgets it.");
   m.def("build_info", &build_info,
         "How the native code was built, and which instruction set runs.");
   m.def("constants", &constants, "The numbers that csrc and Python both write down.");

@@ -31,10 +31,10 @@ Record<Acc> record_of(const Tensor& counters, const Tensor& scalars,
 // What a step operator works on.
 template <typename T>
 struct StepCall {
-  T* x;         // [rows, n]
-  const T* gx;  // [rows, n]
-  T* out;       // [B, n]
-  int64_t rows, n;
+  T* x;                      // [rows, n]
+  const T* gx;               // [rows, n]
+  T* out;                    // [B, n]
+  int64_t rows, n, samples;  // B
   double beta;
   Record<accumulate_t<T>> record;
   int32_t* tally;
@@ -48,6 +48,7 @@ StepCall<T> step_call(const Tensor& x, const Tensor& gx, const Tensor& out, cons
           .out = static_cast<T*>(out.mutable_data_ptr()),
           .rows = x.size(0),
           .n = x.size(1),
+          .samples = out.size(0),
           .beta = beta,
           .record = record,
           .tally = static_cast<int32_t*>(tally.mutable_data_ptr())};
@@ -62,6 +63,7 @@ void picard_step(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalar
   constexpr const char* op = "_picard_step";
   check_step(op, x, gx, out, counters, scalars, tally, index, bounds);
   check_trail(op, x, out, trail);
+  check_limits(op, patience, max_iterations);
   dispatch_floating(op, "x", x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto record = record_of<accumulate_t<T>>(counters, scalars, index, bounds, rtol, offset,
@@ -80,6 +82,7 @@ void anderson_step(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scal
                    Tensor gram) {
   constexpr const char* op = "_anderson_step";
   check_step(op, x, gx, out, counters, scalars, tally, index, bounds);
+  check_limits(op, patience, max_iterations);
   check_window(op, x, out, scalars, values, residuals, gram, Kernel::kMost);
   dispatch_floating(op, "x", x, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -128,6 +131,7 @@ void dense_solve(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor 
   constexpr const char* op = "_dense_solve";
   check_not_differentiated(op, {x0, weight});
   check_step(op, x0, x0, out, counters, scalars, tally, std::nullopt, bounds);
+  check_limits(op, patience, max_iterations);
   check_dense(op, x0, weight, u, activation, scale, hidden_weight, hidden_u, hidden_activation,
               hidden_scale);
   check_history(op, history, Kernel::kMost);

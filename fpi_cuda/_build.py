@@ -57,6 +57,7 @@ def _refuse_transforms() -> torch.library.Library:
 
 
 cuda, _cuda_missing = _load_cuda()
+take_raised, INTERRUPTED = _C.take_raised, _C.INTERRUPTED  # of calls that a signal ended
 _library = _refuse_transforms()  # an operator's registration ends with its library object
 
 

@@ -116,6 +116,18 @@ def bind_no_defaults(node: type[Function]) -> None:
 
 # How often a tensor was written to; an inference tensor has no such count.
 version = attrgetter("_version")
+
+
+def held(t: Tensor) -> Tensor:
+    """A tensor from a weak reference to it, as one to hold on to.
+
+    Where C++ alone held it, its Python object has to be told that it has an owner again, as
+    torch.utils.weak.TensorWeakRef does, which is documented nowhere.
+    """
+    t._fix_weakref()  # type: ignore[attr-defined]
+    return t
+
+
 # Copy tensors into others, in few launches on a device.
 copy_all = torch._foreach_copy_
 # What torch.tensor ends in, as a dispatch mode sees it: a constant made just now. Operators under

@@ -30,6 +30,7 @@ def fixed_point(
     on_failure: str = "warn",
     per_sample: bool | str = "auto",
     driver: str = "auto",
+    sizes: Tensor | None = None,
 ) -> Solution:
     """Solve x̂ = g(x̂, *inputs, *params) for every sample; differentiable to any order.
 
@@ -49,8 +50,9 @@ def fixed_point(
 
     Args:
         g: a callable or module g(x, *inputs, *params) that returns x's shape, dtype and device.
-            It must not write to x, and must give the same value for the same arguments (freeze
-            dropout). x is the solver's own buffer: clone it to keep it.
+            It must not write to x (a write raises, but for one through x.data or NumPy, which
+            nobody sees), and must give the same value for the same arguments (freeze dropout). x is
+            the solver's own buffer: clone it to keep it.
         x0: where to start, [B, ...], floating; or a tuple of such tensors, of one dtype, with one
             norm over all of them per sample (g then takes and returns tuples).
         inputs: what g depends on per sample, z: tensors with first dimension B.
@@ -75,6 +77,12 @@ def fixed_point(
             eagerly, with a warning. "whole": one kernel, for a g of dense layers (`DenseStep`,
             and `GradientStep` of a `DenseEnergy`), that iterates every sample to its own end.
             "auto": whole where that is possible, else eager.
+        sizes: of a ragged batch that is padded: how many entries of each sample are valid, those of
+            all tensors of a tuple together; a tensor [B] of whole numbers, on any device, which the
+            slices of torch.vmap share. The others are zero in x0, in g's values, and in the
+            loss's gradient. A padded sample then stops, forward and backward, as it would without
+            its padding: atol and the rounding level count its own entries. (Of one system, each
+            sample is judged so.) None: all entries are.
 
     Returns:
         A `Solution`; its x is shaped like x0 and attached to autograd.
@@ -85,7 +93,7 @@ def fixed_point(
         FixedPointError: `on_failure="raise"` and a sample did not converge.
     """
     options = Options(
-        solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver
+        solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver, sizes
     )
     return solve(g, x0, inputs, params, options)
 

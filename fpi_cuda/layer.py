@@ -24,7 +24,7 @@ from .state import state_of
 __all__ = ["FixedPointLayer"]
 
 Shape = tuple[int, ...]
-_OPTIONS = Options._fields
+_OPTIONS = tuple(name for name in Options._fields if name not in Options._field_defaults)
 
 
 class FixedPointLayer(nn.Module):
@@ -106,6 +106,7 @@ class FixedPointLayer(nn.Module):
         params: Sequence[Tensor] = (),
         tolerance: Tolerance | None = None,
         max_iterations: Any = None,
+        sizes: Tensor | None = None,
         **keywords: Any,
     ) -> Any:
         """The fixed point for these inputs: of x ↦ g(x, *inputs, *params, **keywords).
@@ -117,6 +118,7 @@ class FixedPointLayer(nn.Module):
             params: tensors that the batch shares, as in `fixed_point`.
             tolerance: of this call; None: the layer's.
             max_iterations: likewise.
+            sizes: valid entries of each padded sample, as in `fixed_point`.
             keywords: go to g under their names (but for those above): an edge index, a mask, a time
                 step, a module. Tensors in them, in lists, tuples and dicts too, get gradients of
                 every order; g gets them whole, so a NaN in one is every sample's. If one of them
@@ -143,6 +145,8 @@ class FixedPointLayer(nn.Module):
             options = options._replace(tolerance=tolerance)
         if max_iterations is not None:
             options = options._replace(max_iterations=max_iterations)
+        if sizes is not None:
+            options = options._replace(sizes=sizes)
         solution = solve(self.g, x0, inputs, params, options, given)
         self.last = kept(solution)
         # What is kept, for a warm start and for the backward, is the solver's own: the caller may
@@ -176,7 +180,8 @@ class FixedPointLayer(nn.Module):
         if z.is_nested:
             raise TypeError(
                 "FixedPointLayer: an input must be a plain tensor [B, ...] (got a nested one); pad "
-                "it, torch.nested.to_padded_tensor(z, 0.0), and give g the lengths by name"
+                "it, torch.nested.to_padded_tensor(z, 0.0), give g the lengths by name, and the "
+                "valid entries of each sample as sizes="
             )
         shape: Any = self.state_shape
         if shape is None:

@@ -147,10 +147,13 @@ class Options(NamedTuple):
     on_failure: str
     per_sample: bool | str
     driver: str
+    sizes: Tensor | None = None  # of one call, which a layer takes none of
 
     def check(self) -> None:
         """Raise unless every option is in its range."""
         check_parts("fixed_point", self.solver, self.tolerance, self.max_iterations)
+        if self.sizes is not None:
+            _check_sizes(self.sizes)
         if not _has(self.adjoint, _ADJOINT):
             raise TypeError(
                 f"fixed_point: adjoint must be an ImplicitAdjoint (got {self.adjoint!r})"
@@ -186,6 +189,21 @@ def check_parts(
             raise ValueError(
                 f"{owner}: max_iterations must be at most {MOST} (got {max_iterations!r})"
             )
+
+
+def _check_sizes(sizes: Any) -> None:
+    what = "a tensor [B] of whole numbers, the valid entries of each sample"
+    if not isinstance(sizes, Tensor):
+        raise TypeError(
+            f"fixed_point: sizes must be {what} (got {type(sizes).__name__}); write "
+            "sizes=torch.tensor([...])"
+        )
+    if sizes.dtype == torch.bool:
+        raise TypeError(
+            f"fixed_point: sizes must be {what} (got a mask of torch.bool); of one shaped like x0 "
+            "write mask.flatten(1).sum(1)"
+        )
+    check_own("fixed_point", "sizes", sizes, whole=True)
 
 
 def check_own(owner: str, name: str, t: Tensor, *, whole: bool = False) -> None:

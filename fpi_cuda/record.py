@@ -30,8 +30,10 @@ class Status(enum.IntEnum):
 _MESSAGES = {
     Status.CONVERGED: "the residual met the tolerance.",
     Status.MAX_ITERATIONS: (
-        "the residual was above the tolerance after max_iterations; raise max_iterations, use "
-        "Anderson, damp a rotation or a 2-cycle with beta < 1, or make g a contraction."
+        "the residual was above the tolerance after max_iterations; raise max_iterations, loosen "
+        "rtol, use Anderson, damp a rotation or a 2-cycle with beta < 1, or make g a contraction. "
+        "(A noisy g, by dropout or atomics, comes no nearer than its noise: freeze it, or loosen "
+        "rtol.)"
     ),
     Status.STALLED: (
         "the residual stopped falling at the rounding level of the dtype; loosen rtol or solve in "
@@ -39,13 +41,25 @@ _MESSAGES = {
     ),
     Status.DIVERGED: (
         "the residual grew steadily; g is no contraction there: scale its weights down, damp with "
-        "beta < 1, or start nearer."
+        "beta < 1, or start nearer. (A fixed point that repels this iteration may exist all the "
+        "same: Anderson or another solver may reach it.)"
     ),
     Status.NONFINITE: (
         "g returned NaN or Inf, or the input held one; look at this sample's x0 and inputs, or "
         "lower the scale of g."
     ),
 }
+# To NONFINITE, where the solver mixes iterates and came to do so.
+_MIXED = "(Mixtures of iterates at which g was not finite were taken back {}; Picard() makes none.)"
+
+# Why an adjoint is NONFINITE, where g itself was finite.
+DERIVATIVE = (
+    "g's derivative at this sample's x holds NaN or Inf (of a square root, norm or logarithm at 0, "
+    "say): add a small number to what is under it."
+)
+INCOMING = (
+    "the gradient of the loss by this sample's x holds NaN or Inf; look at what the loss does to x."
+)
 
 # Gradients of these samples are masked by default: their state means nothing.
 MASKED = (Status.DIVERGED, Status.NONFINITE)
@@ -61,14 +75,15 @@ COUNTERS = 6
 # far; iterations made. The last so that a device needs no host to count them.
 ACTIVE_ROWS, FAILED, ITERATION = range(3)
 # Columns of `scalars` in the accumulate dtype; csrc/math/progress.h has the same: the last residual
-# norm; the one at the last fall by 0.5 %; the last ‖g(x)‖; the largest gain ‖Δg‖/‖Δr‖ seen, 0: none;
-# a ring of secant ratios ‖Δg‖/‖Δx‖, 0: none.
+# norm; the one at the last fall by 0.5 %; the last ‖g(x)‖; the square of the largest gain ‖Δg‖/‖Δr‖
+# seen, 0: none; a ring of squares of secant ratios ‖Δg‖/‖Δx‖, 0: none.
 RESIDUAL, REFERENCE, VALUE, GAIN, RING_START = range(5)
 RING = 5
 SCALARS = RING_START + RING
 # Columns of `bounds`, [B] or [B, 6]; csrc/math/progress.h has the same: the least norm that rtol
 # multiplies; where there are more, a sample's own limits instead of the solve's.
 FLOOR, OWN_RTOL, OWN_OFFSET, OWN_PATIENCE, OWN_MAX_ITERATIONS, OWN_ROUNDING = range(6)
+BOUNDS = 6
 
 # DIVERGED: the residual is GROWTH times the reference, which is at least GROWTH_ITERATIONS old.
 GROWTH, GROWTH_ITERATIONS = 1e4, 5
@@ -109,7 +124,7 @@ class Limits:
 
     @property
     def roundings(self) -> float | Tensor:
-        """Of ‖g(x)‖: 16 u √N, a number for all samples or [B]."""
+        """Of ‖g(x)‖: 16 u √N, a number for all samples or [B]; N of its own `sizes`."""
         return self.rounding if self.own is None else self.own[:, 4]
 
     @property
@@ -124,11 +139,12 @@ class Limits:
         return self.rtol, self.offset, self.rounding, self.patience, self.max_iterations
 
 
-# Times gain times residual is the error estimate: fitted once to a zoo of maps, so that it covers the
-# error in 99 of 100 (docs/math.md).
+# Times gain times residual is the error estimate: fitted once to a zoo of maps, so that it covers
+# the error in 99 of 100 (docs/math.md).
 ESTIMATE = 2.6
 
-# Reached by no finite residual, except that one which grows without end is DIVERGED.
+# For a solve that is ended from outside: no finite residual reaches it, except that one which grows
+# without end is DIVERGED.
 NEVER = Limits(rtol=0.0, offset=-1.0, rounding=-1.0, patience=2**30, max_iterations=2**30)
 
 
@@ -252,6 +268,15 @@ class Account:
         return self.status == Status.CONVERGED
 
     @property
+    def repelling(self) -> Tensor:
+        """Bool [B]: CONVERGED, though the measured contraction is ≥ 1.
+
+        g expands there: x0 lay at or near a fixed point that repels, or Anderson found one. The
+        iteration x ← g(x) may leave it for another, and its gradient is of this one all the same.
+        """
+        return self.converged & (self.contraction >= 1)
+
+    @property
     def retreats(self) -> Tensor:
         """Int32 [B], mixtures of Anderson that were taken back because g was not finite there."""
         return self.record.progress.counters[:, RETREATS].reshape(self.record.batch)
@@ -265,7 +290,7 @@ class Account:
         NONFINITE); 0 where the residual is.
         """
         record, scalars = self.record, self.record.progress.scalars
-        gain, residual = scalars[:, GAIN], record.measured_residual
+        gain, residual = scalars[:, GAIN].sqrt(), record.measured_residual
         estimate = torch.where(gain > 0, ESTIMATE * gain * residual, math.inf)
         estimate = torch.where(residual == 0, residual, estimate)
         lost = torch.zeros_like(gain, dtype=torch.bool)
@@ -278,7 +303,7 @@ class Account:
         """A bound of ‖x − x̂‖₂, [B], where the step certifies a Lipschitz constant k < 1, else None.
 
         (k·residual + ε)/(1 − k), with ε = 16 u √N ‖g(x)‖ for the rounding of one evaluation of g,
-        u the unit roundoff of the state.
+        u the unit roundoff of the state, N its entries or the sample's `sizes`.
         """
         record, k = self.record, self.record.lipschitz
         if k is None or not 0 <= k < 1:
@@ -288,7 +313,7 @@ class Account:
         return ((k * scalars[:, RESIDUAL] + rounding) / (1 - k)).view(record.batch)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Record(Account):
     """Per-sample account of one solve. Every tensor has the batch's shape, [B]."""
 
@@ -301,6 +326,7 @@ class Record(Account):
     lipschitz: float | None = None  # certified by the step, for error_bound
     adjoint: Record | None = None  # the backward solve's own record, filled by each backward
     system: int = 1  # samples that are solved as one system
+    mixes: bool = False  # whether g is called at mixtures of iterates, too
 
     @property
     def record(self) -> Record:  # type: ignore[override]
@@ -317,8 +343,9 @@ class Record(Account):
         if self.system == 1 or not len(residual):
             return residual
         systems = residual.view(-1, self.system)
-        mean = torch.linalg.vector_norm(systems.double(), dim=1) / math.sqrt(self.system)
-        return torch.maximum(systems, mean.to(residual.dtype)[:, None]).view(-1)
+        unit = systems.amax(1, keepdim=True).clamp(min=torch.finfo(residual.dtype).tiny)
+        mean = unit * (systems / unit).square().mean(1, keepdim=True).sqrt()
+        return torch.maximum(systems, mean).view(-1)
 
     def count(self, status: Status) -> int:
         """How many samples ended with this status."""
@@ -331,12 +358,13 @@ class Record(Account):
         short = (status == Status.MAX_ITERATIONS) & counted
         return ((status != Status.CONVERGED) & ~short).view(self.batch)
 
-    def failures(self, advice: bool = True) -> str:
+    def failures(self, advice: bool = True, nonfinite: str = "") -> str:
         """A sentence per status of samples that failed, with counts and the first ones; or ''.
 
         Samples of `Tolerance(0, 0)` that made all their iterations did what was asked.
 
         advice: whether to say what each means and what to try.
+        nonfinite: what NONFINITE means, if not what its message says.
         """
         parts = []
         flat = torch.where(self.wanting, self.status, Status.CONVERGED).reshape(-1)
@@ -347,8 +375,35 @@ class Record(Account):
             if len(samples):
                 shown = ", ".join(str(int(i)) for i in samples[:8])
                 more = ", ..." if len(samples) > 8 else ""
+                own = nonfinite if status is Status.NONFINITE else ""
+                message = own or status.message
                 parts.append(
                     f"{len(samples)} of {flat.numel()} samples {status.name} "
-                    f"(samples {shown}{more}){': ' + status.message if advice else '.'}"
+                    f"(samples {shown}{more}){': ' + message if advice else '.'}"
                 )
+                mixed = advice and self.mixes and status is Status.NONFINITE
+                if mixed and bool((self.iterations.reshape(-1)[samples] > 2).any()):
+                    n = int(self.retreats.reshape(-1)[samples].sum())
+                    parts.append(_MIXED.format(f"{n} times" if n != 1 else "once"))
         return " ".join(parts)
+
+    def summary(self) -> str:
+        """A line: samples by status, iterations, the largest residual, who solved it."""
+        if self.progress.counters.is_meta:
+            return self.path
+        status = self.status.reshape(-1).tolist()
+        by_status = ", ".join(f"{status.count(s)} {s.name}" for s in Status if s in status)
+        parts = [f"{len(status)} samples" + (f": {by_status}" if status else "")]
+        if status:
+            counts, residual = self.iterations, self.residual_norm
+            least, most = int(counts.min()), int(counts.max())
+            parts.append(f"{least} to {most} iterations" if least < most else f"{most} iterations")
+            if len(finite := residual[residual.isfinite()]):
+                parts.append(f"residual_norm at most {float(finite.max()):.3g}")
+            repelling = int(self.repelling.sum())
+            if repelling:
+                parts.append(f"{repelling} at fixed points that may repel (contraction >= 1)")
+        return "; ".join((*parts, self.path))
+
+    def __repr__(self) -> str:
+        return f"Record({self.summary()})"

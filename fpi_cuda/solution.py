@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,16 +51,18 @@ class FixedPointError(RuntimeError):
         self.solution = solution
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Solution(Account):
     """The fixed point and the per-sample record of the solve that found it.
 
     Attributes:
         x: the fixed point x̂ = g(x, ·) of the last iterate, shaped like x0, attached to autograd.
-            Where the status is NONFINITE: the last finite iterate.
+            Where the status is NONFINITE: the plain iterate at which g was not finite.
         status: int8 [B], members of `Status`.
         iterations: int32 [B].
         residual_norm: [B], ‖g(x) − x‖₂ of the iterate whose g is returned.
+        residual_at_x: [B], the same of x itself, evaluated when it is asked for.
+        retreats: int32 [B], Anderson's mixtures that were taken back.
         contraction, error_estimate: [B]; see `docs/math.md`. `error_bound`: [B] or None.
         evaluations: calls of g, those included by which "auto" looks at how samples depend, and two
             by which a solve that did not converge sees whether g is random.
@@ -71,11 +74,46 @@ class Solution(Account):
 
     x: State
     record: Record
+    _again = cast(Any, None)  # of an instance: what calls g once more; see `solve.again`
+
+    def __repr__(self) -> str:
+        parts = (self.x,) if isinstance(self.x, Tensor) else self.x
+        of = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in parts)
+        return f"Solution(x {of}; {self.record.summary()})"
 
     @property
     def evaluations(self) -> int:
         """Calls of g."""
         return self.record.evaluations
+
+    @property
+    def residual_at_x(self) -> Tensor:
+        """[B], ‖g(x̂) − x̂‖₂ at the x̂ returned: one call of g when first asked for, then kept.
+
+        The test was of the iterate before, of which x̂ is g's value: where g expands, this may be
+        larger than `residual_norm` and than the tolerance. On the whole batch, in the accumulate
+        dtype, under the solve's autocast; g's Python values are those of now, and buffers those
+        that the solve left. Every process asks, where `fully_shard` spreads parameters.
+
+        Raises:
+            RuntimeError: g or a tensor that the solve was given is gone, since a solution keeps
+                none of them alive; or one, x or a parameter was written to since, or a module's
+                mode changed (a write through .data is seen by nobody); or the solve ran under a
+                torch.func transform or on the meta device, or this is the copy of a solution that
+                was not asked.
+        """
+        again = self._again
+        if again is None:
+            raise RuntimeError(
+                "Solution.residual_at_x needs a solve of this process that ran under no torch.func "
+                "transform and not on the meta device, or its value from before a copy was made; "
+                "compute it from g"
+            )
+        if again.value is None:
+            call = torch.compiler.disable(again) if torch.compiler.is_compiling() else again
+            again.value = call(self.x)
+            self.record.evaluations += 1
+        return again.value  # type: ignore[no-any-return]
 
     @property
     def path(self) -> str:
@@ -89,7 +127,10 @@ class Solution(Account):
 
     def detach(self) -> Solution:
         """The same with x cut from the graph: keeps no graph alive."""
-        return Solution(each(Tensor.detach, self.x), self.record)
+        cut = Solution(each(Tensor.detach, self.x), self.record)
+        if self._again is not None:
+            cut._again = self._again
+        return cut
 
 
 def kept(solution: Solution) -> Solution:

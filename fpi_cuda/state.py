@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class State(NamedTuple):
@@ -120,10 +120,29 @@ def _check_part(name: str, part: Any) -> None:
             f"fixed_point: {name} must be float64, float32, float16 or bfloat16 (got "
             f"{part.dtype}); write {name}.float()"
         )
+    refuse_freed("fixed_point", name, part)
     if part.dim() == 0:
         raise ValueError(
             f"fixed_point: {name} must have a batch dimension first (got a scalar); write "
             "x0.reshape(1, 1)"
+        )
+
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
+
+
+def refuse_freed(owner: str, name: str, *tensors: Tensor) -> None:
+    """Raise where a storage was freed: a tensor keeps its shape then, and torch may read null."""
+    for t in tensors:
+        try:
+            if type(t) not in _PLAIN or t.untyped_storage().nbytes() or not t.numel():
+                continue
+        except RuntimeError:  # sparse, or inside a transform of torch.func: no memory of its own
+            continue
+        raise ValueError(
+            f"{owner}: {name} must have its values in memory (got shape {tuple(t.shape)} whose "
+            "storage was freed, as untyped_storage().resize_(0) does); fill it again before the "
+            "solve, and free it after the backward"
         )
 
 
@@ -161,6 +180,7 @@ def check_inputs(g: Any, inputs: Sequence[Any], params: Sequence[Any], x: Tensor
                     f"fixed_point: {name}[{i}] must be on x0's device, {device} (got {t.device}); "
                     f"write {name}[{i}].to(x0.device)"
                 )
+    refuse_freed("fixed_point", "a tensor of inputs or params", *inputs, *params)
     b = x.shape[0]
     for i, t in enumerate(inputs):
         if t.dim() == 0 or t.shape[0] != b:

@@ -20,6 +20,7 @@ from helpers_derivatives import (
     scalar_g,
     tight,
 )
+from tape import captures, tape_fixture  # noqa: F401
 from torch.autograd import grad
 
 from fpi_cuda import Anderson, ImplicitAdjoint, Picard, Tolerance, fixed_point
@@ -171,3 +172,48 @@ def test_backends_agree_on_value_and_gradient(name):
     assert (solution.iterations - native.iterations).abs().max() <= 1
     for a, b in zip(gradients, others, strict=True):
         close(a, b)
+
+
+def scaled_gradients(dtype, exponents, options, per_sample=True):
+    """By exponent: the gradients under a cotangent times 2**exponent, divided by it; iterations."""
+    w = contraction(3, 0.7).to(dtype).requires_grad_()
+    z, v = (double(4, 3, seed=s).to(dtype).requires_grad_() for s in (1, 2))
+    adjoint = ImplicitAdjoint(solver=Picard())
+    options = options | {"per_sample": per_sample, "adjoint": adjoint}
+    s = fixed_point(
+        lambda x, z, w: torch.tanh(x @ w.mT + z), torch.zeros_like(z), z, params=(w,), **options
+    )
+    found = {}
+    for e in exponents:
+        given = v.detach() * 2.0**e
+        gradients = grad(s.x, (z, w), given, retain_graph=True)
+        found[e] = [t * 2.0**-e for t in gradients], s.adjoint.iterations.tolist()
+    return found
+
+
+@pytest.mark.parametrize("per_sample", [True, False], ids=["samples", "one system"])
+@pytest.mark.parametrize(
+    "dtype, exponents",
+    [(torch.float64, (0, -900, -540, 520, 900)), (torch.float32, (0, -100, -70, 70, 100))],
+)
+def test_a_cotangent_of_any_scale_gives_the_same_bits(dtype, exponents, per_sample, backend):
+    found = scaled_gradients(dtype, exponents, {"backend": backend}, per_sample)
+    gradients, iterations = found[0]
+    assert min(iterations) > 3
+    for e in exponents[1:]:
+        assert found[e][1] == iterations
+        for a, b in zip(found[e][0], gradients, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "dtype, exponents", [(torch.float64, (0, -900, 900)), (torch.float32, (0, -100, 100))]
+)
+def test_a_graph_measures_cotangents_of_any_scale_too(dtype, exponents, tape):
+    found = scaled_gradients(dtype, exponents, {"driver": "graph", "backend": "native"})
+    eager = scaled_gradients(dtype, (0,), {"backend": "native"})[0]
+    assert captures() == 2
+    for gradients, iterations in found.values():
+        assert iterations == eager[1]
+        for a, b in zip(gradients, eager[0], strict=True):
+            assert torch.equal(a, b)

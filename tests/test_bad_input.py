@@ -24,6 +24,7 @@ from fpi_cuda import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 X0 = torch.zeros(2, 3)
+Z = torch.tensor([[0.0], [1.0]]).expand(2, 3)  # one sample is done at once
 
 
 # --- what g returns --------------------------------------------------------------------------
@@ -83,6 +84,58 @@ def test_what_g_returns_must_be_like_a_tuple_state(g, error, message):
 def test_g_must_not_write_to_its_argument(backend):
     with raises(RuntimeError, r"must not change its argument x in place; write x \* 2"):
         fixed_point(lambda x: x.mul_(0.5), torch.ones(2, 3), backend=backend)
+
+
+class Writing(torch.autograd.Function):
+    """Half of x, by a backward that writes to what it is given."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x / 2
+
+    @staticmethod
+    def backward(ctx, v):
+        return v.div_(2)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("per_sample", ["auto", True, False])
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_write_of_a_later_call_is_seen_too(at, per_sample, autocast, backend):
+    """Where some samples have been left out as well, in views of x, and under autocast."""
+
+    def half_plus(x, z):
+        if g.calls == at:
+            x[:, :1].add_(1)
+        return 0.5 * x + z
+
+    g, autocast = Counter(half_plus), torch.autocast("cpu", enabled=autocast)
+    with autocast, raises(RuntimeError, r"must not change its argument x in place"):
+        fixed_point(g, X0, Z, backend=backend, solver=Picard(), per_sample=per_sample)
+    assert g.calls == at
+
+
+def test_a_write_while_g_is_linearised_is_seen():
+    """It is to x̂ itself, which the caller holds."""
+    z = torch.ones(2, 3, requires_grad=True)
+
+    def g(x, z):
+        y = 0.5 * x + z
+        if x.requires_grad:
+            x.detach().zero_()
+        return y
+
+    x = fixed_point(g, X0, z).x
+    with raises(RuntimeError, r"must not change its argument x in place"):
+        x.sum().backward()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_derivative_must_not_write_to_its_gradient(create_graph):
+    z = torch.ones(2, 3, requires_grad=True)
+    x = fixed_point(lambda x, z: Writing.apply(x) + z, X0, z).x
+    with raises(RuntimeError, r"derivative of g must not change .* in place .*; write grad \* 2"):
+        torch.autograd.grad(x.sum(), z, create_graph=create_graph)
 
 
 def test_g_must_be_callable():

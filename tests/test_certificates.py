@@ -228,6 +228,20 @@ def test_certified_steps_bound_the_error_of_a_solution():
     assert plain.error_bound is None
 
 
+@pytest.mark.parametrize("k", [0.0, 1 - 2**-20, 1.0, 1 + 2**-20, math.inf])
+def test_a_bound_of_the_error_takes_a_constant_below_1(k):
+    class Claims(nn.Module):
+        def certified_lipschitz(self):
+            return k
+
+        def forward(self, x, z):
+            return 0 * x + z
+
+    z = torch.ones(2, 3)
+    bound = fixed_point(Claims(), torch.zeros_like(z), z).error_bound
+    assert (bound is not None) == (k < 1)
+
+
 def test_the_examples_run():
     names = {"torch": torch, "fixed_point": fixed_point}
     for module in (certificate, convolution, jacobian):

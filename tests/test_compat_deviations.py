@@ -209,3 +209,52 @@ def test_docstring_example_holds():
     import doctest
 
     assert doctest.testmod(compat, extraglobs={"torch": torch}) == (0, 3)
+
+
+HUGE = [(torch.float32, 3e38), (torch.float64, 1.7e308), (torch.float64, 1e200)]
+
+
+@pytest.mark.parametrize("m_anderson", [0, 3])
+@pytest.mark.parametrize(("dtype", "huge"), HUGE, ids=str)
+def test_states_whose_norm_overflows_are_solved(dtype, huge, m_anderson):
+    """A constant map, and one that contracts there; the loop ends, with the right state."""
+    q = torch.zeros(3, 4, dtype=dtype)
+    count = []
+
+    def constant(x, y):
+        count.append(1)
+        return (torch.full_like(x[0], huge),)
+
+    def contracting(x, y):
+        count.append(1)
+        return (0.5 * x[0].flip(1) + 0.5 * huge,)
+
+    for g in (constant, contracting):
+        count.clear()
+        (x,) = fixed_point_iteration((q,), (q,), g, m_anderson=m_anderson)
+        torch.testing.assert_close(x / huge, torch.ones_like(q), rtol=1e-4, atol=0)
+        assert len(count) < 40
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(("dtype", "huge"), HUGE, ids=str)
+def test_the_change_of_states_whose_norm_overflows(dtype, huge, normalized):
+    x = torch.full((5,), huge, dtype=dtype)
+
+    def goes_on(new, old):
+        return default_term_cond(1, (new,), (old,), normalized=normalized)
+
+    assert not goes_on(x, x.clone())
+    assert goes_on(-x, x), "where the difference overflows too"
+    assert goes_on(x, 0 * x) and goes_on(0 * x, x)
+    assert goes_on(x * (1 - 2e-4), x)
+
+
+@pytest.mark.parametrize(("dtype", "tiny"), [(torch.float32, 1e-30), (torch.float64, 1e-200)])
+def test_without_an_epsilon_the_change_has_no_scale(dtype, tiny):
+    x = torch.full((5,), tiny, dtype=dtype)
+
+    def goes_on(factor, threshold):
+        return default_term_cond(1, (x * factor,), (x,), threshold, epsilon=0.0)
+
+    assert goes_on(1.25, 0.06) and not goes_on(1.25, 0.065) and not goes_on(1.0, 0.0)

@@ -185,6 +185,7 @@ def test_a_failure_is_the_batchs(solver, value, backend, tape):
                 driver=driver,
             )
         assert s.status.tolist() == [Status.NONFINITE] * B
+        assert s.record.failed == B
         assert s.x.isfinite().all()
         assert not grad(s.x.sum(), z)[0].any()
 

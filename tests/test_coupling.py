@@ -14,7 +14,16 @@ from tape import tape_fixture  # noqa: F401
 from torch import nn
 from torch.autograd import grad
 
-from fpi_cuda import Anderson, DenseStep, FixedPointLayer, Picard, Tolerance, fixed_point
+from fpi_cuda import (
+    Anderson,
+    DenseStep,
+    FixedPointLayer,
+    FixedPointWarning,
+    Picard,
+    Tolerance,
+    fixed_point,
+)
+from fpi_cuda.record import Limits, Progress, Record
 from fpi_cuda.solve import coupling, independence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -272,6 +281,50 @@ def test_half_types_hide_no_coupling_behind_their_rounding(dtype, autocast, back
             backend=backend,
             solver=Picard(),
         )
+
+
+@pytest.mark.parametrize("roundings", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_neighbours_matter_from_three_roundings_of_a_half_type_on(dtype, roundings, backend):
+    """Two are a sum's in another order."""
+    z = torch.ones(8, 3, dtype=dtype)
+    eps = torch.finfo(dtype).eps
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        s = solve(
+            lambda x, z: z + roundings * eps * (x.sum() > 23).to(dtype),
+            z,
+            solver=Picard(),
+            backend=backend,
+            tolerance=Tolerance(eps / 2),
+        )
+    assert s.x.unique().tolist() == [1 + roundings * eps]
+    assert [FOUND in str(w.message) for w in caught] == [True] * (roundings == 3)
+
+
+@pytest.mark.parametrize("roundings", [4, 5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_g_is_random_from_five_roundings_of_a_half_type_on(dtype, roundings, backend):
+    calls = []
+
+    def g(x, z):
+        calls.append(1)
+        return z + len(calls) % 2 * roundings * torch.finfo(dtype).eps
+
+    z = torch.ones(2, 3, dtype=dtype)
+    options = {"tolerance": Tolerance(1e-3), "max_iterations": 9, "per_sample": True}
+    message = "raise max_iterations" if roundings == 4 else "other values for the same arguments"
+    with pytest.warns(FixedPointWarning, match=message):
+        solve(g, z, solver=Picard(), backend=backend, **options)
+
+
+def test_an_adjoint_meets_its_tolerance_by_the_norm_that_came_in():
+    """Where c is smaller than v: else each of its solves would be looked at closely."""
+    x, y = torch.zeros(3, 1), torch.tensor([[1.0], [2.0], [2.1]])
+    progress = Progress(x, Limits(0.1, 0.0, 0.0, 9, 9))
+    record = Record(progress, x.shape[:1], rate=None, path="", failed=0)
+    assert coupling._met(x, y, record, torch.full((3,), 10.0)).tolist() == [True, True, False]
+    assert coupling._met(x, y, record, None).tolist() == [False] * 3
 
 
 @pytest.mark.parametrize("shift", [1, 2, 3])

@@ -1,5 +1,6 @@
 """The eager driver reads late: slots that arrive late on purpose."""
 
+import types
 import warnings
 
 import pytest
@@ -64,6 +65,34 @@ def test_late_read_returns_the_newest_arrival_and_waits_for_the_last(polls):
     assert max(k + 1 - failed for k, (_, failed, _) in enumerate(seen)) <= 2
     assert seen[-1][:2] == (4, 5)  # nothing can follow
     assert [rest for *_, rest in seen] == [9, 9, 8, 7, 6]  # two steps ago, whatever has arrived
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_late_read_waits_for_no_step_that_is_not_more_than_its_lag_behind(lag):
+    """A step earlier, and the device would be idle while the host goes on."""
+    waits = []
+
+    class Awaited(Tardy):
+        def wait(self):
+            waits.append(self.copy[2])
+            super().wait()
+
+    read = eager.LateRead([Awaited(50) for _ in range(lag + 1)], 9, 5)
+    for k in range(1, 5):
+        read(torch.tensor([9, 0, k]))
+        assert waits == list(range(1, k - lag + 1))
+    read(torch.tensor([9, 0, 5]))
+    assert waits == [1, 2, 3, 4, 5]  # nothing can follow
+
+
+def test_a_device_is_never_more_than_two_steps_ahead(monkeypatch):
+    """What has not arrived by then is waited for; each step more may be an evaluation too many."""
+    monkeypatch.setattr(eager, "refuse_capture", lambda: None)
+    monkeypatch.setattr(eager, "PinnedSlot", lambda: Tardy(50))
+    on_device = types.SimpleNamespace(device=torch.device("cuda"), shape=(9, 2))
+    read = eager.reader(on_device, 99)
+    seen = [read(torch.tensor([9 - k, 0, k])) for k in range(1, 6)]
+    assert seen == [(9, 0, 9), (9, 0, 9), (8, 0, 8), (7, 0, 7), (6, 0, 6)]
 
 
 class Sizes:

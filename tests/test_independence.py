@@ -1,5 +1,6 @@
 """A sample's answer does not depend on its batch-mates, nor on leaving finished ones out."""
 
+import math
 import warnings
 
 import pytest
@@ -306,6 +307,32 @@ def test_rows_that_hold_nan_do_not_decide_whether_g_mixes_samples(backend):
     result, _ = solve(elementwise, z, s, Picard(), backend)  # a warning is an error here
     expected, _ = solve(elementwise, z[1::2], s[1::2], Picard(), backend)
     assert torch.equal(result["x"][1::2], expected["x"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-60, 2.0**60])
+@pytest.mark.parametrize("roundings", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_values_agree_up_to_roundings_of_their_dtype(dtype, roundings, scale):
+    """In a half type as many as asked for; else 256, as products differ from batch to batch."""
+    eps = torch.finfo(dtype).eps
+    slack = roundings if dtype.itemsize == 2 else 256
+    scale = scale if dtype != torch.float16 else 1.0
+    whole = torch.full((4, 3), scale, dtype=dtype)
+    part = whole.clone()
+    part[:3] *= torch.tensor([1, 1 + slack * eps, 1 + (slack + 1) * eps], dtype=dtype)[:, None]
+    part[3] = math.nan
+    agreed = independence.agree(part, whole, dtype, roundings)
+    assert agreed.tolist() == [True, True, False, True]
+
+
+def test_values_of_products_in_a_half_type_agree_up_to_its_roundings():
+    """Autocast's dtype, whatever the state's."""
+    whole = torch.ones(2, 3)
+    eps = torch.finfo(torch.bfloat16).eps
+    part = whole * torch.tensor([[1 + 4 * eps], [1 + 5 * eps]])
+    assert independence.agree(part, whole, torch.bfloat16, 4).tolist() == [True, False]
+    part, whole = part.bfloat16(), whole.bfloat16()
+    assert independence.agree(part, whole, torch.float32, 4).tolist() == [True, False]
 
 
 # --- a g that can't take a part of the batch, or mixes samples --------------------------------

@@ -57,6 +57,20 @@ def test_radius_of_a_complex_pair(x_and_z):
     torch.testing.assert_close(radius, torch.full_like(radius, 0.6), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4, 7])
+def test_radius_is_the_mean_growth_of_the_last_half(x_and_z, iterations):
+    x, z = (t.flatten(1) for t in x_and_z)
+    a = torch.randn(6, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    growth, v = [], z
+    for _ in range(iterations):
+        grown = (v / torch.linalg.vector_norm(v, dim=1, keepdim=True)) @ a
+        growth.append(torch.linalg.vector_norm(grown, dim=1))
+        v = grown
+    half = growth[iterations // 2 :]
+    radius, _ = jacobian_radius(lambda x: x @ a.T, x, v=z, iterations=iterations)
+    torch.testing.assert_close(radius, torch.stack(half).prod(0) ** (1 / len(half)))
+
+
 @pytest.mark.parametrize("measure", [jacobian_norm, jacobian_radius])
 def test_penalty_and_its_derivative(net, x_and_z, measure):
     """At the converged v of a symmetric Jacobian both measures' derivatives are the true norm's."""
@@ -131,3 +145,16 @@ def test_errors(measure):
         measure(lambda x: x, x, iterations=0)
     with pytest.raises(ValueError, match="bound must be >= 0"):
         jacobian_penalty(lambda x: x, x, bound=-1.0, measure=measure)
+
+
+@pytest.mark.parametrize("dtype, exponent", [(torch.float32, 100), (torch.float64, 900)])
+@pytest.mark.parametrize("measure", [jacobian_norm, jacobian_radius])
+def test_a_jacobian_of_any_scale_is_measured_as_well(measure, dtype, exponent):
+    a, x = torch.randn(3, 3, dtype=dtype), torch.randn(2, 3, dtype=dtype)
+    start = torch.randn(2, 3, dtype=dtype)
+
+    def size(factor):
+        return measure(lambda x: x @ (a * factor).T, x, v=start, iterations=6)[0].detach() / factor
+
+    for e in (-exponent, exponent):
+        torch.testing.assert_close(size(2.0**e), size(1.0))

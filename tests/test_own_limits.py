@@ -32,8 +32,8 @@ from fpi_cuda import (
 )
 from fpi_cuda.drivers import eager
 from fpi_cuda.drivers.whole import tf32_allowed
+from fpi_cuda.norms import row_norms
 from fpi_cuda.solve import coupling, limits
-from fpi_cuda.solve.independence import norm_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -353,7 +353,7 @@ def test_what_met_its_own_tolerance_is_not_taken_for_wrong(monkeypatch):
 
     def keep(x, y, record, floor):
         met.append(of(x, y, record, floor))
-        residual, size = norm_of(y - x), norm_of(y)
+        residual, size = row_norms(y - x), row_norms(y)
         assert (
             met[-1].tolist()
             == (

@@ -5,7 +5,8 @@ import torch
 from helpers import TIGHT, linear, linear_solution
 from helpers_solution import halving, symmetric
 
-from fpi_cuda import Anderson, Picard, Tolerance, fixed_point
+from fpi_cuda import Anderson, Picard, Status, Tolerance, fixed_point
+from fpi_cuda.record import ESTIMATE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,8 +32,8 @@ def test_picards_contraction_is_the_rate_of_a_linear_map(backend, beta):
         solution.contraction, torch.full((3,), 0.9, dtype=torch.float64), rtol=1e-3, atol=0
     )
     error = torch.linalg.vector_norm(solution.x - linear_solution(z, a), dim=1)
-    if beta == 1:  # the estimate speaks of g(x), which is what x is
-        torch.testing.assert_close(solution.error_estimate, error, rtol=1e-2, atol=0)
+    # The estimate speaks of g(x), which is what x is; of one mode the gain is exact.
+    torch.testing.assert_close(solution.error_estimate, ESTIMATE * error, rtol=1e-2, atol=0)
 
 
 def test_andersons_contraction_is_the_secant_ratio(backend):
@@ -83,16 +84,16 @@ def test_contraction_of_one_iteration_is_unknown(backend, solver):
     assert solution.contraction.isnan().all()
 
 
-def test_error_estimate_is_infinite_where_nothing_contracts(backend):
+def test_error_estimate_is_infinite_where_the_solve_leaves_the_fixed_point(backend):
     solution = fixed_point(
-        lambda x: 1.5 * x + 1,
+        lambda x: 4 * x + 1,
         torch.zeros(2, 1),
         solver=Picard(),
         backend=backend,
-        max_iterations=5,
         on_failure="return",
     )
-    assert solution.contraction.min() > 1
+    assert (solution.status == Status.DIVERGED).all()
+    torch.testing.assert_close(solution.contraction, torch.full((2,), 4.0))
     assert solution.error_estimate.isinf().all()
 
 
@@ -130,3 +131,24 @@ def test_adjoint_record_is_filled_by_each_backward(backend, solver):
     assert first.residual_norm.shape == (3,)
     solution.x.square().sum().backward()
     assert solution.adjoint is not first
+
+
+# --- from the ring of squared secant ratios ------------------------------------------------------
+
+RING = torch.tensor([[0.5, 0.9, 0.1, 0.3, 0.7], [0.0, 0.4, 0.0, 0.0, 0.2], [0.0] * 5]) ** 2
+
+
+def test_picards_rate_is_the_geometric_mean_of_all_ratios_that_there_are():
+    found = Picard().contraction(RING, torch.tensor([9, 3, 1]))
+    wanted = torch.tensor([(0.5 * 0.9 * 0.1 * 0.3 * 0.7) ** (1 / 5), (0.4 * 0.2) ** 0.5, torch.nan])
+    torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+def test_andersons_rate_is_the_largest():
+    found = Anderson().contraction(RING, torch.tensor([9, 3, 1]))
+    torch.testing.assert_close(found, torch.tensor([0.9, 0.4, torch.nan]), equal_nan=True)
+
+
+def test_ratios_of_iterates_that_were_not_finite_are_left_out(solver):
+    ring = torch.tensor([[0.25, torch.nan, torch.inf, 0.25, 0.0]])
+    torch.testing.assert_close(solver.contraction(ring, torch.tensor([5])), torch.tensor([0.5]))

@@ -1,13 +1,15 @@
 """What a solve returns, for every dtype, shape, layout, backend and solver."""
 
+import math
+import re
 import warnings
 
 import pytest
 import torch
-from helpers import assert_solved, contraction, linear, linear_solution, unroll
+from helpers import Counter, assert_solved, contraction, linear, linear_solution, unroll
 from helpers_solution import halving, symmetric
 
-from fpi_cuda import Anderson, Picard, Solution, Tolerance, fixed_point
+from fpi_cuda import Anderson, FixedPointWarning, Picard, Solution, Tolerance, fixed_point
 from fpi_cuda.backends.scratch import Scratch
 from fpi_cuda.record import Limits, Progress
 
@@ -345,3 +347,77 @@ def test_memory_that_the_library_takes_holds_nan_in_these_tests():
     kept = Scratch().empty((2, 3), torch.float32, torch.device("cpu"))
     assert out.isnan().all()
     assert kept.isnan().all()
+
+
+# --- what it says ------------------------------------------------------------------------------
+
+
+def test_it_says_in_a_line_how_samples_ended(backend):
+    z = torch.tensor([[0.1], [math.nan], [3.0]])
+    s = fixed_point(
+        lambda x, z: x * x * z + 0.1,
+        torch.zeros(3, 1),
+        z,
+        solver=Picard(),
+        backend=backend,
+        max_iterations=4,
+        tolerance=Tolerance(1e-7),
+        on_failure="return",
+        per_sample=True,
+    )
+    said = rf"3 samples: 1 CONVERGED, 1 MAX_.*, 1 NON.*; 1 to 4 .*most 0\.01\d+; {backend}, eager, "
+    assert re.fullmatch(rf"Solution\(x \[3, 1\] float32; {said}\w+\)", repr(s))
+    assert re.fullmatch(rf"Record\({said}\w+\)", repr(s.record))
+    assert s.record.summary() in repr(s.detach())
+
+
+def test_a_line_of_nothing_and_of_tuples():
+    assert re.fullmatch(
+        r"Solution\(x \[0, 2\] float32, \[0\] float32; 0 samples; native, .*\)",
+        repr(fixed_point(lambda x: x, (torch.zeros(0, 2), torch.zeros(0)))),
+    )
+    s = fixed_point(lambda x: x, torch.zeros(2, 1, device="meta"))
+    assert repr(s) == "Solution(x [2, 1] float32; meta: shapes only, g called once)"
+    one = fixed_point(lambda x: 0 * x, torch.zeros(2, 1))
+    assert "2 samples: 2 CONVERGED; 1 iterations; residual_norm at most 0; " in repr(one)
+
+
+def test_a_fixed_point_that_may_repel_is_told(backend):
+    """Anderson finds it; 3 x + z has no other."""
+    a = torch.tensor([[3.0], [0.5]], dtype=torch.float64)
+    s = fixed_point(
+        lambda x, a: a * x + 1, torch.zeros_like(a), a, backend=backend, per_sample=True
+    )
+    assert s.converged.all()
+    assert s.repelling.tolist() == s.record.repelling.tolist() == [True, False]
+    assert "; 1 at fixed points that may repel (contraction >= 1); " in repr(s)
+    begun = fixed_point(lambda x: 3 * x, torch.zeros(2, 1), backend=backend)
+    assert not begun.repelling.any(), "nothing was measured"
+
+
+def test_what_diverged_may_have_a_fixed_point(backend):
+    """And it is none of those that were found."""
+    with pytest.warns(FixedPointWarning, match=r"2 .* DIVERGED .*repels this iteration may exist"):
+        s = fixed_point(lambda x: 3 * x + 1, torch.zeros(2, 1), solver=Picard(), backend=backend)
+    assert not s.repelling.any()
+
+
+def test_a_noisy_g_and_a_looser_rtol_are_thought_of():
+    with pytest.warns(FixedPointWarning, match=r"raise max_iterations, loosen rtol.*A noisy g"):
+        fixed_point(lambda x: 1 - x, torch.zeros(2, 1), solver=Picard(), max_iterations=3)
+
+
+@pytest.mark.parametrize("good", [1, 4])
+def test_where_mixtures_left_gs_domain_picard_is_named(solver, good):
+    """Not where g was at no mixture yet, nor of Picard."""
+
+    def finite(x):
+        y = 0.9 * torch.sin(x) + 0.1
+        return y if g.calls <= good else y * math.nan
+
+    g = Counter(finite)
+    with pytest.warns(FixedPointWarning, match="2 of 2 samples NONFINITE") as told:
+        s = fixed_point(g, torch.zeros(2, 3), solver=solver)
+    n = int(s.retreats.sum())
+    named = f"taken back {n} times; Picard() makes none" in str(told[0].message)
+    assert named == (solver == Anderson() and good > 1)

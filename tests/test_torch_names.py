@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -176,6 +177,19 @@ def test_a_write_is_counted():
     assert _torch.version(x) == before + 1
     with torch.inference_mode(), pytest.raises(RuntimeError):
         _torch.version(torch.zeros(3))
+
+
+def test_a_tensor_that_a_graph_alone_holds_is_had_from_a_weak_reference():
+    t = torch.ones(2, requires_grad=True) * 3
+    reference, y = weakref.ref(t), t.square()
+    del t
+    again = _torch.held(reference())
+    assert again.tolist() == [3, 3]
+    del y, again
+    assert reference() is None
+    t = torch.ones(2)
+    reference = weakref.ref(t)
+    assert _torch.held(reference()) is t
 
 
 def test_a_storage_is_told_from_others():

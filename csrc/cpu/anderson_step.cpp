@@ -14,10 +14,11 @@ struct AndersonOnCpu {
   static void run(const Tensor&, const StepCall<T>& call, const Window<T>& window, double ridge,
                   double restart) {
     const auto kernel = FPI_CPU_DISPATCH(anderson_step<T>);
-    for_rows(call, call.n * window.m, [&](int64_t begin, int64_t end) {
-      return kernel(call.x, call.gx, call.out, call.n, call.beta, ridge, restart, window,
-                    call.record, begin, end);
-    });
+    for_rows("_anderson_step", call, call.n * window.m, {window.m},
+             [&](int64_t begin, int64_t end) {
+               return kernel(call.x, call.gx, call.out, call.n, call.beta, ridge, restart, window,
+                             call.record, begin, end);
+             });
   }
 };
 

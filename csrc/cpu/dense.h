@@ -1,4 +1,4 @@
-// Packed weights of dense layers, and the threads that multiply by them.
+// Packed weights of dense layers.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -35,15 +35,5 @@ class PackedWeights {
  private:
   Tensor memory_;
 };
-
-// Runs work(worker) for each of `workers`, on as many threads as there are.
-template <typename Work>
-void on_workers(int64_t workers, const Work& work) {
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      work(worker);
-    }
-  });
-}
 
 }  // namespace fpi

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "dense.h"
+#include "watch.h"
 
 namespace fpi {
 namespace {
@@ -25,11 +26,20 @@ void dense_map_cpu(Tensor x, Tensor weight, std::optional<Tensor> u, Tensor out,
     const auto* x_data = static_cast<const T*>(x.const_data_ptr());
     auto* out_data = static_cast<T*>(out.mutable_data_ptr());
     const auto kernel = FPI_CPU_DISPATCH(dense_map<T>);
-    on_workers(workers, [&](int64_t worker) {
-      const int64_t begin = worker * blocks / workers * kMapRows;
+    cpu::Watch watch;
+    watch.on_workers(workers, [&](int64_t worker) {
+      int64_t begin = worker * blocks / workers * kMapRows;
       const int64_t end = std::min((worker + 1) * blocks / workers * kMapRows, rows);
-      kernel(layer, packed.data(), x_data, out_data, buffers + worker * values, begin, end);
+      // Rows for some milliseconds, so that to ask whether to stop costs nothing.
+      constexpr int64_t kWork = int64_t{1} << 26;
+      const int64_t most =
+          (kWork / std::max<int64_t>(layer.in * layer.out, 1) / kMapRows + 1) * kMapRows;
+      for (; begin < end && !watch.stopped(); begin += most) {
+        kernel(layer, packed.data(), x_data, out_data, buffers + worker * values, begin,
+               std::min(begin + most, end));
+      }
     });
+    watch.check("_dense_map");
   });
 }
 

@@ -7,6 +7,8 @@
 
 #include "dense.h"
 #include "kernels/anderson_step.h"
+#include "step.h"
+#include "watch.h"
 
 namespace fpi {
 namespace {
@@ -36,12 +38,16 @@ struct DenseOnCpu {
     const int64_t wanted = call.slots > 0
                                ? call.slots
                                : slots_for(weights * static_cast<int64_t>(sizeof(accumulate_t<T>)));
+    check_fresh("_dense_solve", call.record, call.samples, call.history);
+    cpu::Watch watch;
     DenseSolve<T> solve = {
         .call = call,
         .slots = static_cast<int>(std::clamp<int64_t>((call.samples + threads - 1) / threads, 1,
                                                       std::min<int64_t>(wanted, kMaxSlots))),
         .packed_hidden = nullptr,
-        .packed_output = nullptr};
+        .packed_output = nullptr,
+        .stopped = cpu::Watch::stopped,
+        .watch = &watch};
     std::optional<PackedWeights<T>> hidden;
     if (call.dense.has_hidden) {
       hidden.emplace(x0, first);
@@ -58,13 +64,14 @@ struct DenseOnCpu {
     int64_t next = 0;
     std::atomic<int64_t> failed{0};
     std::atomic<int32_t> iterations{0};
-    on_workers(workers, [&](int64_t worker) {
+    watch.on_workers(workers, [&](int64_t worker) {
       const Ended ended = kernel(solve, &next, data + worker * bytes);
       failed.fetch_add(ended.failed, std::memory_order_relaxed);
       int32_t most = iterations.load();
       while (most < ended.iterations && !iterations.compare_exchange_weak(most, ended.iterations)) {
       }
     });
+    watch.check("_dense_solve");
     call.tally[kActiveRows] = 0;
     call.tally[kFailed] += static_cast<int32_t>(failed.load());
     call.tally[kIteration] += iterations.load();

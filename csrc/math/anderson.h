@@ -18,22 +18,16 @@ enum AndersonNorm {
   kAndersonNorms,
 };
 
-// Whether the sums of a step are free of under- and overflow, the squares of its differences, newest
-// first in diagonal(j), among them. If not, those of differences, the matrix and its right-hand side are
-// taken anew from the window, scaled by a power of two for the largest entry of residual and
-// differences: the weights are free of it.
-template <typename Acc, typename Diagonal>
-FPI_HOST_DEVICE bool are_trusted(const Acc* squares, int window, int differences,
-                                 const Diagonal& diagonal) {
-  bool good = is_trusted(squares[kResidualSquares]);
-  if (window > 0) {
-    good = good && is_trusted(squares[kValueSecant]) && is_trusted(squares[kStateSecant]) &&
-           is_trusted(squares[kResidualSecant]);
-  }
-  for (int j = 0; j < differences; ++j) {
-    good = good && is_trusted(diagonal(j));
-  }
-  return good;
+// Whether the sums of a step are free of under- and overflow; the trace of its Gram matrix must be
+// trusted too. If not, the sums of differences, the matrix and its right-hand side are taken anew
+// from the window, scaled by a power of two for the largest entry of residual and differences: the
+// weights are free of it. (A square that underflows beside a trace that does not is less than the
+// ridge's rounding.)
+template <typename Acc>
+FPI_HOST_DEVICE bool are_trusted(const Acc* squares, int window) {
+  return is_trusted(squares[kResidualSquares]) &&
+         (window == 0 || (is_trusted(squares[kValueSecant]) & is_trusted(squares[kStateSecant]) &
+                          is_trusted(squares[kResidualSecant])));
 }
 
 constexpr int kMaxRetreats = 3;
@@ -44,10 +38,10 @@ struct AndersonDecision {
   int differences;  // of residuals, from which the weights follow
 };
 
-// Where g or the residual is not finite at a mixture, or the mixture itself is not, the sample goes back
-// to the last iterate where they were, in slot counters[kHead]: x ← x' + β r' there, and the window
-// starts anew. If g fails again, the step is halved: −1 − differences times. A sample that ends at that,
-// because it made all its iterations, ends with g(x').
+// Where g or the residual is not finite at a mixture, or the mixture itself is not, the sample goes
+// back to the last iterate where they were, in slot counters[kHead]: x ← x' + β r' there, and the
+// window starts anew. If g fails again, the step is halved: −1 − differences times. A sample that
+// ends at that, because it made all its iterations, ends with g(x').
 template <typename Acc>
 FPI_HOST_DEVICE Acc retreat_beta(int differences, Acc beta) {
   for (int halvings = -1 - differences; halvings > 0; --halvings) {
@@ -57,8 +51,8 @@ FPI_HOST_DEVICE Acc retreat_beta(int differences, Acc beta) {
 }
 
 // Ends a sample's iteration by the stop rule: its record but for the window. Where the residual has
-// grown too much, where there is no iterate before, or where mixtures were taken back too often, the
-// window has no differences. scale: that of the squares of secants.
+// grown too much, where there is no iterate before, or where mixtures were taken back too often,
+// the window has no differences. scale: that of the squares of secants.
 template <typename T, typename Acc = accumulate_t<T>>
 FPI_HOST_DEVICE AndersonDecision decide(Acc residual, Acc value, const Acc* squares, Acc scale,
                                         Acc restart, int m, int64_t sample,
@@ -78,8 +72,7 @@ FPI_HOST_DEVICE AndersonDecision decide(Acc residual, Acc value, const Acc* squa
       return {counters[kStatus], -1 - (is_mixture ? 0 : retreats)};
     }
   } else if (window > 0) {
-    const Acc value_secant = square_root(squares[kValueSecant]);
-    scalars[kRing + (k - 2) % kRingLength] = value_secant / square_root(squares[kStateSecant]);
+    scalars[kRing + (k - 2) % kRingLength] = squares[kValueSecant] / squares[kStateSecant];
     scalars[kGain] = larger_gain(scalars[kGain], squares[kValueSecant], squares[kResidualSecant],
                                  scale * noise_of<T>(value));
   }
@@ -89,7 +82,8 @@ FPI_HOST_DEVICE AndersonDecision decide(Acc residual, Acc value, const Acc* squa
   return {status, is_plain ? 0 : window < m ? window : m - 1};
 }
 
-// The trace of the differences' Gram matrix below which they say nothing of g; value: ‖g(x)‖, scaled.
+// The trace of the differences' Gram matrix below which they say nothing of g; value: ‖g(x)‖,
+// scaled.
 template <typename T>
 FPI_HOST_DEVICE accumulate_t<T> noise_squares_of(accumulate_t<T> value) {
   return noise_of<T>(value) * noise_of<T>(value);

@@ -36,12 +36,12 @@ template <typename Acc>
 FPI_HOST_DEVICE bool is_trusted(Acc squares) {
   const Acc tiny = sizeof(Acc) == 4 ? Acc(0x1p-80) : Acc(0x1p-900);
   const Acc huge = sizeof(Acc) == 4 ? Acc(0x1p100) : Acc(0x1p1000);
-  return squares > tiny && squares < huge;
+  return (squares > tiny) & (squares < huge);
 }
 
 // The power of two by which a finite largest ≠ 0 comes near 1; like its inverse a normal number, so
-// that to multiply by it rounds nothing. Sums of scaled squares are the unscaled ones to the bit, but
-// for the exponent, wherever both can be formed: that makes a solve free of the state's scale.
+// that to multiply by it rounds nothing. Sums of scaled squares are the unscaled ones to the bit,
+// but for the exponent, wherever both can be formed: that makes a solve free of the state's scale.
 FPI_HOST_DEVICE float scale_for(float largest) {
   const int e = ilogbf(largest);
   return scalbnf(1.0f, e < -126 ? 126 : e > 126 ? -126 : -e);

@@ -43,8 +43,9 @@ enum Bound {
   kBounds,
 };
 
-// Columns of scalars, [B, kScalars]: the last residual norm; the norm at the last fall by 0.5 %; the
-// last ‖g(x)‖; the largest gain ‖Δg‖/‖Δr‖ seen, 0: none; a ring of secant ratios ‖Δg‖/‖Δx‖, 0: none.
+// Columns of scalars, [B, kScalars]: the last residual norm; the norm at the last fall by 0.5 %;
+// the last ‖g(x)‖; the square of the largest gain ‖Δg‖/‖Δr‖ seen, 0: none; a ring of squares of
+// secant ratios ‖Δg‖/‖Δx‖, 0: none.
 enum Scalar {
   kResidual,
   kReference,

@@ -5,8 +5,8 @@
 
 namespace fpi {
 
-// Anderson's: a ring of m iterates for every sample, or for every row where samples take turns in the
-// rows; newest at counters[kHead].
+// Anderson's: a ring of m iterates for every sample, or for every row where samples take turns in
+// the rows; newest at counters[kHead].
 template <typename T>
 struct Window {
   T* values;              // g(x), [B or R, m, n]
@@ -23,7 +23,8 @@ FPI_HOST_DEVICE int slot_of(int age, int head, int m) {
   return head - age < 0 ? head - age + m : head - age;
 }
 
-// Picard's: the last two iterates, newest at counters[kHead], as far as they were kept (math/picard.h).
+// Picard's: the last two iterates, newest at counters[kHead], as far as they were kept
+// (math/picard.h).
 constexpr int kTrailLength = 2;
 
 template <typename T>

@@ -151,13 +151,29 @@ def dense_solve(
     weight, hidden_weight = form.weight, form.hidden_weight
     if x0.device.type != "cpu":  # whose kernels pack any strides
         weight, hidden_weight = weight.contiguous(), _dense(hidden_weight)
-    _dense_solve(
-        x0, p.out, p.counters, p.scalars, p.tally, p.bounds, *p.limits.values,
+    _interruptible(
+        _dense_solve, x0, p.out, p.counters, p.scalars, p.tally, p.bounds, *p.limits.values,
         beta, ridge, restart, history,
         weight, _dense(form.u), CODES[form.activation], float(form.residual),
         _dense(_scale(form, x0)), hidden_weight, _dense(form.hidden_u),
         CODES[form.hidden_activation], _dense(form.hidden_scale), tf32, slots,
     )  # fmt: skip
+
+
+def _interruptible(operator: Any, *arguments: Any) -> None:
+    """Call an operator that runs the handlers of signals; raise what a handler raised."""
+    try:
+        operator(*arguments)
+        return
+    except RuntimeError as error:
+        if _build.INTERRUPTED not in str(error):
+            raise
+    raised = _build.take_raised()
+    assert raised is not None
+    try:
+        raise raised  # not in the block above, which would give it a context
+    finally:
+        del raised  # its traceback holds this frame
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -174,5 +190,5 @@ def dense_map(x: Tensor, weight: Tensor, u: Tensor | None) -> Tensor:
     """X Wᵀ + u, [B, N], with `dense_solve`'s order of sums: x [B, K], weight [N, K], u [N]."""
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     weight = weight if x.device.type == "cpu" else weight.contiguous()
-    _dense_map(x.contiguous(), weight, u, out, tf32_wanted(x))
+    _interruptible(_dense_map, x.contiguous(), weight, u, out, tf32_wanted(x))
     return out

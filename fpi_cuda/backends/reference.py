@@ -64,14 +64,14 @@ def picard_step(
     s = samples[running]
     before = scalars[samples, RESIDUAL]
     if k > 1 and beta == 1:  # Δg = r and Δx is the residual before
-        scalars[s, RING_START + (k - 2) % RING] = (residual / before)[running]
+        scalars[s, RING_START + (k - 2) % RING] = (residual / before)[running] ** 2
     status = _stop(p, residual, value, k, running)
     length = c[samples, WINDOW]
     active = running & (status == ACTIVE)
 
     (rtol, offset, _, most, _), floor = _limits(p)
     threshold = offset + rtol * (value if floor is None else torch.maximum(value, floor))
-    near = residual * (residual / before) ** 2 <= NEAR_END * threshold
+    near = (residual * (residual / before) ** 2 <= NEAR_END * threshold) | (threshold < 0)
     near |= (c[samples, REFERENCE_ITERATION] != k) | (k + TRAIL >= most)
     keeps = active & (near if k > TRAIL else torch.ones_like(near))
     t = samples[keeps]
@@ -86,8 +86,7 @@ def picard_step(
         states = xa[last], trail[t, newest].to(p.dtype), trail[t, older.long()].to(p.dtype)
         noise = NOISE * torch.finfo(x.dtype).eps / 2 * value[last]
         _measure(p, t, ga[last], states, beta, noise)
-    moved = _damped(xa, ga, beta).to(x.dtype)
-    _freeze(p, x, gx, moved, status, running)
+    _freeze(p, x, gx, _damped(xa, ga, beta, gx), status, running)
 
 
 def _measure(
@@ -104,14 +103,15 @@ def _measure(
     far = _larger_gain(gain, dg + dg1, dr + dr1, noise)
     p.scalars[s, GAIN] = torch.where(long, far, gain)
     if beta != 1:
-        p.scalars[s, RING_START] = _norm(dg) / _norm(dx)
+        p.scalars[s, RING_START] = (_norm(dg) / _norm(dx)) ** 2
         second = RING_START + 1
-        p.scalars[s, second] = torch.where(long, _norm(dg1) / _norm(dx1), p.scalars[s, second])
+        rate = (_norm(dg1) / _norm(dx1)) ** 2
+        p.scalars[s, second] = torch.where(long, rate, p.scalars[s, second])
 
 
 def _larger_gain(gain: Tensor, dg: Tensor, dr: Tensor, noise: Tensor) -> Tensor:
     residual = _norm(dr)
-    found = torch.where(residual > noise, _norm(dg) / residual, 0)
+    found = torch.where(residual > noise, (_norm(dg) / residual) ** 2, 0)
     return torch.maximum(gain, found)
 
 
@@ -166,7 +166,7 @@ def anderson_step(
         head = c[t, HEAD].long()
         dg = ga[seen] - values[t, head].to(p.dtype)
         dr = r[seen] - residuals[t, head].to(p.dtype)
-        p.scalars[t, RING_START + (k - 2) % RING] = _norm(dg) / _norm(dg - dr)
+        p.scalars[t, RING_START + (k - 2) % RING] = (_norm(dg) / _norm(dg - dr)) ** 2
         p.scalars[t, GAIN] = _larger_gain(p.scalars[t, GAIN], dg, dr, noise[seen])
     reference = p.scalars[p.samples, REFERENCE]
     status = _stop(p, residual, value, k, running)
@@ -230,8 +230,11 @@ def _retreat(
     c[s, RETREATS] += 1
 
 
-def _damped(xa: Tensor, ga: Tensor, beta: float) -> Tensor:
-    return ga if beta == 1 else xa + beta * (ga - xa)
+def _damped(xa: Tensor, ga: Tensor, beta: float, gx: Tensor) -> Tensor:
+    if beta == 1:
+        return gx
+    moved = (xa + beta * (ga - xa)).to(gx.dtype)
+    return torch.where(moved.isfinite(), moved, gx)  # where it overflows, g(x)
 
 
 def _norm(r: Tensor) -> Tensor:

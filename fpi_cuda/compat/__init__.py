@@ -24,8 +24,9 @@ What differs, on purpose:
 * `minIter` keeps the loop going while the count is not above it, as it was meant; a count not above
   it used to end the loop. `maxIter` is the stronger of the two.
 * Norms are taken in the state's dtype, as before, and their quotient in float64. Where a norm
-  overflows, the change is computed again in float64, and the loop goes on by that; it used to end,
-  or to be called converged.
+  overflows, or underflows and epsilon is below 1e-30, the change is computed again in float64 and
+  scaled, and the loop goes on by that; it used to end, or to be called converged. `m_anderson`
+  takes a plain step where a norm overflows.
 * `m_anderson` works on current torch. `eps` is relative to the trace of the Gram matrix, and the
   default stands for a value that suits the dtype; an iteration whose residual keeps growing past
   a factor of 10⁴ is given up with a warning.

@@ -63,19 +63,39 @@ def default_term_cond(
 
 
 def _squared_change(new: Tensor, old: Tensor, epsilon: float, normalized: bool) -> float:
-    """By norms in the state's dtype, as they were; wider where one overflows there."""
+    """By norms in the state's dtype, as they were; scaled and wider where one overflows there.
+
+    Likewise where one underflows, unless epsilon hides it, as the default does.
+    """
     change, size = float(vector_norm(new - old)), float(vector_norm(old)) if normalized else 0.0
     unit = 1.0
-    if not math.isfinite(change + size):
+    low = normalized and epsilon < _HIDES and min(change, size) < _least(new.dtype)
+    if low or not math.isfinite(change + size):
         new, old = new.double(), old.double()
-        unit = float(torch.maximum((new - old).abs().amax(), old.abs().amax()))
+        unit = _largest(new, old) or 1.0
         if not math.isfinite(unit):
             return math.nan
-        change, size = (float(vector_norm(t / unit)) for t in (new - old, old))
+        new, old = new / unit, old / unit
+        moved = new - old
+        scale = _largest(moved) or 1.0  # next to the state it may be as small as a float goes
+        change, size = float(vector_norm(moved / scale)) * scale, float(vector_norm(old))
     if not normalized:
         return change * unit * change * unit
     size = size * size + epsilon / unit / unit
     return change * change / size if size else math.inf if change else 0.0
+
+
+_HIDES = 1e-30  # an epsilon beside which squares that underflow in float32 are nothing
+
+
+def _least(dtype: torch.dtype) -> float:
+    """Norms above lost nothing to squares that underflow: in float32, or float64."""
+    return 1e-145 if dtype == torch.float64 else 1e-15
+
+
+def _largest(*tensors: Tensor) -> float:
+    """The magnitude of the largest entry of all; 0 where there is none."""
+    return max((float(t.abs().amax()) for t in tensors if t.numel()), default=0.0)
 
 
 class Terms(NamedTuple):

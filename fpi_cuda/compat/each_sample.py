@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._torch import transforming
 from ..adjoint import ImplicitAdjoint
 from ..fixed_point import fixed_point
+from ..norms import row_norms
 from ..options import Solver, Tolerance
 from ..solution import Solution, State
 from .conditions import Condition, Tensors, read
@@ -69,8 +70,8 @@ def solve(
         return solution
     # The condition is about the first tensor alone, the solve's norm is of all of them.
     x = [t.detach() for t in solution.x]
-    sizes = torch.stack([_norm(t) for t in x])
-    share = sizes[0] / _norm(sizes.T)
+    sizes = torch.stack([row_norms(t.flatten(1)) for t in x])
+    share = sizes[0] / row_norms(sizes.T)
     limit = math.sqrt(forward.threshold)
     short = solution.residual_norm > limit * sizes[0]
     if not bool((short & solution.converged).any()):
@@ -78,11 +79,6 @@ def solve(
     rtol = torch.where(short, limit * share.nan_to_num(1.0), limit)
     rtol = rtol.clamp(min=torch.finfo(rtol.dtype).tiny)  # 0 might be a fixed count
     return solved(tuple(x), Tolerance(rtol, forward.tolerance(values).atol))
-
-
-def _norm(rows: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float64)
-    return norm
 
 
 def _step(g: Step, own: list[int], shared: list[int], param: Tensors) -> Callable[..., Any]:

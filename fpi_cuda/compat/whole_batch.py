@@ -14,7 +14,7 @@ from .. import backends
 from ..adjoint import ImplicitAdjoint
 from ..drivers.support import Solved, Support
 from ..options import Options, Solver, Tolerance
-from ..record import ACTIVE_ROWS, NEVER, Progress
+from ..record import ACTIVE_ROWS, NEVER, STATUS, Progress, Status
 from ..solution import FixedPointWarning, warn
 from ..solve.independence import INDEPENDENT
 from ..solve.problem import Context, Problem, Report
@@ -128,6 +128,11 @@ class _Conditioned:
         def advance(x: Tensor, gx: Tensor) -> tuple[Tensor, bool]:
             moved = x.reshape(rows.shape).clone()
             update(moved, gx.reshape(rows.shape).contiguous())
-            return moved.view(x.shape), int(progress.tally[ACTIVE_ROWS]) > 0
+            active = int(progress.tally[ACTIVE_ROWS]) > 0
+            if not active and int(progress.counters[0, STATUS]) == Status.NONFINITE + 1:
+                # g(x) is finite, so a norm overflowed: a plain step, and a fresh window.
+                progress.counters.zero_()
+                return gx, True
+            return moved.view(x.shape), active
 
         return advance

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..norms import row_norms
 from ..operators import free, vjp
 
 Step = Callable[..., Tensor]
@@ -48,7 +49,9 @@ def jacobian_norm(
             v = unit(v).requires_grad_()
             u = transposed(v, True)
             size = _length(u)
-            v = vjp(u, v, u.detach())  # u is (∂g/∂x)ᵀ v, linear in v: this is (∂g/∂x) u
+            # u is (∂g/∂x)ᵀ v, linear in v: this is (∂g/∂x) u, at a length that no dtype is too
+            # narrow for.
+            v = vjp(u, v, u.detach() / _divisor(size.detach(), u))
     return size if torch.is_grad_enabled() else size.detach(), unit(v)
 
 
@@ -163,7 +166,7 @@ def _linearise(
 
 def _length(v: Tensor) -> Tensor:
     """[B]."""
-    return torch.linalg.vector_norm(v.flatten(1), dim=1)  # type: ignore[no-any-return]
+    return row_norms(v.flatten(1), look=False).to(v.dtype)
 
 
 def unit(v: Tensor) -> Tensor:
@@ -171,3 +174,8 @@ def unit(v: Tensor) -> Tensor:
     v, shape = v.detach(), (-1, *(1,) * (v.dim() - 1))
     v = torch.where(_length(v).view(shape) > 0, v, torch.randn_like(v))
     return v / _length(v).view(shape)
+
+
+def _divisor(lengths: Tensor, v: Tensor) -> Tensor:
+    """Lengths, [B], to divide v by: a zero one stays."""
+    return lengths.clamp_min(torch.finfo(v.dtype).tiny).view(-1, *(1,) * (v.dim() - 1))

@@ -151,7 +151,7 @@ class Captured:
             if own is not None:
                 own.copy_(static[-1])
             if floor is not None:
-                floor.copy_(direction.scale())
+                floor.copy_(direction.scale(look=False))
                 progress.skip(floor == 0, x)
             # What a solver keeps is made here, so that every launch begins with it fresh.
             made[:] = [(direction, evaluate, request.solver.start(backend, progress, progress.out))]

@@ -153,7 +153,10 @@ def _launch(cache: _Cache, key: Any, captured: Captured, request: Request) -> So
     progress.limits = request.limits  # the captured ones may have had others of each sample
     _, failed, iterations = progress.tally.tolist()
     request.map.left = captured.left  # a launch runs none of g's Python
-    adjoint = request.direction.adjoint
+    direction = request.direction
+    adjoint = direction.adjoint
+    if adjoint and failed:  # the device's own is another launch's soon
+        direction.floor = direction.scale()
     record = Record(
         progress=progress,
         batch=x.shape[:1],

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..drivers.support import Solved
 from ..forms import structured
+from ..norms import row_norms
 from ..record import Record, Status
 from .direction import Direction
-from .independence import agree, norm_of
+from .independence import agree
 from .problem import Report
 
 __all__ = ["RANDOM", "random", "wrong"]
@@ -126,9 +127,9 @@ def _parted(b: int, digits: int, bit: int, device: torch.device) -> Tensor:
 def _met(x: Tensor, y: Tensor, record: Record, floor: Tensor | None) -> Tensor:
     """Bool [B]: whether the residual of x, [B, N], is within the tolerance; y = g(x)."""
     limits = record.progress.limits
-    residual, value = norm_of(y - x), norm_of(y)
+    residual, value = row_norms(y - x), row_norms(y)
     measure = value if floor is None else torch.maximum(value, floor)
     # The record's is of the iterate before; rounding: in other rows of a product.
     rtol, offset = limits.thresholds
-    within: Tensor = 2 * (offset + rtol * measure) + limits.rounding * value
+    within: Tensor = 2 * (offset + rtol * measure) + limits.roundings * value
     return residual <= within

@@ -14,12 +14,15 @@ from ..backends.native import tf32_wanted
 from ..drivers.eager import Evaluation
 from ..drivers.whole import tf32_allowed
 from ..forms import ConvForm, Form
+from ..norms import row_norms
 from ..operators import for_modules
 from ..options import Solver
 from ..record import MASKED, Limits, accumulate_dtype
 from ..solvers.coupled import Coupled
+from ..state import refuse_freed
 from .evaluation import Direct, Linearised, Masked, Seen, convolutions
-from .independence import INDEPENDENT, Samples, norm_of
+from .failed import masked, pulled_back
+from .independence import INDEPENDENT, Samples
 from .limits import limits_of
 from .maps import Map, TransposedMap, UserMap
 from .problem import Problem
@@ -91,6 +94,14 @@ class Direction:
         """What follows the loop: the gradients."""
         raise NotImplementedError
 
+    def spared(self, x: Tensor, keep: Tensor | None) -> Sequence[Tensor | None]:
+        """The same by the samples alone that are kept, and whose v is not zero."""
+        raise NotImplementedError
+
+    def sound(self, keep: Tensor | None) -> Tensor | None:
+        """Keep, without the samples left out since v = 0 at which the derivative is not finite."""
+        raise NotImplementedError
+
     @property
     def form(self) -> Form | None:
         """The map as known layers, where it is no more than that; looked for once."""
@@ -157,8 +168,8 @@ class Direction:
         if self.problem.options.adjoint.failed == "use":
             return None
         keep = torch.ones_like(status, dtype=torch.bool)
-        for masked in MASKED:
-            keep &= status != masked
+        for failed in MASKED:
+            keep &= status != failed
         if self.floor is not None:  # a NaN that came with the loss goes on
             keep |= ~self.floor.isfinite().view_as(keep)
         return keep
@@ -192,6 +203,7 @@ class Forward(Direction):
         """The form, unless g has closure tensors: the first call of g finds those out."""
         if self.map.form_dim == 0:
             return None
+        refuse_freed(self.problem.name, "a parameter of g", *self.params)
         with self.problem.context.grad():
             form = self._layers(self.start, self.inputs, self.params)
         closure = form is not None and any(t.requires_grad for t in form.tensors)
@@ -252,18 +264,18 @@ class Backward(Direction):
         """See `Direction`."""
         return Backward(*self._given, higher=self.higher, compacting=self.compacting)
 
-    def scale(self) -> Tensor:
-        """[B]: what c is measured by beside itself.
+    def scale(self, look: bool = True) -> Tensor:
+        """[B]: what c is measured by beside itself; look: whether the host may, at values.
 
         ‖v‖; in a batch that is one system at least its root mean square there, so that a loss on
         few samples does not ask for digits of what is next to nothing elsewhere.
         """
         b, shape = self.problem.batch_dims, self.v.shape
         rows = self.v.reshape(shape[0] if b == 1 else shape[:b].numel(), shape[b:].numel())
-        scale: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        scale = row_norms(rows, look)
         if self.coupled and len(scale):
             systems = scale.view(-1, shape[b - 1])
-            least = norm_of(systems) / math.sqrt(systems.shape[1])
+            least = row_norms(systems, look) / math.sqrt(systems.shape[1])
             scale = torch.maximum(systems, least[:, None]).view(-1)
         return scale.to(accumulate_dtype(rows.dtype))
 
@@ -315,6 +327,30 @@ class Backward(Direction):
             return [c, *[None] * len(self._wanted)]
         return [c, *torch.autograd.grad(y, self._wanted, c, allow_unused=True)]
 
+    def spared(self, x: Tensor, keep: Tensor | None) -> Sequence[Tensor | None]:
+        """See `Direction`. One more call of g, where its derivative is known to be finite."""
+        problem, _, _, tensors, need = self._given
+        assert isinstance(problem.map, TransposedMap)
+        assert self.floor is not None
+        c, whose = masked(x, keep), (self.floor != 0).view(x.shape[: problem.batch_dims])
+        if keep is not None:
+            whose = keep & whose
+        forward = problem._replace(map=problem.map.inner)
+        return [c, *pulled_back(forward, whose, self.x, c, tensors, need)]
+
+    def sound(self, keep: Tensor | None) -> Tensor | None:
+        """See `Direction`."""
+        if self.skip is None or self.form is not None:  # whose activations have finite derivatives
+            return keep
+        if self.problem.options.adjoint.failed == "use":
+            return keep
+        at_zero = self.evaluation()(torch.zeros_like(self.start))
+        rows = at_zero.reshape(len(self.skip), -1).isfinite().all(1)
+        sound = (rows | ~self.skip).view(self.start.shape[: self.problem.batch_dims])
+        if bool(sound.all()):
+            return keep
+        return sound if keep is None else keep & sound
+
 
 def direction_of(problem: Problem, x0: Tensor, tensors: Sequence[Tensor]) -> Direction:
     """The direction of a node's own solve; all tensors plain."""
@@ -323,20 +359,3 @@ def direction_of(problem: Problem, x0: Tensor, tensors: Sequence[Tensor]) -> Dir
         return Backward(problem, x, v, rest, higher=True)
     n = problem.map.n_inputs
     return Forward(problem, x0, tensors[:n], tensors[n:])
-
-
-def masked(c: Tensor, keep: Tensor | None) -> Tensor:
-    """C with zeros where it is not kept: bool [*batch], or None: all is."""
-    if keep is None:
-        return c
-    return torch.where(keep.reshape(*keep.shape, *(1,) * (c.dim() - keep.dim())), c, 0)
-
-
-def stand_in(keep: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, [B, ...], with a kept sample's row for those that are not.
-
-    A failed sample's row may hold NaN, and zero times NaN is NaN.
-    """
-    rows = torch.arange(len(keep), device=keep.device)
-    rows = torch.where(keep, rows, keep.to(torch.uint8).argmax())
-    return [t.index_select(0, rows) for t in tensors]

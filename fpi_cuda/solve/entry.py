@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import drivers
-from .._torch import attribute
+from .._torch import attribute, transforming
 from ..arguments import Arguments, numbers
 from ..options import Options
-from ..solution import Solution
+from ..solution import FixedPointError, Solution, State
 from ..state import check_inputs, state_of
+from .again import Again
 from .independence import samples_of
 from .maps import UserMap
 from .meta import shapes
@@ -45,7 +46,7 @@ def enter(
     options.check()
     state = state_of(x0)
     packed = state.packed
-    arguments = None
+    arguments, given, modules = None, g, {}
     if keywords is not None:
         modules = {k: v for k, v in keywords.items() if isinstance(v, nn.Module)}
         if modules and callable(g):  # their tensors and modes are g's own
@@ -76,7 +77,21 @@ def enter(
         tuple_state=state.tuple_state,
     )
     report = Report()
-    x = options.adjoint.attach(problem, packed, (*inputs, *params, *map.own), report)
+
+    def again(x: State) -> Again | None:
+        if transforming():  # its tensors end with it
+            return None
+        return Again(given, modules, map, arguments, inputs, params, x, problem.context)
+
+    try:
+        x = options.adjoint.attach(problem, packed, (*inputs, *params, *map.own), report)
+    except FixedPointError as error:
+        solution = error.solution
+        if solution.record is report.record:  # not one of a solve within g
+            solution._again = again(solution.x)
+        raise
     map.settle(x, inputs, params, options.driver == "graph")
     assert report.record is not None
-    return Solution(state.unpack(x), report.record)
+    solution = Solution(state.unpack(x), report.record)
+    solution._again = again(solution.x)
+    return solution

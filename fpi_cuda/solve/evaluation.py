@@ -21,6 +21,13 @@ from .problem import Context
 __all__: list[str] = []
 
 
+WRITTEN = "fixed_point: g must not change its argument x in place; write x * 2, not x.mul_(2)"
+GRADIENT_WRITTEN = (
+    "fixed_point: the derivative of g must not change the gradient that it is given in place (an "
+    "autograd.Function in g does); write grad * 2, not grad.mul_(2)"
+)
+
+
 class Seen:
     """What the evaluations of one solve find out."""
 
@@ -49,6 +56,7 @@ class Direct:
         below = 0.8 if context.device_type == "cpu" else 0.5
         self.compact_below = 0.0 if samples is None or samples.compactable is False else below
         self.first = True
+        self.counted = False  # whether writes to x are: where it is no inference tensor
         self.wide = context.autocast_dtype is None
 
     def watch(self, progress: Progress) -> None:
@@ -59,20 +67,25 @@ class Direct:
         if self.first:
             self.first = False
             return self._first(x)
+        counted = self.counted
+        before = version(x) if counted else 0
         if self.wide:
-            return check_output(self.g(x, *self.inputs), x)
-        with self.context.autocast():
-            return check_output(self.g(x, *self.inputs), x)
+            gx = check_output(self.g(x, *self.inputs), x)
+        else:
+            with self.context.autocast():
+                gx = check_output(self.g(x, *self.inputs), x)
+        if counted and version(x) != before:
+            raise RuntimeError(WRITTEN)
+        return gx
 
     def _first(self, x: Tensor) -> Tensor:
-        """The first call also finds closure tensors, and whether g writes to its argument."""
-        before = None if x.is_inference() else version(x)
+        """The first call also finds closure tensors."""
+        self.counted = not x.is_inference()
+        before = version(x) if self.counted else 0
         with self.context.grad(), self.context.autocast():
             gx = check_output(self.g(x, *self.inputs), x)
-        if before is not None and version(x) != before:
-            raise RuntimeError(
-                "fixed_point: g must not change its argument x in place; write x * 2, not x.mul_(2)"
-            )
+        if self.counted and version(x) != before:
+            raise RuntimeError(WRITTEN)
         if gx.requires_grad:
             self.seen.closure = True
         return gx.detach()
@@ -81,7 +94,7 @@ class Direct:
         """The same for the samples there."""
         inputs = [take(t, positions) for t in self.inputs]
         part = Direct(self.context, self.seen, self.g, inputs, self.samples)
-        part.first = False
+        part.first, part.counted = False, self.counted
         return part
 
     def select(self, positions: Tensor, x: Tensor) -> Direct | None:
@@ -123,13 +136,20 @@ class Linearised:
         seen.calls += 1
         with torch.set_grad_enabled(True), context.autocast():
             self.x = free(x)
+            before = version(self.x)
             self.y = check_output(g(self.x, *inputs), self.x)
+        if version(self.x) != before:  # of x̂ itself
+            raise RuntimeError(WRITTEN)
 
     def watch(self, progress: Progress) -> None:
         """Which samples have finished, the loop tells by `select`."""
 
     def __call__(self, c: Tensor) -> Tensor:
-        return vjp(self.y, self.x, c) + self.v
+        before = version(c)
+        gc = vjp(self.y, self.x, c) + self.v
+        if version(c) != before:
+            raise RuntimeError(GRADIENT_WRITTEN)
+        return gc
 
     def part(self, positions: Tensor) -> Linearised:
         """The same for the samples there."""

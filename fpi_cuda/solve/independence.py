@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..forms import structured
+from ..norms import row_norms
 from ..solution import warn
 from .kinds import look
 from .maps import UserMap
@@ -174,14 +175,4 @@ def agree(part: Tensor, whole: Tensor, dtype: torch.dtype, roundings: int) -> Te
     eps = max(torch.finfo(part.dtype).eps, torch.finfo(dtype).eps)
     slack = (roundings if eps > 1e-5 else 256) * eps
     part, whole = (t.reshape(len(t), -1) for t in (part, whole))
-    return ~(norm_of(part - whole) > slack * norm_of(whole))
-
-
-def norm_of(rows: Tensor) -> Tensor:
-    """[B] in float64: the norm of each row, [B, N]; no square over- or underflows."""
-    if rows.dtype != torch.float64:
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)  # type: ignore[no-any-return]
-    largest = rows.abs().amax(1)
-    unit = torch.where((largest > 0) & largest.isfinite(), largest, 1)
-    norm: Tensor = torch.linalg.vector_norm(rows / unit[:, None], dim=1) * unit
-    return norm
+    return ~(row_norms(part - whole) > slack * row_norms(whole))

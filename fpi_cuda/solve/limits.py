@@ -27,17 +27,24 @@ def limits_of(problem: Problem, start: Tensor, *, adjoint: bool) -> Limits:
     options, dims, dtype = problem.options, problem.batch_dims, start.dtype
     size = start.shape[dims:].numel()
     tolerance, most, patience = options.tolerance, options.max_iterations, options.solver.patience
+    sizes = options.sizes
     rtol, atol = tolerance.resolve(dtype, adjoint=adjoint)
     if type(most) is not int and isinstance(most, Tensor) and most.dim() == 0:
         most = int(most)
-    if type(most) is int and not tolerance.own:
+    if type(most) is int and not tolerance.own and sizes is None:
         return _limits(rtol, atol, size, dtype, patience, most)
     batch, acc = start.shape[:dims], accumulate_dtype(dtype)
     check_values(problem.name, options.tolerance, most, batch[-1])
+    if sizes is not None:
+        _check_sizes(problem.name, sizes, size, batch[-1])
     if not batch.numel():
         return _limits(0.0, 0.0, size, dtype, patience, 1)
 
-    def column(value: float | Tensor, factor: float = 1.0) -> Tensor:
+    root: float | Tensor = math.sqrt(size)  # of the entries that a sample has
+    if sizes is not None:
+        root = sizes.to(start.device, torch.float64).sqrt()
+
+    def column(value: float | Tensor, factor: float | Tensor = 1.0) -> Tensor:
         if isinstance(value, Tensor):
             wide = value.to(start.device, torch.float64)
         else:
@@ -45,19 +52,17 @@ def limits_of(problem: Problem, start: Tensor, *, adjoint: bool) -> Limits:
         least = torch.finfo(acc).tiny * wide.sign()  # what rounds to 0 is no fixed count
         return torch.maximum(factor * wide, least).to(acc)
 
-    rtol, offset = column(rtol), column(atol, math.sqrt(size))
+    rtol, offset = column(rtol), column(atol, root)
     limit = column(most if isinstance(most, Tensor) else min(most, 2**30))
     counted = (rtol == 0) & (offset == 0)
     if problem.samples.coupled:  # one system: it may take what any sample may; one's count is all's
         limit, counted = limit.amax().expand_as(limit), counted.any().expand_as(counted)
         rtol, offset = (torch.where(counted, 0, t) for t in (rtol, offset))
-    rounding = _rounding(dtype, size)
-    own = torch.stack(
-        (rtol, offset, torch.where(counted, limit, patience), limit, column(rounding)), 1
-    )
+    rounding = column(_rounding(dtype, 1), root)
+    own = torch.stack((rtol, offset, torch.where(counted, limit, patience), limit, rounding), 1)
     least, longest = torch.stack((rtol.amin(), limit.amax())).tolist()
     slices = own.expand(*batch, 5).reshape(-1, 5)  # of torch.vmap, which share them
-    return Limits(least, 0.0, rounding, patience, int(longest), slices)
+    return Limits(least, 0.0, _rounding(dtype, size), patience, int(longest), slices)
 
 
 @functools.lru_cache(maxsize=64)
@@ -88,11 +93,19 @@ def check_values(owner: str, tolerance: Tolerance | None, most: Any, b: int) -> 
         _check(owner, "max_iterations", most, 1, MOST, f"from 1 to {MOST}", b)
 
 
-def _check(owner: str, name: str, t: Tensor, least: float, top: float, what: str, b: int) -> None:
+def _check_sizes(owner: str, sizes: Tensor, n: int, b: int) -> None:
+    what = f"from 1 to {n}, the entries of a padded sample,"
+    advice = "; count entries: of a sequence, its length times its features"
+    _check(owner, "sizes", sizes, 1, n, what, b, advice)
+
+
+def _check(
+    owner: str, name: str, t: Tensor, least: float, top: float, what: str, b: int, advice: str = ""
+) -> None:
     if t.shape != (b,):
         raise ValueError(
             f"{owner}: {name} must have one value for each of the {b} samples of x0, shape [{b}] "
-            f"(got shape {list(t.shape)})"
+            f"(got shape {list(t.shape)}){advice}"
         )
     if t.is_meta or t.layout != torch.strided:
         place = "on the meta device" if t.is_meta else f"of layout {t.layout}"
@@ -102,4 +115,4 @@ def _check(owner: str, name: str, t: Tensor, least: float, top: float, what: str
     if not bool(good.all()):
         i = int(good.to(torch.uint8).argmin())
         got = t[i].item()
-        raise ValueError(f"{owner}: {name} must be {what} (got {got} for sample {i})")
+        raise ValueError(f"{owner}: {name} must be {what} (got {got} for sample {i}){advice}")

@@ -17,12 +17,17 @@ from torch.autograd import Function
 
 from .. import _torch
 from ..captures import carries_tangent, followed, refuse_captures
+from ..drivers import graph
 from ..modules import reached
-from ..operators import needs_gradients, over_legacy_batch, partial_bound
-from .direction import Backward, direction_of, masked, stand_in
-from .maps import Map, TransposedMap, VmappedMap, check_output, users
+from ..operators import needs_gradients, over_legacy_batch
+from ..state import refuse_freed
+from .closure import Redirected
+from .direction import Backward, direction_of
+from .failed import Gradients, of_kept, pull, pulled_back, stand_in
+from .maps import check_output, users
 from .problem import Problem, Report
 from .route import solve
+from .rows import stood
 
 __all__ = ["attach"]
 
@@ -67,16 +72,21 @@ def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Repo
     if not report.closure:
         return x  # type: ignore[no-any-return]
     # First derivatives for the closure tensors: the gradient at g(x̂) is c itself (eq. 11).
-    plain, n = [t.detach() for t in tensors], problem.map.n_inputs
-    at, inputs = x.detach(), plain[:n]
-    if keep is not None and not bool(keep.all()):
-        at, *inputs = stand_in(keep, (at, *inputs))
-    with problem.context.autocast():
-        y = check_output(problem.map.bind(plain[n:])(at, *inputs), at)
+    y = _attachable(problem, x.detach(), keep, [t.detach() for t in tensors])
     # Another tensor than the one g saw: its graph saves that one, and the node's output would then
     # hold itself.
     call = _Call(problem, report, (x.detach(), keep))
     return FixedPoint.apply(call, x0, y, *tensors)[0]  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _attachable(problem: Problem, x: Tensor, keep: Tensor | None, tensors: list[Tensor]) -> Tensor:
+    """G(x), of which only the closure tensors have a gradient; kept samples stand in for others."""
+    map, n = problem.map, problem.map.n_inputs
+    if keep is not None and not bool(keep.all()):
+        x, *tensors[:n] = stand_in(keep, (x, *tensors[:n]))
+        map = stood(problem, keep, x, tensors).map
+    with problem.context.autocast():
+        return check_output(map.bind(tensors[n:])(x, *tensors[:n]), x)
 
 
 class FixedPoint(Function):
@@ -109,7 +119,7 @@ class FixedPoint(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.call, _, attached, *tensors = inputs
         x, keep = output
-        ctx.closure = attached is not None
+        ctx.closure, ctx.redirected = attached is not None, None
         ctx.mark_non_differentiable(keep)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, keep, *tensors)
@@ -123,9 +133,13 @@ class FixedPoint(Function):
             return (*_NOTHING, None, *out)
         if _torch.legacy_batched(v):  # autograd.grad(is_grads_batched=True)
             over = one_by_one if ctx.closure else over_legacy_batch
-            return over(lambda v: FixedPoint.backward(ctx, v, None), v)
+            batched = over(lambda v: FixedPoint.backward(ctx, v, None), v)
+            if ctx.redirected is not None:  # to the gradients of one cotangent
+                ctx.redirected.end()
+            return batched
         if carries_tangent(v):
             return FixedPoint.jvp(ctx)  # type: ignore[no-any-return]
+        refuse_freed(problem.name, "a tensor of the backward", v, x, *tensors)
         need = [i for i in range(len(tensors)) if ctx.needs_input_grad[FIRST + i]]
         if ctx.closure and (torch.is_grad_enabled() or _torch.transforming()):
             names = reached(users(problem.map), needs_gradients)
@@ -135,10 +149,15 @@ class FixedPoint(Function):
                 "it as an argument of g"
             )
         report = Report(ctx.call.report)
-        c, grads = _gradients(problem, report, x, keep, v, tensors, need)
-        for i, grad in zip(need, grads, strict=True):
+        found = _gradients(problem, report, x, keep, v, tensors, need)
+        if report.masked:  # a graph can't tell the host that a derivative is infinite where v = 0
+            others = [d for d in problem.drivers if d is not graph]
+            ctx.call.problem = problem._replace(drivers=others)
+        if ctx.closure:
+            _redirect(ctx, problem, x, keep, tensors, found)
+        for i, grad in zip(need, found.of, strict=True):
             out[i] = grad
-        return (*_NOTHING, c if ctx.closure else None, *out)
+        return (*_NOTHING, found.c if ctx.closure else None, *out)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -183,6 +202,29 @@ def one_by_one(backward: Callable[[Tensor], tuple[Any, ...]], v: Tensor) -> tupl
     )
 
 
+def _redirect(
+    ctx: Any,
+    problem: Problem,
+    x: Tensor,
+    keep: Tensor,
+    tensors: Sequence[Tensor],
+    found: Gradients,
+) -> None:
+    """Where an adjoint failed, let the closure tensors have what the other samples give."""
+    if ctx.redirected is not None:
+        ctx.redirected.end()
+        ctx.redirected = None
+    if found.keep is None or found.c is None:
+        return
+    keep = keep & found.keep
+    if bool(keep.all()):
+        return
+    with torch.enable_grad():
+        y = _attachable(problem, x.detach(), keep, [t.detach() for t in tensors])
+    attached = ctx.next_functions[1][0]  # after x0's
+    ctx.redirected = Redirected(attached, y, found.c if bool(keep.any()) else None)
+
+
 def _gradients(
     problem: Problem,
     report: Report,
@@ -191,60 +233,20 @@ def _gradients(
     v: Tensor,
     tensors: Sequence[Tensor],
     need: Sequence[int],
-) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """C, and what a node's backward gives the tensors at these positions.
+) -> Gradients:
+    """What a node's backward gives the tensors at these positions; none by what is not kept."""
 
-    Samples that are not kept have none, of any order: they are replaced by one that is kept, and
-    where there is none the value and every derivative are cut off.
-    """
-    alive: Tensor | None = None
-    unknown = _torch.of_vmap(keep)  # no host can look
-    if unknown or not bool(keep.all()):
-        if not unknown and not bool(keep.any()):
-            return torch.zeros_like(x), [torch.zeros_like(tensors[i]) for i in need]
-        if problem.batch_dims > 1:  # samples of one slice stand in for its own alone
-            return None, _by_slices(problem, report, x, keep, v, tensors, need)
-        if unknown:
-            alive = keep.any()
-            x, *tensors = (torch.where(alive, t, t.detach()) for t in (x, *tensors))
-        v, n = masked(v, keep), problem.map.n_inputs
-        x, *tensors[:n] = stand_in(keep, (x, *tensors[:n]))  # type: ignore[index]
-    adjoint = problem.options.adjoint.transposed(problem)
-    with problem.context.full_precision():
-        if not (torch.is_grad_enabled() or _torch.transforming()):
-            c, *grads = solve(Backward(adjoint, x, v, tensors, need), report)[2]
-            return c, grads
-        higher = _higher(problem, adjoint, report, x, v, tensors, need)
-    return None, higher if alive is None else [torch.where(alive, g, 0) for g in higher]
+    def follow(
+        problem: Problem, x: Tensor, v: Tensor, tensors: Sequence[Tensor], _: Tensor | None
+    ) -> Gradients:
+        adjoint = problem.options.adjoint.transposed(problem)
+        with problem.context.full_precision():
+            if torch.is_grad_enabled() or _torch.transforming():
+                return _higher(problem, adjoint, report, x, v, tensors, need)
+            _, kept, (c, *grads) = solve(Backward(adjoint, x, v, tensors, need), report)
+            return Gradients(grads, c, kept)
 
-
-def _by_slices(
-    problem: Problem,
-    report: Report,
-    x: Tensor,
-    keep: Tensor,
-    v: Tensor,
-    tensors: Sequence[Tensor],
-    need: Sequence[int],
-) -> list[Tensor]:
-    """`_gradients` of the problem that torch.vmap mapped, mapped."""
-    map, dims = _unmapped(problem.map)
-    one = problem._replace(map=map, batch_dims=problem.batch_dims - 1)
-
-    def of_slice(x: Tensor, keep: Tensor, v: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_gradients(one, report, x, keep, v, list(tensors), need)[1])  # type: ignore[arg-type]
-
-    grads = torch.vmap(of_slice, in_dims=(0, 0, 0, *dims))(x, keep, v, *tensors)
-    return [g.sum(0) if dims[i] is None else g for i, g in zip(need, grads, strict=True)]
-
-
-def _unmapped(map: Map) -> tuple[Map, Sequence[int | None]]:
-    """What `Map.mapped` made the map of: the map before, and which of its tensors are mapped."""
-    if isinstance(map, TransposedMap):
-        inner, dims = _unmapped(map.inner)
-        return TransposedMap(inner), (0, 0, *dims)
-    assert isinstance(map, VmappedMap)
-    return map.inner, map.dims
+    return of_kept(problem, keep, x, v, tensors, need, follow)
 
 
 def _higher(
@@ -255,15 +257,11 @@ def _higher(
     v: Tensor,
     tensors: Sequence[Tensor],
     need: Sequence[int],
-) -> Sequence[Tensor]:
+) -> Gradients:
     """The gradients as nodes of the same two kinds: differentiable again."""
     c, keep = FixedPoint.apply(_Call(adjoint, report), v, None, x, v, *tensors)  # type: ignore[no-untyped-call]
-    c = masked(c, keep)
     if not need:
-        return ()
-
-    def h(x: Tensor, c: Tensor, *tensors: Tensor) -> Tensor:
-        with problem.context.autocast():
-            return torch.sum(c * problem.map(x, *tensors))
-
-    return partial_bound(h, [2 + i for i in need], x, c, *tensors)
+        return Gradients(())
+    if not report.masked:  # known where vmap hides who is kept
+        return Gradients(pull(problem, x, c, tensors, need))
+    return Gradients(pulled_back(problem, keep, x, c, tensors, need))

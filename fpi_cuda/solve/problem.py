@@ -76,6 +76,7 @@ class Report:
 
     record: Record | None = None
     closure = False  # whether g has closure tensors that need gradients
+    masked = False  # whether samples may have no gradient
     looked = False  # whether it was looked at whether samples depend on each other
 
     def __init__(self, parent: Report | None = None) -> None:
@@ -85,6 +86,11 @@ class Report:
     def of_looked(self) -> bool:
         """Whether the solve that this one differentiates was looked at."""
         return self.parent is not None and self.parent.looked
+
+    @property
+    def of_closure(self) -> bool:
+        """Whether the solve that this one differentiates has closure tensors."""
+        return self.parent is not None and self.parent.closure
 
     def __call__(self, record: Record) -> None:
         self.record = record

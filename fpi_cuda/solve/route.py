@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..drivers.support import Solved
-from ..record import Record, Status
+from ..record import DERIVATIVE, INCOMING, Record, Status
 from ..solution import FixedPointError, FixedPointWarning, Solution, warn
 from .coupling import RANDOM, random, wrong
 from .direction import Direction
+from .failed import finite
 from .problem import Report
 
 # x, [*batch, *sample]; bool [*batch], the samples whose gradient is kept (None: all); and the
@@ -36,7 +37,10 @@ def solve(direction: Direction, report: Report) -> Outcome:
         # Under vmap nothing is attached to closure tensors.
         report.closure = direction.seen.closure and problem.batch_dims == 1
         keep = _account(direction, solved, report)
-        outputs = direction.outputs(solved.x, keep) if solved.outputs is None else solved.outputs
+        if direction.skip is not None and (direction.higher or report.of_closure):
+            keep = direction.sound(keep)
+        report.masked = keep is not None
+        outputs = _outputs(direction, solved, keep)
     return solved.x, keep, outputs
 
 
@@ -51,12 +55,30 @@ def _run(direction: Direction) -> Solved:
     raise AssertionError(f"no driver took the solve: {because}")
 
 
+def _outputs(direction: Direction, solved: Solved, keep: Tensor | None) -> Sequence[Tensor | None]:
+    """What follows the loop; no gradient but its own is any the worse for a sample that failed."""
+    outputs = solved.outputs
+    if outputs is None:
+        outputs = direction.outputs(solved.x, keep)
+    all_are = keep is None or bool(keep.all())
+    if not direction.need or (all_are and direction.skip is None):
+        return outputs
+    # Zero times infinity may be in these, of samples that failed, or of which v = 0 and whose
+    # derivative nobody has seen.
+    if direction.problem.options.adjoint.failed == "use" or finite(outputs):
+        return outputs
+    if solved.record is not None:
+        solved.record.evaluations += 1
+    return direction.spared(solved.x, keep)
+
+
 def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | None:
     """Report, and say which samples' gradients are kept; None: all."""
     record, problem = solved.record, direction.problem
     if record is None:
         return None
     record.lipschitz = problem.lipschitz
+    record.mixes = direction.solver.history > 1 and not direction.adjoint
     if direction.coupled:
         record.system = solved.x.shape[problem.batch_dims - 1]
     report(record)
@@ -79,7 +101,17 @@ def _complain(direction: Direction, x: Tensor, record: Record) -> None:
     if bool(stuck.any()) and random(direction, x, record):
         message = f"{problem.name}: {RANDOM} {record.failures(advice=False)}"
     else:
-        message = f"{problem.name}: {record.failures()}"
+        message = f"{problem.name}: {record.failures(nonfinite=_nonfinite(direction, record))}"
     if on_failure == "raise":
         raise FixedPointError(message, Solution(problem.unpack(x), record))
     warn(message, FixedPointWarning)
+
+
+def _nonfinite(direction: Direction, record: Record) -> str:
+    """What NONFINITE means here, if not what it means forward: g was finite."""
+    if not direction.adjoint:
+        return ""
+    samples = (record.status == Status.NONFINITE).reshape(-1)
+    came = torch.zeros_like(samples) if direction.floor is None else ~direction.floor.isfinite()
+    why = [DERIVATIVE] * bool((samples & ~came).any()) + [INCOMING] * bool((samples & came).any())
+    return " Or: ".join(why)

@@ -91,4 +91,4 @@ class Anderson:
         if self.history == 1:
             return Picard(self.beta).contraction(ring, iterations)
         known = (ring > 0) & ring.isfinite()
-        return torch.where(known.any(1), torch.where(known, ring, 0).amax(1), torch.nan)
+        return torch.where(known.any(1), torch.where(known, ring, 0).amax(1).sqrt(), torch.nan)

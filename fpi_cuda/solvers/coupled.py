@@ -13,10 +13,14 @@ from ..options import Solver
 from ..record import (
     ACTIVE,
     ACTIVE_ROWS,
+    BOUNDS,
     FAILED,
     GAIN,
     NEVER,
+    OWN_MAX_ITERATIONS,
     OWN_OFFSET,
+    OWN_PATIENCE,
+    OWN_ROUNDING,
     REFERENCE,
     REFERENCE_ITERATION,
     RETREATS,
@@ -70,8 +74,10 @@ class Coupled:
         joint.out = progress.out.view(whole)
         # Limits of its own: a threshold that every residual meets once its samples all end.
         most = progress.limits.max_iterations
-        never = [0.0, 0.0, -1.0, NEVER.patience, most if most <= 2**24 else 2**30, -1.0]
-        joint.bounds = joint.scalars.new_tensor(never).repeat(systems, 1)
+        joint.bounds = joint.scalars.new_zeros(systems, BOUNDS)
+        joint.bounds[:, OWN_PATIENCE] = NEVER.patience
+        joint.bounds[:, OWN_ROUNDING] = NEVER.rounding
+        joint.bounds[:, OWN_MAX_ITERATIONS] = most if most <= 2**24 else 2**30
         threshold = joint.bounds[:, OWN_OFFSET]
         move = self.solver.start(backend, joint, joint.out)
         judged = torch.empty_like(x)
@@ -91,7 +97,7 @@ class Coupled:
             before = norms.clone()
             backend.picard_step(progress, judged, gx, 1.0)
             least, most = torch.aminmax(status, dim=1)
-            threshold.copy_(torch.where(least > ACTIVE, math.inf, -1.0))
+            threshold.copy_(torch.where(least > ACTIVE, math.inf, NEVER.offset))
             move(x.view(whole), gx.view(whole))
             ended = torch.where(joint_status == _CONVERGED, most, joint_status)
             status.copy_(ended[:, None])

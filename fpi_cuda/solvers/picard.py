@@ -69,11 +69,11 @@ class Picard:
         """[B]: the geometric mean of the last secant ratios ‖Δg‖/‖Δx‖; NaN where there is none.
 
         Args:
-            ring: [B, RING], the ratios, 0 where there is none. Of a damped solve there are two at
-                most, measured where it ended.
+            ring: [B, RING], the squares of ratios, 0 where there is none. Of a damped solve there
+                are two at most, measured where it ended.
             iterations: [B].
         """
         del iterations
         known = (ring > 0) & ring.isfinite()
         logs = torch.where(known, ring, 1.0).log().sum(1)
-        return (logs / known.sum(1)).exp()
+        return (logs / (2 * known.sum(1))).exp()

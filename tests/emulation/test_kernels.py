@@ -10,6 +10,7 @@ import math
 
 import pytest
 import test_primitives
+import test_stop_rule
 import torch
 from machine import FORWARD, RANDOM, REVERSE, Machine, assert_each_is_needed
 from test_primitives import DTYPES, FOREVER, close, oracle_of, poisoned, same_record
@@ -158,6 +159,14 @@ def test_rows_finish_freeze_and_follow_their_index(machine, solver, n, dtype):
 @pytest.mark.parametrize("n", PLANS.values(), ids=PLANS)
 def test_rows_end_at_bounds_of_their_own(machine, solver, n, dtype):
     test_primitives.test_rows_end_at_bounds_of_their_own(machine, solver, n, dtype)
+
+
+@pytest.mark.parametrize("group", test_stop_rule.GROUPS)
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+def test_samples_end_where_the_rule_says(start, solver, group):
+    machine = start("sanitized", FORWARD)
+    dtype = {"picard": torch.float32, "anderson": torch.float64}[solver]
+    test_stop_rule.test_samples_end_where_the_rule_says(machine, solver, group, dtype)
 
 
 @pytest.mark.parametrize("solver", ["picard", "anderson"])

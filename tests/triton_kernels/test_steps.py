@@ -12,6 +12,8 @@ import sys
 
 import pytest
 import test_primitives as primitives
+import test_stop_rule
+import test_window_guards as guards
 import torch
 from interpreted import INTERPRETED
 from test_primitives import DTYPES, FOREVER, close, oracle_of, poisoned, same_bits
@@ -161,6 +163,13 @@ def test_every_status_is_the_oracles(plan, solver, floored):
     assert (p.counters[:, STATUS] - 1).tolist() == expected
 
 
+@pytest.mark.parametrize("group", test_stop_rule.GROUPS)
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+def test_samples_end_where_the_rule_says(solver, group):
+    dtype = {"picard": torch.float32, "anderson": torch.float64}[solver]
+    test_stop_rule.test_samples_end_where_the_rule_says(triton, solver, group, dtype)
+
+
 @pytest.mark.parametrize("solver", ["picard", "anderson"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_rows_end_at_bounds_of_their_own(plan, solver, dtype):
@@ -214,6 +223,12 @@ def test_a_singular_window_takes_a_picard_step_alone(plan):
 
 def test_a_grown_residual_restarts_its_window_alone(plan):
     primitives.test_a_grown_residual_restarts_its_window_alone(triton)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_windows_guards_are_the_oracles(plan, dtype):
+    guards.test_differences_up_to_two_roundings_of_the_value_say_nothing(triton, dtype, 32.0)
+    guards.test_a_residual_more_than_restart_times_the_least_drops_what_was_before(triton, dtype)
 
 
 def test_residual_differences_of_rounding_size_are_not_trusted(plan):

@@ -24,12 +24,11 @@ struct Aged {
 };
 
 // For C successive differences d_j = r_j − r_{j+1} (newest first; residuals holds C+1 rows):
-// gram_row[j] = d_0 · d_j and rhs[j] = r_0 · d_j, with newest = r_0 and previous = r_1, of residuals
-// that are multiplied by scale first if kScaled.
+// gram_row[j] = d_0 · d_j and rhs[j] = r_0 · d_j, with newest = r_0 and previous = r_1, of
+// residuals that are multiplied by scale first if kScaled.
 template <bool kScaled, int C, typename T>
 FPI_HOST_DEVICE void dots(const T* newest, const T* previous, const T* const* residuals, int64_t n,
-                          accumulate_t<T> scale, accumulate_t<T>* gram_row,
-                          accumulate_t<T>* rhs) {
+                          accumulate_t<T> scale, accumulate_t<T>* gram_row, accumulate_t<T>* rhs) {
   using Acc = accumulate_t<T>;
   constexpr int kHalf = C == 3 ? 4 : C;
   Vector<Acc> products[2 * kHalf] = {};
@@ -149,21 +148,33 @@ FPI_HOST_DEVICE void push(const T* x, const T* gx, T* values, T* residuals, int6
     store(values + head * n + i, g);
     store(residuals + head * n + i, r);
   });
-  sums<kSquares>(squares, square);
+  sums<4>(squares, square);
+  if constexpr (kHasOlder) {
+    sums<1>(squares + 4, square + 4);
+  }
 }
 
-// Where sums can't be trusted: the power of two by which residual and differences come near 1, and
-// the squares of secants so scaled. values and residuals: by age, of count + 1 ≥ 1 iterates. 1 where
-// there is nothing to scale.
+// A row and its sample's window, as the seldom ways of a step take them.
 template <typename T>
-__attribute__((noinline)) accumulate_t<T> rescale(const T* x, const T* gx, const Aged<T>& values,
-                                                  const Aged<T>& residuals, int count, int64_t n,
+struct RowWindow {
+  const T *x, *gx;
+  const T *values, *residuals;  // [m, n]
+  int64_t n;
+  int m, head;
+};
+
+// Where sums can't be trusted: the power of two by which residual and differences, count of them,
+// come near 1, and the squares of secants so scaled. 1 where there is nothing to scale.
+template <typename T>
+__attribute__((noinline)) accumulate_t<T> rescale(const RowWindow<T>& row, int count,
                                                   accumulate_t<T>* square) {
   using Acc = accumulate_t<T>;
+  const Aged<T> values(row.values, row.head, count + 1, row.m, row.n);
+  const Aged<T> residuals(row.residuals, row.head, count + 1, row.m, row.n);
   Acc largest = 0;
   for (int j = 0; j <= count; ++j) {
     const T* younger = residuals.rows[j];
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < row.n; ++i) {
       const Acc entry = static_cast<Acc>(younger[i]) -
                         (j == 0 ? Acc(0) : static_cast<Acc>(residuals.rows[j - 1][i]));
       largest = Larger{}(largest, entry < 0 ? -entry : entry);
@@ -175,8 +186,8 @@ __attribute__((noinline)) accumulate_t<T> rescale(const T* x, const T* gx, const
   const Acc scale = scale_for(largest);
   if (count > 0) {
     Vector<Acc> squares[kSquares] = {};
-    for_vectors<T>(n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
-      const Vector<Acc> g = load(gx + i), r = g - load(x + i);
+    for_vectors<T>(row.n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
+      const Vector<Acc> g = load(row.gx + i), r = g - load(row.x + i);
       add_squares<true>(squares, scale * g, scale * r, scale * load(values.rows[1] + i),
                         scale * load(residuals.rows[1] + i));
     });
@@ -187,6 +198,43 @@ __attribute__((noinline)) accumulate_t<T> rescale(const T* x, const T* gx, const
     }
   }
   return scale;
+}
+
+// The whole matrix and the right-hand side anew, scaled, to a lane of systems, [size, size], and of
+// rights, [size]. Returns the trace.
+template <typename T>
+__attribute__((noinline)) accumulate_t<T> system_anew(const RowWindow<T>& row, int count,
+                                                      accumulate_t<T> scale, int size, int lane,
+                                                      Vector<accumulate_t<T>>* systems,
+                                                      Vector<accumulate_t<T>>* rights) {
+  using Acc = accumulate_t<T>;
+  const Aged<T> residuals(row.residuals, row.head, count + 1, row.m, row.n);
+  Acc gram_row[kMaxHistory], rhs[kMaxHistory];
+  for (int i = count - 1; i >= 0; --i) {  // rhs is of the last one
+    all_dots<true>(residuals.rows + i, count - i, row.n, scale, gram_row, rhs);
+    for (int j = i; j < count; ++j) {
+      systems[j * size + i][lane] = gram_row[j - i];
+    }
+  }
+  Acc trace = 0;
+  for (int i = 0; i < count; ++i) {
+    trace += systems[i * size + i][lane];
+    rights[i][lane] = rhs[i];
+  }
+  return trace;
+}
+
+// x goes back to where g was finite last, the iterate in slot old, and on from there with that
+// beta; or the sample ends with its g(x), to out.
+template <typename T>
+__attribute__((noinline)) void go_back(T* x, const RowWindow<T>& row, int old, int32_t status,
+                                       accumulate_t<T> beta, T* out) {
+  const T *value = row.values + old * row.n, *residual = row.residuals + old * row.n;
+  if (status == kActive) {
+    mix<true>(x, &value, &residual, 0, static_cast<const accumulate_t<T>*>(nullptr), beta, row.n);
+  } else {
+    freeze_row(x, value, out, status, row.n);
+  }
 }
 
 // The systems of a team of samples, one a lane, [size, size]: on the stack where they are small.
@@ -201,7 +249,9 @@ class Systems {
         throw std::bad_alloc();
       }
     }
-    memset(static_cast<void*>(all_), 0, bytes);
+    for (int i = 0; i < size * size; ++i) {
+      all_[i] = V{};
+    }
   }
   FPI_HOST_DEVICE ~Systems() {
     if (all_ != few_) {
@@ -231,7 +281,7 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
   constexpr int64_t kShortRow = 1024;  // bytes
   const int m = window.m, size = m - 1;
   Systems<Vector<Acc>> systems(size);
-  Vector<Acc>* const system = systems.data();
+  Vector<Acc>* const __restrict__ system = systems.data();
   Vector<Acc> gamma[kMaxSize];
   struct {
     int64_t row, sample, place;  // in x, in the record, of its window
@@ -274,28 +324,15 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
       }
       const Acc residual = residual_norm(squares[kResidualSquares], x_row, g_row, n);
       const Acc value = value_norm(squares[kValueSquares], g_row, n);
-      Acc* gram = window.gram + place * m * m;
-      const bool trusted = are_trusted(squares, seen, most, [&](int j) {
-        const int slot = slot_of(j, head, m);
-        return j == 0 ? squares[kResidualSecant] : gram[slot * m + slot];
-      });
-      Acc scale = 1;
-      if (!trusted) {
-        scale = rescale(x_row, g_row, Aged<T>(values, head, most + 1, m, n),
-                        Aged<T>(residuals, head, most + 1, m, n), most, n, squares);
-      }
-      const auto [status, count] = decide<T>(residual, value, squares, scale,
-                                             static_cast<Acc>(restart), m, sample, record);
-      if (count < 0) {  // x goes back to the iterate in slot old
-        const T *good = values + old * n, *step = residuals + old * n;
-        if (status == kActive) {
-          ++tally.active;
-          mix<true>(x_row, &good, &step, 0, static_cast<const Acc*>(nullptr),
-                    retreat_beta(count, static_cast<Acc>(beta)), n);
-        } else {
-          ++tally.failed;
-          freeze_row(x_row, good, out + sample * n, status, n);
-        }
+      const RowWindow<T> seldom{x_row, g_row, values, residuals, n, m, head};
+      const bool trusted = are_trusted(squares, seen);
+      Acc scale = __builtin_expect(trusted, 1) ? Acc(1) : rescale(seldom, most, squares);
+      const auto [status, count] =
+          decide<T>(residual, value, squares, scale, static_cast<Acc>(restart), m, sample, record);
+      if (__builtin_expect(count < 0, 0)) {
+        go_back(x_row, seldom, old, status, retreat_beta(count, static_cast<Acc>(beta)),
+                out + sample * n);
+        (status == kActive ? tally.active : tally.failed) += 1;
         continue;
       }
       if (status != kActive) {
@@ -309,18 +346,18 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
 
       // One row of the Gram matrix is new; it is kept by slot, so nothing else moves.
       Acc gram_row[kMaxHistory], rhs[kMaxHistory];
-      const Aged<T> aged(residuals, head, count + 1, m, n);
-      if (count > 0 && trusted) {
-        all_dots<false>(aged.rows, count, n, Acc(1), gram_row, rhs);
-      } else if (count > 0) {
-        all_dots<true>(aged.rows, count, n, scale, gram_row, rhs);
+      if (count > 0) {
+        all_dots<false>(Aged<T>(residuals, head, count + 1, m, n).rows, count, n, Acc(1), gram_row,
+                        rhs);
       }
+      Acc* gram = window.gram + place * m * m;
       Acc sum = 0;
       for (int i = 0; i < size; ++i) {
         const bool there = i < count;
         const int slot = slot_of(i, head, m);
         if (there) {
-          gram[head * m + slot] = gram[slot * m + head] = gram_row[i] / scale / scale;
+          gram[head * m + slot] = gram[slot * m + head] = gram_row[i];
+          sum += gram[slot * m + slot];
         }
         for (int j = 0; j < i; ++j) {
           system[i * size + j][lane] = there ? gram[slot * m + slot_of(j, head, m)] : Acc(0);
@@ -328,17 +365,9 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
         system[i * size + i][lane] = there ? gram[slot * m + slot] : Acc(1);
         gamma[i][lane] = there ? rhs[i] : Acc(0);
       }
-      if (!trusted) {  // the whole matrix anew
-        for (int i = 0; i < count; ++i) {
-          Acc unused[kMaxHistory];
-          all_dots<true>(aged.rows + i, count - i, n, scale, gram_row, unused);
-          for (int j = i; j < count; ++j) {
-            system[j * size + i][lane] = gram_row[j - i];
-          }
-        }
-      }
-      for (int i = 0; i < count; ++i) {
-        sum += system[i * size + i][lane];
+      if (__builtin_expect(count > 0 && !(trusted && is_trusted(sum)), 0)) {
+        scale = trusted ? rescale(seldom, count, squares) : scale;
+        sum = system_anew(seldom, count, scale, size, lane, system, gamma);
       }
       trace[lane] = sum;
       noise[lane] = noise_squares_of<T>(scale * value);

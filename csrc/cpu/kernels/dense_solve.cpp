@@ -41,6 +41,16 @@ struct Tile {
   }
 };
 
+// What a sample's iteration takes, in products of a matrix's entries; a value of the state, whose
+// window is read from memory, takes as long as many.
+template <typename T>
+int64_t work_of(const DenseSolve<T>& solve) {
+  const DenseStep<T>& step = solve.call.dense;
+  const DenseLayer<T>&hidden = step.hidden, &output = step.output;
+  return output.in * output.out + (step.has_hidden ? hidden.in * hidden.out : 0) +
+         step.n * (64 + 32 * solve.call.history);
+}
+
 // g at the x of the tile's slots [count].
 template <typename T>
 void evaluate(const DenseSolve<T>& solve, const Tile<T>& tile, const int* slots,
@@ -107,6 +117,20 @@ Ended dense_solve(const DenseSolve<T>& solve, int64_t* next, unsigned char* memo
   }
   int slots[kMaxSlots];
   int64_t samples[kMaxSlots];
+  // Whether to leave off is asked after so much work, under a millisecond. States so long that a
+  // tile's iteration would take much more than some 30 ms are worked on in pieces of fewer rows.
+  constexpr int64_t kOften = int64_t{1} << 22, kPiece = int64_t{1} << 30;
+  const int64_t work = work_of(solve);
+  const int piece = work > kPiece ? 1 : static_cast<int>(kPiece / (work > 0 ? work : 1));
+  int64_t done = 0;  // since the last question
+  const auto stopped_after = [&](int rows) {
+    done += rows * work;
+    if (done < kOften) {
+      return false;
+    }
+    done = 0;
+    return solve.stopped(solve.watch);
+  };
   for (;;) {
     int active = 0;
     for (int slot = 0; slot < used; ++slot) {
@@ -118,11 +142,27 @@ Ended dense_solve(const DenseSolve<T>& solve, int64_t* next, unsigned char* memo
     if (active == 0) {
       return ended;
     }
-    evaluate(solve, tile, slots, samples, active);
-    const Tally tally = call.history == 1
-                            ? picard_step(tile.x, tile.gx, call.out, n, call.beta, trail, record, 0, used)
-                            : anderson_step(tile.x, tile.gx, call.out, n, call.beta, call.ridge,
-                                            call.restart, window, record, 0, used);
+    for (int first = 0; first < active; first += piece) {
+      const int rows = active - first < piece ? active - first : piece;
+      evaluate(solve, tile, slots + first, samples + first, rows);
+      if (stopped_after(rows)) {
+        return ended;
+      }
+    }
+    Tally tally;
+    for (int first = 0; first < used; first += piece) {
+      const int end = used - first < piece ? used : first + piece;
+      const Tally part =
+          call.history == 1
+              ? picard_step(tile.x, tile.gx, call.out, n, call.beta, trail, record, first, end)
+              : anderson_step(tile.x, tile.gx, call.out, n, call.beta, call.ridge, call.restart,
+                              window, record, first, end);
+      tally.active += part.active;
+      tally.failed += part.failed;
+      if (end < used && stopped_after(end - first)) {
+        return ended;
+      }
+    }
     ended.failed += tally.failed;
     for (int i = 0; i < active && tally.active < active; ++i) {
       if (status_of(samples[i]) != kActive) {

@@ -58,8 +58,7 @@ Tally picard_step(T* x, const T* gx, T* out, int64_t n, double beta, const Trail
     const Acc residual = residual_norm(square[0], x_row, g_row, n);
     const Acc value = value_norm(square[1], g_row, n);
 
-    const auto [status, keeps] =
-        decide(residual, value, static_cast<Acc>(beta), sample, record);
+    const auto [status, keeps] = decide(residual, value, static_cast<Acc>(beta), sample, record);
     if (status == kActive) {
       if (keeps && trail.states != nullptr) {
         memcpy(trail.state(row, sample, counters[kHead], n), x_row, n * sizeof(T));
@@ -77,7 +76,7 @@ Tally picard_step(T* x, const T* gx, T* out, int64_t n, double beta, const Trail
   return tally;
 }
 
-#define FPI_INSTANTIATE(T)                                                      \
+#define FPI_INSTANTIATE(T)                                                       \
   template Tally picard_step(T*, const T*, T*, int64_t, double, const Trail<T>&, \
                              const Record<accumulate_t<T>>&, int64_t, int64_t);
 FPI_FOR_DTYPES(FPI_INSTANTIATE)

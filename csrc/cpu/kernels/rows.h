@@ -14,8 +14,7 @@ FPI_HOST_DEVICE void damped_row(T* x, const T* gx, accumulate_t<T> beta, int64_t
     return;
   }
   for (int64_t i = 0; i < n; ++i) {
-    x[i] = static_cast<T>(damped_update(static_cast<accumulate_t<T>>(x[i]),
-                                        static_cast<accumulate_t<T>>(gx[i]), beta));
+    x[i] = damped_update(x[i], gx[i], beta);
   }
 }
 
