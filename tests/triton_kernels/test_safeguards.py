@@ -110,13 +110,14 @@ def test_picard_keeps_its_last_iterates_and_measures_at_the_end(plan, dtype, bet
 
 @pytest.mark.parametrize(("beta", "rtol"), [(1.0, 1e-3), (0.5, 1e-2)])
 def test_picard_keeps_x_only_near_the_end(beta, rtol):
-    """Near by its residual, by its iterations, or because the residual does not fall."""
+    """Near by its residual, by its iterations, because the residual does not fall, or always."""
     torch.manual_seed(6)
     n, dtype = 3, torch.float64
-    own = [(rtol, 0.0, 99, 99, -1.0), (0.0, -1.0, 99, 8, -1.0), (0.0, -1.0, 99, 8, -1.0)]
-    x = 1 + torch.rand(3, n, dtype=dtype)
+    own = [(rtol, 0.0, 99, 99, -1.0), (0.0, 0.0, 99, 8, -1.0), (0.0, 0.0, 99, 8, -1.0)]
+    own.append((0.0, -1.0, 99, 99, -1.0))  # ended from outside
+    x = 1 + torch.rand(4, n, dtype=dtype)
     p = Progress(x, replace(FOREVER, own=torch.tensor(own, dtype=dtype)))
-    trail, kept = poisoned(3, TRAIL, n, dtype=dtype), []
+    trail, kept = poisoned(4, TRAIL, n, dtype=dtype), []
     for k in range(8):
         gx = 0.4 * x + 0.6
         if k == 4:
@@ -124,10 +125,11 @@ def test_picard_keeps_x_only_near_the_end(beta, rtol):
         q, _ = step("picard", p, x, gx, beta, [trail])
         agree(p, q, dtype)
         kept.append(p.counters[:, WINDOW].tolist())
-    near, counted, risen = zip(*kept, strict=True)
+    near, counted, risen, outside = zip(*kept, strict=True)
     assert near[:3] == (1, 2, 0) and near[-1] == TRAIL
     assert counted == (1, 2, 0, 0, 0, 1, 2, 2)
     assert risen[4] == 1
+    assert outside == (1, 2, 2, 2, 2, 2, 2, 2)
 
 
 def test_picard_measures_where_a_kernel_left_the_norms(plan):
@@ -297,3 +299,14 @@ def test_a_sample_stalls_at_its_own_rounding(plan, solver):
         q, _ = step(solver, p, x, x + r, 0.5, memory)
         agree(p, q, dtype)
     assert (p.counters[:, STATUS] - 1).tolist() == [-1, Status.STALLED]
+
+
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+def test_a_damped_step_beyond_the_dtype_is_an_undamped_one(plan, solver):
+    n, dtype = 70, torch.float16
+    x, gx = torch.full((1, n), -3e4, dtype=dtype), torch.full((1, n), 3e4, dtype=dtype)
+    gx[0, 1::2] = -2e4
+    p = Progress(x, FOREVER)
+    memory = [poisoned(1, TRAIL, n, dtype=dtype)] if solver == "picard" else window(1, M, n, dtype)
+    step(solver, p, x, gx, 1.8, memory)
+    assert (x[0, ::2] == 3e4).all() and (x[0, 1::2] == -1.2e4).all()

@@ -95,7 +95,9 @@ def residual_and_value(x, gx, i, n, ACC: tl.constexpr):
 
 @triton.jit
 def larger_gain(gain, value_squares, residual_squares, noise):
-    """The larger of a gain and that of a pair of iterates, from squares of scaled differences."""
-    residual = tl.sqrt(residual_squares)
-    found = tl.sqrt(value_squares) / residual
-    return tl.where((residual > noise) & (found > gain), found, gain)
+    """The square of the larger gain: the one known, or that of a pair of iterates.
+
+    Its sums are of squares of scaled differences, and noise is scaled likewise.
+    """
+    larger = (residual_squares > noise * noise) & (value_squares > gain * residual_squares)
+    return tl.where(larger, value_squares / residual_squares, gain)

@@ -107,9 +107,9 @@ def _measure(
     scalars = record.scalars + sample * SCALARS
     tl.store(scalars + GAIN, tl.where(length > 1, far, gain))
     is_damped = beta != 1  # whose residuals do not tell g's rate
-    rate = tl.sqrt(tl.sum(new_value)) / tl.sqrt(tl.sum(new_state))
+    rate = tl.sum(new_value) / tl.sum(new_state)
     tl.store(scalars + RING_START, rate, mask=is_damped)
-    rate = tl.sqrt(tl.sum(old_value)) / tl.sqrt(tl.sum(old_state))
+    rate = tl.sum(old_value) / tl.sum(old_state)
     tl.store(scalars + RING_START + 1, rate, mask=is_damped & (length > 1))
     tl.debug_barrier()  # every warp has read x
 
@@ -137,10 +137,10 @@ def _picard_stop(
     fall = residual / before
     if k > 1:
         # Undamped, Δg = r and Δx is the residual before.
-        tl.store(scalars + RING_START + (k - 2) % RING, fall, mask=beta == 1)
+        tl.store(scalars + RING_START + (k - 2) % RING, fall * fall, mask=beta == 1)
     slot = tl.full([], -1, tl.int32)
     if status == ACTIVE:
-        ends = (since != k) | (k + _TRAIL >= own[4])
+        ends = (since != k) | (k + _TRAIL >= own[4]) | (threshold < 0)
         ends = ends | (residual * fall * fall <= threshold * _NEAR_END)
         if (k <= _TRAIL) | ends:
             slot = 1 - head

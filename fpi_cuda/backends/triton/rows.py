@@ -250,10 +250,11 @@ def count_row(status, row, record, rows):
 
 @triton.jit
 def damped(xs, gs, beta, ACC: tl.constexpr, DAMPED: tl.constexpr):
-    """g(x), or x + β (g(x) − x)."""
+    """g(x), or x + β (g(x) − x) where that does not overflow the state's type."""
     if DAMPED:
         x = xs.to(ACC)
-        return (x + number(beta, ACC) * (gs.to(ACC) - x)).to(gs.dtype)
+        moved = (x + number(beta, ACC) * (gs.to(ACC) - x)).to(gs.dtype)
+        return tl.where(is_finite(moved.to(ACC)), moved, gs)
     return gs
 
 

@@ -241,9 +241,8 @@ def anderson_stop(
             rights = sums[6]
             if M > 1:
                 diagonal = tl.sum(tl.where(j[:, None] == j[None, :], system, 0), axis=1)
-                lost = (j > 0) & (j < count) & (is_trusted(diagonal) == 0)
                 trusted = is_trusted(sums[0]) & is_trusted(dgdg) & is_trusted(dxdx)
-                trusted = trusted & is_trusted(drdr) & (tl.sum(lost.to(tl.int32)) == 0)
+                trusted = trusted & is_trusted(drdr) & is_trusted(tl.sum(diagonal))
                 if (trusted == 0) & (seen > 0):
                     # `stop` has waited until every warp had stored the newest iterate.
                     scale, inverse, dgdg, dxdx, system, rights = _scaled_sums(
@@ -253,7 +252,7 @@ def anderson_stop(
             noise = NOISE * (scale * value)
             if seen > 0:
                 ring_slot = scalars + RING_START + (k + RING - 2) % RING
-                tl.store(ring_slot, tl.sqrt(dgdg) / tl.sqrt(dxdx))
+                tl.store(ring_slot, dgdg / dxdx)
                 tl.store(scalars + GAIN, larger_gain(gain, dgdg, drdr, noise))
             if status == ACTIVE:
                 grown = (k > 1) & (residual > number(solving[1], acc) * reference)
