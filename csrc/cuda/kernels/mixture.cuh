@@ -85,7 +85,7 @@ FPI_DEVICE void go_back(const Batch<T>& batch, const Team& team, const Row<T>& r
 #pragma unroll
     for (int l = 0; l < access.kValues; ++l) {
       pack.values[l] = static_cast<T>(
-          damped_mixture(static_cast<Acc>(pack.values[l]), static_cast<Acc>(rs.values[l]), beta));
+          plain_iterate(static_cast<Acc>(pack.values[l]), static_cast<Acc>(rs.values[l]), beta));
     }
     access.store(row.x + i, pack);
   });

@@ -144,7 +144,8 @@ def _move(
             for _ in range(0, bound(-1 - used)):
                 part *= 0.5
             r = older(ring[1], ring[2], 0, i, n, 0, ACC, M)
-            moved = (gs.to(ACC) - (1 - part) * r).to(gs.dtype)
+            rest = tl.where(part == 1, 0, (1 - part) * r)  # r' may have overflowed a half type
+            moved = (gs.to(ACC) - rest).to(gs.dtype)
         move_or_end(x, out, i, mask, xs, gs, moved, status)
 
 
