@@ -73,7 +73,8 @@ def test_nonfinite_g_at_iteration_k_ends_that_sample_there(value, k, backend, so
         )
         assert solution.converged.all()
         assert solution.retreats.tolist() == [0, 1, 0, 0]
-        assert_close(solution.x.detach(), clean(z.detach(), backend, solver)[0])
+        right = clean(z.detach(), backend, solver)[0]
+        torch.testing.assert_close(solution.x.detach(), right, rtol=1e-3, atol=1e-3)
         return
     with pytest.warns(FixedPointWarning, match="1 of 4 samples NONFINITE"):
         solution = fixed_point(
