@@ -18,8 +18,8 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   // offset is atol √N. Shapes, dtypes, devices, storages and the numbers are checked. On the CPU so
   // are values by which kernels index: `index` holds samples once each, and active samples have
   // iterations from 0, a window and a head within m, limits of their own within int32. On CUDA,
-  // where to look would be to wait, these are trusted: they are what Progress and the steps
-  // themselves write.
+  // where to look would be to wait, these are trusted, but that no head or window leads out of
+  // bounds: they are what Progress and the steps themselves write.
 #define FPI_STEP                                                                       \
   "Tensor(a!) x, Tensor gx, Tensor(b!) out, Tensor(c!) counters, Tensor(d!) scalars, " \
   "Tensor(e!) tally, Tensor? index, Tensor? bounds, float rtol, float offset, "         \

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -139,10 +140,6 @@ class Limits:
         return self.rtol, self.offset, self.rounding, self.patience, self.max_iterations
 
 
-# Times gain times residual is the error estimate, but for rounding: fitted once to a zoo of maps, so
-# that it covers the error in 99 of 100 (docs/math.md).
-ESTIMATE = 2.6
-
 # For a solve that is ended from outside: no finite residual reaches it, except that one which grows
 # without end is DIVERGED.
 NEVER = Limits(rtol=0.0, offset=-1.0, rounding=-1.0, patience=2**30, max_iterations=2**30)
@@ -239,6 +236,9 @@ class Progress:
 class Account:
     """What a record says of every sample, under its own name and its solution's: [B] tensors."""
 
+    # Times gain times residual is the error estimate, but for rounding: fitted once to a zoo of
+    # maps, so that it covers the error in 99 of 100 (docs/math.md).
+    _factor: ClassVar[float] = 2.6
     record: Record
 
     @property
@@ -295,7 +295,7 @@ class Account:
         gain, residual = scalars[:, GAIN].sqrt(), record.measured_residual
         rounding = record.progress.roundoff * scalars[:, VALUE] * (1 + gain)
         nothing = torch.where(residual == 0, residual, math.inf)
-        estimate = torch.where(gain > 0, ESTIMATE * gain * residual + rounding, nothing)
+        estimate = torch.where(gain > 0, self._factor * gain * residual + rounding, nothing)
         lost = torch.zeros_like(gain, dtype=torch.bool)
         for status in MASKED:
             lost |= record.progress.counters[:, STATUS] == status + 1

@@ -112,8 +112,8 @@ def test_limits_are_counted_in_int32(name, value):
     ("patience", "most"), [(1e10, 9), (9, 1e10), (math.nan, 9), (9, 0), (-1, 9)]
 )
 def test_so_are_limits_of_samples_own(solver, patience, most):
-    own = torch.tensor([[0.0, 0.0, 9.0, 9.0]]).repeat(B, 1)
-    own[3, 2:] = torch.tensor([patience, most])
+    own = torch.tensor([[0.0, 0.0, 9.0, 9.0, 0.0]]).repeat(B, 1)
+    own[3, 2:4] = torch.tensor([patience, most])
     with pytest.raises(RuntimeError, match=r"limits of its own in int32.* for sample 3"):
         step(progress(Limits(0.0, 0.0, 0.0, 9, 9, own=own)), solver)
 

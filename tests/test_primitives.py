@@ -17,11 +17,13 @@ from fpi_cuda.forms import ACTIVATIONS
 from fpi_cuda.record import (
     ACTIVE,
     FLOOR,
+    GAIN,
     ITERATIONS,
     REFERENCE,
     RESIDUAL,
     RING_START,
     STATUS,
+    VALUE,
     WINDOW,
     Limits,
     Progress,
@@ -114,6 +116,9 @@ def same_record(p: Progress, q: Progress, dtype: torch.dtype) -> None:
     acc = accumulate_dtype(dtype)
     close(p.scalars[:, RESIDUAL], q.scalars[:, RESIDUAL], acc)
     close(p.scalars[:, REFERENCE], q.scalars[:, REFERENCE], acc)
+    close(p.scalars[:, VALUE], q.scalars[:, VALUE], acc)
+    if dtype.itemsize >= 4:  # the oracle's own dtype has another level of noise
+        close(p.scalars[:, GAIN], q.scalars[:, GAIN], acc, 10)
     close(p.scalars[:, RING_START:], q.scalars[:, RING_START:], acc, 10)
 
 
@@ -381,24 +386,25 @@ def test_every_instruction_set_matches_the_oracle(capability):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_end_at_bounds_of_their_own(backend, solver, n, dtype):
     """Tolerances, patience and iterations, by sample and not by row; beside the floor."""
-    own = [  # rtol, offset, patience, max_iterations
-        (0.0, 0.0, 9, 3),
-        (1e-2, 0.0, 9, 9),
-        (0.0, 1e3, 9, 9),
-        (0.0, 0.0, 2, 9),
-        (0.0, 0.0, 9, 2),
+    own = [  # rtol, offset, patience, max_iterations, rounding
+        (0.0, 0.0, 9, 3, 0.0),
+        (1e-2, 0.0, 9, 9, 0.0),
+        (0.0, 1e3, 9, 9, 0.0),
+        (0.0, 0.0, 2, 9, 1e3),
+        (0.0, 0.0, 9, 2, 0.0),
+        (0.0, 0.0, 2, 9, 1e-3),  # above its rounding level
     ]
     own = torch.tensor(own, dtype=accumulate_dtype(dtype))
     shared = Limits(rtol=1.0, offset=0.0, rounding=1e3, patience=0, max_iterations=1, own=own)
-    p = Progress(torch.empty(5, n, dtype=dtype), shared)
+    p = Progress(torch.empty(6, n, dtype=dtype), shared)
     p.bounds[1, FLOOR] = 1e6
-    p.narrow(torch.tensor([3, 0, 4, 2, 1]))
+    p.narrow(torch.tensor([3, 0, 4, 2, 5, 1]))
     p.out.fill_(math.nan)
-    window = [poisoned(5, 3, n, dtype=dtype) for _ in range(2)]
-    window.append(poisoned(5, 3, 3, dtype=p.dtype))
-    x, ended = torch.randn(5, n).to(dtype), []
+    window = [poisoned(6, 3, n, dtype=dtype) for _ in range(2)]
+    window.append(poisoned(6, 3, 3, dtype=p.dtype))
+    x, ended = torch.randn(6, n).to(dtype), []
     for k in range(3):
-        r = torch.nn.functional.normalize(torch.randn(5, n), dim=1)
+        r = torch.nn.functional.normalize(torch.randn(6, n), dim=1)
         gx = (x + 5 * 1.2**k * r).to(dtype)
         q, y, oracles = oracle_of(p), x.double().clone(), [t.double().clone() for t in window]
         if solver == "picard":
@@ -413,9 +419,9 @@ def test_rows_end_at_bounds_of_their_own(backend, solver, n, dtype):
         ended.append((p.counters[:, STATUS] - 1).tolist())
     converged, limit = Status.CONVERGED, Status.MAX_ITERATIONS
     assert ended == [
-        [-1, converged, converged, -1, -1],
-        [-1, converged, converged, -1, limit],
-        [limit, converged, converged, Status.STALLED, limit],
+        [-1, converged, converged, -1, -1, -1],
+        [-1, converged, converged, -1, limit, -1],
+        [limit, converged, converged, Status.STALLED, limit, -1],
     ]
 
 
@@ -435,7 +441,7 @@ def test_operators_say_what_a_tensor_must_be(device):
         native.picard_step(p, x, torch.zeros(2, 4), 1.0)
     with pytest.raises(RuntimeError, match="gx must have the dtype of x"):
         native.picard_step(p, x, x.double(), 1.0)
-    for shape, wanted in (((3,), "[2]"), ((2, 4), "[2, 5]")):
+    for shape, wanted in (((3,), "[2]"), ((2, 4), "[2, 6]")):
         p.bounds = torch.zeros(shape)
         with pytest.raises(RuntimeError, match=re.escape(f"bounds must have shape {wanted}")):
             native.picard_step(p, x, x, 1.0)
@@ -451,7 +457,7 @@ def test_operators_say_what_a_tensor_must_be(device):
 
 
 def test_csrc_and_python_write_down_the_same_numbers():
-    p = Progress(torch.empty(1, 1), replace(FOREVER, own=torch.zeros(1, 4)))
+    p = Progress(torch.empty(1, 1), replace(FOREVER, own=torch.zeros(1, 5)))
     rows = {name: getattr(p, name).shape[1] for name in ("counters", "scalars", "bounds")}
     sizes = {**rows, "tally": len(p.tally)}
     assert _C.constants() == {

@@ -10,7 +10,7 @@ from tape import problem, tape_fixture  # noqa: F401
 from fpi_cuda import DenseStep, FixedPointLayer, ImplicitAdjoint, Picard, Tolerance, fixed_point
 from fpi_cuda._torch import tree_leaves
 from fpi_cuda.drivers import Support, captured, eager, graph
-from fpi_cuda.record import Limits
+from fpi_cuda.record import TRAIL, Limits
 from fpi_cuda.solve import direction, node, route
 from fpi_cuda.solve.problem import Report
 
@@ -23,7 +23,8 @@ class Mine:
 
     def start(self, backend, progress, x):
         type(self).started += 1
-        return lambda x, gx: backend.picard_step(progress, x, gx, 0.8)
+        trail = x.new_empty(len(x), TRAIL, x.shape[1])
+        return lambda x, gx: backend.picard_step(progress, x, gx, 0.8, trail)
 
     def contraction(self, ring, iterations):
         return Picard(0.8).contraction(ring, iterations)

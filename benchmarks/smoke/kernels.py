@@ -21,6 +21,7 @@ from fpi_cuda.record import (
     RESIDUAL,
     RING_START,
     STATUS,
+    TRAIL,
     WINDOW,
     Limits,
     Progress,
@@ -227,11 +228,14 @@ def picard_step(
             x = normal(n, b, n).to(dtype).to(place.device)
             p = Progress(x, FOREVER)
             p.out.fill_(math.nan)
+            trail = poisoned(b, TRAIL, n, dtype=dtype, device=place.device)
             for k in range(place.size(7, 2)):  # the ring has five
                 gx = normal(n + k + 1, b, n).to(dtype).to(place.device)
                 q, y = oracle_of(p), x.double().cpu().clone()
-                backend.picard_step(p, x, gx, beta)
-                reference.picard_step(q, y, gx.double().cpu(), beta)
+                kept = trail.double().cpu().clone()
+                backend.picard_step(p, x, gx, beta, trail)
+                reference.picard_step(q, y, gx.double().cpu(), beta, kept)
+                yield same(f"{what}, step {k}: trail", trail, kept.to(dtype))
                 yield compare(f"{what}, step {k}: x", x, y, ROUNDED[dtype], True, gx)
                 yield from record_errors(f"{what}, step {k}", p, q)
             yield same(f"{what}: out, of which nothing may be written", p.out, q.out)

@@ -87,7 +87,8 @@ def kernels_at(options: Options, batch: int, size: int, dtype: str) -> list[Row]
     x = torch.randn(batch, size, **kind)
     # No two of a window may be one, or there is nothing to solve for.
     values_of_g = cycle([torch.randn(batch, size, **kind) for _ in range(m + 1)])
-    progress = Progress(x, Limits(1e-9, 0.0, 0.0, 10**6, 10**6))
+    limits = Limits(1e-9, 0.0, 0.0, 10**6, 10**6)
+    progress, of_picard = Progress(x, limits), Progress(x, limits)
     window = [torch.empty(batch, m, size, **kind) for _ in range(2)]
     window.append(torch.empty(batch, m, m, device=device, dtype=progress.dtype))
     # On a device many at once, so that the host's launches hide behind them.
@@ -99,7 +100,8 @@ def kernels_at(options: Options, batch: int, size: int, dtype: str) -> list[Row]
 
     def picard(_: int) -> None:
         for _ in range(repeats):
-            native.picard_step(progress, x, next(values_of_g), 1.0)
+            # As before the end comes near: x is kept in no trail.
+            native.picard_step(of_picard, x, next(values_of_g), 1.0)
 
     def copy_of(nbytes: int) -> Callable[[int], Any]:
         source = torch.randn(nbytes // 8, device=device)
@@ -113,7 +115,7 @@ def kernels_at(options: Options, batch: int, size: int, dtype: str) -> list[Row]
 
     vectors = step_vectors(device, x.nbytes // batch, m)
     rows = []
-    for name, step in (("Anderson", anderson), ("Picard", picard)):
+    for name, step, record in (("Anderson", anderson, progress), ("Picard", picard, of_picard)):
         for _ in range(2 * m):
             step(0)
         touched = working_set(name, x.nbytes, m)
@@ -124,7 +126,7 @@ def kernels_at(options: Options, batch: int, size: int, dtype: str) -> list[Row]
             rounds=options.turns(11, 101),
             label=f"{name} step",
         )
-        if progress.tally[:2].tolist() != [batch, 0]:
+        if record.tally[:2].tolist() != [batch, 0]:
             raise RuntimeError(f"kernels: samples finished during the {name} step's timing")
         seconds = measured["step"].over(repeats)
         moved = vectors[name] * x.nbytes

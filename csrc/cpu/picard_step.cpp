@@ -11,7 +11,8 @@ struct PicardOnCpu {
   template <typename T>
   static void run(const Tensor&, const StepCall<T>& call, const Trail<T>& trail) {
     const auto kernel = FPI_CPU_DISPATCH(picard_step<T>);
-    for_rows("_picard_step", call, call.n, {kTrailLength}, [&](int64_t begin, int64_t end) {
+    const WindowLimits kept = {.m = trail.states == nullptr ? 0 : kTrailLength};
+    for_rows("_picard_step", call, call.n, kept, [&](int64_t begin, int64_t end) {
       return kernel(call.x, call.gx, call.out, call.n, call.beta, trail, call.record, begin, end);
     });
   }

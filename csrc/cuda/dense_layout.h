@@ -129,7 +129,9 @@ bool dense_solve(const DenseCall<T>& call, const Machine& machine) {
                     blocks, static_cast<size_t>(plan.bytes));
     };
     if (call.history == 1) {
-      solve([](const Batch<T>& batch, const Window<T>&) { return PicardStep<T>{batch}; });
+      solve([](const Batch<T>& batch, const Window<T>& window) {
+        return PicardStep<T>{batch, {window.values, true}};
+      });
     } else {
       with_groups(call.history, [&](auto groups) {
         solve([&](const Batch<T>& batch, const Window<T>& window) {

@@ -9,6 +9,7 @@
 #include <initializer_list>
 
 #include "../math/progress.h"
+#include "../math/window.h"
 #include "plan.h"
 
 namespace fpi::cuda {
@@ -201,7 +202,7 @@ constexpr bool dense_fits(const DenseShape& shape, int64_t limit) {
 // Device memory of a solve. Offsets in bytes.
 struct DenseWork {
   int64_t x, gx;              // [blocks · slots][padded n], unless they are shared
-  int64_t values, residuals;  // windows, [blocks · slots][m][padded n]
+  int64_t values, residuals;  // windows, [blocks · slots][m][padded n]; Picard: values, its trails
   int64_t gram;
   int64_t weight_hidden, weight_output;  // copies with padded rows, where the weights' are not
   int64_t zeroed;                        // so many bytes must be zero at first: DenseCounts
@@ -256,12 +257,13 @@ constexpr DenseWork dense_work(const DensePlan& p, const DenseShape& s, int64_t 
   };
   const int64_t rows = blocks * p.slots, padded = padded_of(s.n, s.value_bytes);
   const int64_t state = p.is_shared ? 0 : rows * padded * s.value_bytes;
-  const int64_t ring = s.history > 1 ? rows * s.history * padded * s.value_bytes : 0;
+  const bool is_picard = s.history == 1;
+  const int64_t vectors = rows * padded * s.value_bytes;
   w.x = take(state);
   w.gx = take(state);
-  w.values = take(ring);
-  w.residuals = take(ring);
-  w.gram = take(s.history > 1 ? rows * s.history * s.history * s.acc_bytes : 0);
+  w.values = take(vectors * (is_picard ? kTrailLength : s.history));
+  w.residuals = take(is_picard ? 0 : vectors * s.history);
+  w.gram = take(is_picard ? 0 : rows * s.history * s.history * s.acc_bytes);
   const int64_t hidden = s.hidden >= 0 ? s.hidden : 0;
   const int64_t last = s.hidden >= 0 ? hidden : s.n;
   w.weight_hidden = take(copies_hidden ? hidden * padded * s.value_bytes : 0);

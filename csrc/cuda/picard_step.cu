@@ -9,9 +9,9 @@ namespace {
 
 struct PicardOnCuda {
   template <typename T>
-  static void run(const Tensor& x, const StepCall<T>& call) {
-    const Launch<T> launch(x, call, kPicardSums, 1, {});
-    launch.run(PicardStep<T>{launch.batch()}, PicardMove<T>{launch.batch()});
+  static void run(const Tensor& x, const StepCall<T>& call, const Trail<T>& trail) {
+    const Launch<T> launch(x, call, kPicardSums, 1, {trail.states});
+    launch.run(PicardStep<T>{launch.batch(), trail}, PicardMove<T>{launch.batch(), trail});
   }
 };
 

@@ -61,16 +61,16 @@ constexpr int64_t blocks_of(const Plan& plan, int64_t rows) {
   return blocks > 0 ? blocks : 1;
 }
 
-// Sums that a step takes of a row. Anderson: four, and eight for every group of differences.
+// Sums that a step takes of a row. Anderson: five, and eight for every group of differences.
 constexpr int kPicardSums = 2;
 FPI_HOST_DEVICE constexpr int anderson_sums(int m) {
-  return 4 + 2 * kGroup * static_cast<int>(divide_up(m - 1, kGroup));
+  return 5 + 2 * kGroup * static_cast<int>(divide_up(m - 1, kGroup));
 }
 
 // A block's shared memory: BlockShared of rows.cuh, then each team's part, of which these are the
 // offsets in bytes.
 struct TeamShared {
-  int sums;     // of the row or part, Acc
+  int sums;     // of the row or part, Acc; no fewer than 2 kGroup
   int stage;    // of each warp, Acc [warps][2 kGroup]
   int gamma;    // Acc [m − 1], the right-hand side first
   int system;   // Acc [m − 1][m − 1]
@@ -85,7 +85,8 @@ constexpr TeamShared team_shared_of(const Plan& plan, int64_t n, int value_bytes
   constexpr int kMoveBytes = 16;  // Move of rows.cuh
   TeamShared shared = {};
   shared.sums = kMoveBytes;
-  shared.stage = static_cast<int>(round_up(shared.sums + sums * acc_bytes, kPackBytes));
+  const int room = sums < 2 * kGroup ? 2 * kGroup : sums;
+  shared.stage = static_cast<int>(round_up(shared.sums + room * acc_bytes, kPackBytes));
   const int warps = plan.team / kWarpThreads;
   shared.gamma = shared.stage + warps * 2 * kGroup * acc_bytes;
   shared.system = static_cast<int>(round_up(shared.gamma + (m - 1) * acc_bytes, kPackBytes));

@@ -114,4 +114,11 @@ FPI_HOST_DEVICE V damped_mixture(V values, V residuals, Acc beta) {
   return values - (Acc(1) - beta) * residuals;
 }
 
+// x' + β r' from g' and r', where a sample goes back; at β = 1 g' itself, though r' may have
+// overflowed a half type.
+template <typename Acc>
+FPI_HOST_DEVICE Acc plain_iterate(Acc value, Acc residual, Acc beta) {
+  return beta == Acc(1) ? value : damped_mixture(value, residual, beta);
+}
+
 }  // namespace fpi

@@ -16,12 +16,11 @@ FPI_HOST_DEVICE accumulate_t<T> noise_of(accumulate_t<T> value) {
 
 // The square of the larger gain: the one known, gain, or that of a pair of iterates, from sums of
 // squares of scaled differences; noise is scaled likewise. Nobody needs the root before the solve
-// has ended.
+// has ended, and a branch would often be foretold wrongly.
 template <typename Acc>
 FPI_HOST_DEVICE Acc larger_gain(Acc gain, Acc value_squares, Acc residual_squares, Acc noise) {
-  const bool is_larger =
-      residual_squares > noise * noise && value_squares > gain * residual_squares;
-  return is_larger ? value_squares / residual_squares : gain;
+  const Acc found = value_squares / residual_squares;
+  return (residual_squares > noise * noise) & (found > gain) ? found : gain;
 }
 
 }  // namespace fpi

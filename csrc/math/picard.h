@@ -43,7 +43,7 @@ FPI_HOST_DEVICE PicardDecision decide(Acc residual, Acc value, Acc beta, int64_t
             residual * fall * fall <= kNearEnd * threshold;
   }
   if (keeps) {
-    counters[kHead] = 1 - counters[kHead];
+    counters[kHead] = counters[kHead] == 0 ? 1 : 0;
   }
   const int32_t length = counters[kWindow];
   counters[kWindow] = !keeps ? 0 : length < kTrailLength ? length + 1 : length;

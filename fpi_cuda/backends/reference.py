@@ -222,9 +222,10 @@ def _retreat(
     head = c[s, HEAD].long()
     good, r = values[s, head].to(p.dtype), residuals[s, head].to(p.dtype)
     halvings = torch.where(c[s, WINDOW] > 1, 0, c[s, RETREATS])
-    part = (beta * 0.5**halvings).to(p.dtype)[:, None]
+    part = (beta * 0.5 ** halvings.to(p.dtype))[:, None]
+    plain = torch.where(part == 1, good, good - (1 - part) * r)  # r may have overflowed a half type
     ended = torch.as_tensor(ends, device=x.device).expand(len(s))
-    x[back] = torch.where(ended[:, None], good, good - (1 - part) * r).to(x.dtype)
+    x[back] = torch.where(ended[:, None], good, plain).to(x.dtype)
     p.out[s[ended]] = good[ended].to(x.dtype)
     c[s, STATUS] = torch.where(ended, _code(Status.MAX_ITERATIONS), ACTIVE).to(torch.int32)
     c[s, ITERATIONS] = k

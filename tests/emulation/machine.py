@@ -110,8 +110,10 @@ class Machine:
             data = stdout.read(t.numel() * t.element_size())
             ctypes.memmove(t.data_ptr(), data, len(data))
 
-    def picard_step(self, p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
-        self._step("picard_step", p, x, gx, {}, beta=beta)
+    def picard_step(
+        self, p: Progress, x: Tensor, gx: Tensor, beta: float, trail: Tensor | None = None
+    ) -> None:
+        self._step("picard_step", p, x, gx, {"trail": trail}, beta=beta)
 
     def anderson_step(
         self,
@@ -135,7 +137,7 @@ class Machine:
         p: Progress,
         x: Tensor,
         gx: Tensor,
-        more: dict[str, Tensor],
+        more: dict[str, Tensor | None],
         **numbers: float,
     ) -> None:
         record = {"counters": p.counters, "scalars": p.scalars, "tally": p.tally}

@@ -43,7 +43,7 @@ class Run {
     batch = layout_.batch(r.array<T>("x"), r.array<T>("gx"), r.array<T>("out"),
                           static_cast<Acc>(r.number("beta")), emulation::record_of<Acc>(r),
                           r.array<int32_t>("tally"), memory_.bytes(),
-                          {r.array<T>("values"), r.array<T>("residuals")});
+                          {r.array<T>("values"), r.array<T>("residuals"), r.array<T>("trail")});
   }
 
   template <typename First, typename Second>
@@ -63,7 +63,8 @@ class Run {
 template <typename T>
 void picard_step(const Request& r) {
   const Run<T> run(r, kPicardSums, 1);
-  run(PicardStep<T>{run.batch}, PicardMove<T>{run.batch});
+  const Trail<T> trail{r.array<T>("trail")};
+  run(PicardStep<T>{run.batch, trail}, PicardMove<T>{run.batch, trail});
 }
 
 template <typename T>

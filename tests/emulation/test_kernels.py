@@ -7,6 +7,7 @@ with each barrier and each fence taken out.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import test_primitives
@@ -16,7 +17,7 @@ from machine import FORWARD, RANDOM, REVERSE, Machine, assert_each_is_needed
 from test_primitives import DTYPES, FOREVER, close, oracle_of, poisoned, same_record
 
 from fpi_cuda.backends import reference
-from fpi_cuda.record import ACTIVE, RESIDUAL, STATUS, Limits, Progress
+from fpi_cuda.record import ACTIVE, RESIDUAL, STATUS, TRAIL, Limits, Progress
 from fpi_cuda.solution import Status
 
 WARP_ROW, BLOCK_ROW = 1024, 16384  # bytes of the longest rows of plans a and b
@@ -109,13 +110,17 @@ class Problem:
             self.progress.narrow(torch.tensor(index))
         self.window = [poisoned(b, history, n, dtype=dtype) for _ in range(2)]
         self.window.append(poisoned(b, history, history, dtype=self.progress.dtype))
+        self.trail = poisoned(b, TRAIL, n, dtype=dtype)
 
     def step(self, machine: Machine, gx: torch.Tensor, beta: float = 0.6) -> None:
         gx = gx.to(self.dtype)
         p, q, y = self.progress, oracle_of(self.progress), self.x.double().clone()
         if self.solver == "picard":
-            machine.picard_step(p, self.x, gx, beta)
-            reference.picard_step(q, y, gx.double(), beta)
+            trail = self.trail.double().clone()
+            machine.picard_step(p, self.x, gx, beta, self.trail)
+            reference.picard_step(q, y, gx.double(), beta, trail)
+            assert torch.equal(self.trail.isnan(), trail.isnan())
+            close(self.trail, trail, self.dtype)
         else:
             window = [t.double().clone() for t in self.window]
             machine.anderson_step(p, self.x, gx, beta, 0.05, 1e9, *self.window)
@@ -238,13 +243,13 @@ def test_a_sample_has_its_bits_in_any_batch_order_and_place(start, solver, n, dt
 def scenarios():
     """Small runs that come to every barrier and fence together."""
 
-    def run(solver, n, history=3, factor=1.0):
+    def run(solver, n, history=3, factor=1.0, limits=FOREVER):
         def scenario(machine):
             torch.manual_seed(0)
-            problem = Problem(solver, (5, n), torch.float32, history=history)
+            problem = Problem(solver, (5, n), torch.float32, limits, history)
             problem.x.mul_(factor)
             problem.x[1] = 0
-            for _ in range(2 if history == 3 else history):
+            for _ in range(history if history > 3 else 2 if factor == 1 else 4):
                 gx = torch.randn(5, n) * factor
                 gx[1] = 0
                 gx[2, 0] = math.inf  # ends, and is left alone then
@@ -256,22 +261,36 @@ def scenarios():
         for solver in ("picard", "anderson"):
             yield run(solver, n)
             yield run(solver, n, factor=1e-20)
+            yield run(solver, n, limits=replace(FOREVER, max_iterations=2))
     yield run("anderson", 37, 18)
     yield run("anderson", 257, 18)
 
 
 # What may be missing, alone: a part of the chain of calls that leads to it, and why.
 REDUNDANT = {
-    "rows.cuh: device_fence(); #2": "parts are read past the cache, behind the barrier that "
-    "follows; the fence makes it an acquire in the memory model's own terms",
+    "rows.cuh: device_fence(); #2 < picard_step.cuh": "parts are read past the cache, behind the "
+    "barrier that follows; the fence makes it an acquire in the memory model's own terms, which "
+    "Anderson's residuals need",
     "rows.cuh: device_fence(); #3": "puts a thread's atomics on several counts in their order, "
     "which they always have in the emulation",
     "rows.cuh: device_fence(); #4": "counts are read past the cache, by the thread whose atomic "
     "was the last; likewise",
-    "warp_barrier(); < team.cuh: barrier(); #1 < rows.cuh: team.reduce(mine": "of one value "
-    "and one warp, lane 0 writes the stage and reads it",
-    "rows.cuh: team.barrier(); #2": "what all have read, the largest entry or the sum, is next "
-    "written behind a barrier of the reduction that follows",
+    "warp_barrier(); < team.cuh: barrier(); #1 < rows.cuh: team.reduce(mine, stage(team), joined, "
+    "Larger{})": "of one value and one warp, lane 0 writes the stage and reads it",
+    "warp_barrier(); < team.cuh: barrier(); #1 < rows.cuh: team.reduce(mine, stage(team), joined, "
+    "Add{}); < rows.cuh: whole_sums<1>": "likewise",
+    "warp_barrier(); < team.cuh: barrier(); #2 < rows.cuh: team.reduce(mine, stage(team), joined, "
+    "Add{}); < anderson_step.cuh: batch.template whole_sums<kPair>": "a lane reads what it wrote",
+    "rows.cuh: team.barrier(); #3 < rows.cuh: squares": "what all have read, the largest entry, is "
+    "next written behind a barrier of the reduction that follows",
+    "rows.cuh: team.barrier(); #4": "the sum likewise",
+    "anderson_step.cuh: team.barrier(); #2": "the last product is one alone, by the thread that "
+    "solves the system; those before come before barriers of reductions",
+    "team.barrier(); #1 < rows.cuh: join_parts(team, row, kCount, joined); < anderson_step.cuh: "
+    "batch.template whole_sums<3>": "the system's sums follow",
+    "barrier(); #2 < anderson_step.cuh: team.reduce(sums.dots[group], batch.stage(team), "
+    "all + group * 2 * kGroup, Add{}); < anderson_step.cuh: reduce_dots(team, sums, first": "a "
+    "barrier stands behind the sums of long windows",
 }
 
 

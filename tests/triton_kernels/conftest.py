@@ -29,6 +29,24 @@ def device(monkeypatch):
         yield "cpu"
 
 
+@pytest.fixture(params=["whole", "cut"])
+def plan(request, monkeypatch):
+    """How rows lie over programs: as they do, or beyond 64 in parts of two short blocks.
+
+    Of these the last part's second block may be empty.
+    """
+    from fpi_cuda.backends.triton import anderson, picard, rows
+
+    def cut(n, dtype):
+        chunks = 1 if n <= 64 else 2
+        return rows.Plan(32, chunks, max(1, -(-n // (32 * chunks))), 1)
+
+    if request.param == "cut":
+        for module in (rows, picard, anderson):
+            monkeypatch.setattr(module, "plan_of", cut)
+    return request.param
+
+
 class _PatchOnce:
     """Replaces triton.language by the interpreter's functions once a launch.
 

@@ -1,7 +1,6 @@
 #include "anderson_step.h"
 
 #include <cstdlib>
-#include <new>
 #include <type_traits>
 
 #include "../../math/anderson.h"
@@ -169,6 +168,9 @@ template <typename T>
 __attribute__((noinline)) accumulate_t<T> rescale(const RowWindow<T>& row, int count,
                                                   accumulate_t<T>* square) {
   using Acc = accumulate_t<T>;
+  if (count == 0) {
+    return 1;
+  }
   const Aged<T> values(row.values, row.head, count + 1, row.m, row.n);
   const Aged<T> residuals(row.residuals, row.head, count + 1, row.m, row.n);
   Acc largest = 0;
@@ -184,18 +186,16 @@ __attribute__((noinline)) accumulate_t<T> rescale(const RowWindow<T>& row, int c
     return 1;
   }
   const Acc scale = scale_for(largest);
-  if (count > 0) {
-    Vector<Acc> squares[kSquares] = {};
-    for_vectors<T>(row.n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
-      const Vector<Acc> g = load(row.gx + i), r = g - load(row.x + i);
-      add_squares<true>(squares, scale * g, scale * r, scale * load(values.rows[1] + i),
-                        scale * load(residuals.rows[1] + i));
-    });
-    Acc scaled[kSquares];
-    sums<kSquares>(squares, scaled);
-    for (const int secant : {kValueSecant, kStateSecant, kResidualSecant}) {
-      square[secant] = scaled[secant];
-    }
+  Vector<Acc> squares[kSquares] = {};
+  for_vectors<T>(row.n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
+    const Vector<Acc> g = load(row.gx + i), r = g - load(row.x + i);
+    add_squares<true>(squares, scale * g, scale * r, scale * load(values.rows[1] + i),
+                      scale * load(residuals.rows[1] + i));
+  });
+  Acc scaled[kSquares];
+  sums<kSquares>(squares, scaled);
+  for (const int secant : {kValueSecant, kStateSecant, kResidualSecant}) {
+    square[secant] = scaled[secant];
   }
   return scale;
 }
@@ -230,42 +230,43 @@ template <typename T>
 __attribute__((noinline)) void go_back(T* x, const RowWindow<T>& row, int old, int32_t status,
                                        accumulate_t<T> beta, T* out) {
   const T *value = row.values + old * row.n, *residual = row.residuals + old * row.n;
-  if (status == kActive) {
-    mix<true>(x, &value, &residual, 0, static_cast<const accumulate_t<T>*>(nullptr), beta, row.n);
-  } else {
+  if (status != kActive) {
     freeze_row(x, value, out, status, row.n);
+    return;
+  }
+  using Acc = accumulate_t<T>;
+  for (int64_t i = 0; i < row.n; ++i) {
+    x[i] = static_cast<T>(
+        plain_iterate(static_cast<Acc>(value[i]), static_cast<Acc>(residual[i]), beta));
   }
 }
 
 // The systems of a team of samples, one a lane, [size, size]: on the stack where they are small.
+// Where there is no memory size is 0, by which samples take plain steps. Kernels throw nothing, so
+// that no function for the unwinding of a stack is left to the linker: whoever has them calls
+// release.
 template <typename V>
-class Systems {
- public:
-  FPI_HOST_DEVICE explicit Systems(int size) : all_(few_) {
+struct Systems {
+  int size;
+  V few[144];
+  V* all = few;
+
+  FPI_HOST_DEVICE explicit Systems(int wanted) : size(wanted) {
     const size_t bytes = static_cast<size_t>(size) * size * sizeof(V);
-    if (bytes > sizeof few_) {
-      all_ = static_cast<V*>(aligned_alloc(alignof(V), bytes));
-      if (all_ == nullptr) {
-        throw std::bad_alloc();
-      }
+    if (bytes > sizeof few) {
+      all = static_cast<V*>(aligned_alloc(alignof(V), bytes));
+      size = all == nullptr ? 0 : size;
     }
     for (int i = 0; i < size * size; ++i) {
-      all_[i] = V{};
+      all[i] = V{};
     }
   }
-  FPI_HOST_DEVICE ~Systems() {
-    if (all_ != few_) {
-      free(all_);
+
+  FPI_HOST_DEVICE void release() {
+    if (all != few) {
+      free(all);
     }
   }
-  Systems(const Systems&) = delete;
-  Systems& operator=(const Systems&) = delete;
-
-  FPI_HOST_DEVICE V* data() { return all_; }
-
- private:
-  V few_[144];
-  V* all_;
 };
 
 }  // namespace
@@ -279,9 +280,9 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
   constexpr int kTeam = kLanes<Acc>;
   constexpr int kMaxSize = kMaxHistory - 1;
   constexpr int64_t kShortRow = 1024;  // bytes
-  const int m = window.m, size = m - 1;
-  Systems<Vector<Acc>> systems(size);
-  Vector<Acc>* const __restrict__ system = systems.data();
+  Systems<Vector<Acc>> systems(window.m - 1);
+  const int m = window.m, size = systems.size;
+  Vector<Acc>* const __restrict__ system = systems.all;
   Vector<Acc> gamma[kMaxSize];
   struct {
     int64_t row, sample, place;  // in x, in the record, of its window
@@ -365,7 +366,7 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
         system[i * size + i][lane] = there ? gram[slot * m + slot] : Acc(1);
         gamma[i][lane] = there ? rhs[i] : Acc(0);
       }
-      if (__builtin_expect(count > 0 && !(trusted && is_trusted(sum)), 0)) {
+      if (__builtin_expect(size > 0 && count > 0 && !(trusted && is_trusted(sum)), 0)) {
         scale = trusted ? rescale(seldom, count, squares) : scale;
         sum = system_anew(seldom, count, scale, size, lane, system, gamma);
       }
@@ -402,6 +403,7 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
       }
     }
   }
+  systems.release();
   return tally;
 }
 

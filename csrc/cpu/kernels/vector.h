@@ -139,8 +139,9 @@ FPI_HOST_DEVICE void for_vectors(int64_t n, const Body& body) {
 }
 
 // See norm_of; value(i, load) gives entries i and on. The sums are those of a kernel's own loop.
+// Seldom called: what a kernel does in every row keeps its registers.
 template <typename T, typename Acc, typename Value>
-FPI_HOST_DEVICE Acc norm_from(Acc squares, int64_t n, const Value& value) {
+__attribute__((noinline)) Acc norm_anew(Acc squares, int64_t n, const Value& value) {
   const auto largest = [&] {
     Acc most = 0;
     for_vectors<T>(n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
@@ -161,6 +162,11 @@ FPI_HOST_DEVICE Acc norm_from(Acc squares, int64_t n, const Value& value) {
     sums<1>(sum, &total);
     return total;
   });
+}
+
+template <typename T, typename Acc, typename Value>
+FPI_HOST_DEVICE Acc norm_from(Acc squares, int64_t n, const Value& value) {
+  return is_trusted(squares) ? square_root(squares) : norm_anew<T>(squares, n, value);
 }
 
 }  // namespace fpi::FPI_CPU_NAMESPACE

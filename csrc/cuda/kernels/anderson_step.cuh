@@ -10,77 +10,14 @@
 //                            wants it again.
 // The mixture at β ≠ 1 reads the m residuals too. A pass takes 4·kGroups differences; for each
 // further pass three residuals are read again: m > 17. A row that ends writes out too and stops at
-// that; one that has ended costs nothing.
+// that; one that has ended costs nothing. One that is taken back reads a value and a residual.
 #pragma once
 
 #include <type_traits>
 
-#include "../../math/anderson.h"
-#include "rows.cuh"
+#include "mixture.cuh"
 
 namespace fpi::cuda {
-
-// One sample's window.
-template <typename T>
-struct Ring {
-  T* values;     // [m, n]
-  T* residuals;  // [m, n]
-  int64_t n;
-  int m;
-  int head;
-
-  FPI_DEVICE int slot(int age) const { return slot_of(age, head, m); }
-  FPI_DEVICE T* value(int age) const { return values + slot(age) * n; }
-  FPI_DEVICE T* residual(int age) const { return residuals + slot(age) * n; }
-};
-
-template <typename T>
-FPI_DEVICE Ring<T> ring_of(const Window<T>& window, const Row<T>& row, int64_t n, int head) {
-  const int64_t offset = window.place(row.number, row.sample) * window.m * n;
-  return {window.values + offset, window.residuals + offset, n, window.m, head};
-}
-
-// The mixture of count ≥ 1 differences, to x. newest and previous are g_0 and g_1, or copies of
-// them.
-template <typename T>
-FPI_DEVICE void mix(const Team& team, const Row<T>& row, const Ring<T>& ring, const T* newest,
-                    const T* previous, int count, const accumulate_t<T>* gamma,
-                    accumulate_t<T> beta, bool aligned) {
-  using Acc = accumulate_t<T>;
-  for_packs<T>(team, row.begin, row.end, aligned, [&](int64_t i, auto access) {
-    constexpr int kValues = access.kValues;
-    // v_0 − Σ γ_j (v_j − v_{j+1})
-    const auto combined = [&](const T* v_0, const T* v_1, const T* vectors) {
-      Pack<Acc, kValues> younger = widened<Acc>(access.load(v_0 + i)), sum = younger;
-      for (int first = 0; first < count; first += kGroup) {
-        Pack<T, kValues> older[kGroup];
-#pragma unroll
-        for (int c = 0; c < kGroup; ++c) {  // beyond the last: the last again
-          const int age = first + c < count ? first + c + 1 : count;
-          older[c] = access.load((age == 1 ? v_1 : vectors + ring.slot(age) * ring.n) + i);
-        }
-#pragma unroll
-        for (int c = 0; c < kGroup; ++c) {
-          const Acc weight = first + c < count ? gamma[first + c] : Acc(0);
-#pragma unroll
-          for (int l = 0; l < kValues; ++l) {
-            mix_in(sum.values[l], younger.values[l], weight, static_cast<Acc>(older[c].values[l]));
-          }
-        }
-      }
-      return sum;
-    };
-    Pack<Acc, kValues> mixed = combined(newest, previous, ring.values);
-    if (beta != Acc(1)) {
-      const auto least = combined(ring.residual(0), ring.residual(1), ring.residuals);
-#pragma unroll
-      for (int l = 0; l < kValues; ++l) {
-        mixed.values[l] = damped_mixture(mixed.values[l], least.values[l], beta);
-      }
-    }
-    access.store(row.x + i, widened<T>(mixed));
-  });
-}
 
 static_assert(anderson_sums(1) == kAndersonNorms);
 
@@ -114,8 +51,10 @@ struct AndersonStep {
   FPI_DEVICE Outcome advance(const Team& team, const Row<T>& row) const {
     const bool one_launch = batch.plan.parts == 1;
     const int m = window.m;
-    const int seen = batch.counters(row)[kWindow];  // iterates in the window, before this one
-    const Ring<T> ring = ring_of(window, row, batch.n, (batch.counters(row)[kHead] + 1) % m);
+    const int32_t* counters = batch.counters(row);
+    // Iterates in the window, before this one; no more than it has room for, whatever is written.
+    const int seen = counters[kWindow] < 0 ? 0 : counters[kWindow] < m ? counters[kWindow] : m;
+    const Ring<T> ring = ring_of(window, row, batch.n, (newest_slot(counters, m) + 1) % m);
     const int count = seen < m ? seen : m - 1;  // differences, if the window is not restarted
 
     gather(team, row, ring, count);
@@ -123,11 +62,11 @@ struct AndersonStep {
     if (!one_launch && !batch.all_arrived(team, row, anderson_sums(count + 1))) {
       return {};
     }
-    const Acc* sums = batch.shared_sums(team);
-    const Acc residual = batch.residual_norm(team, row, sums[kResidualSquares]);
-    const Acc value = batch.value_norm(team, row, sums[kValueSquares]);
+    const auto [residual, value] = batch.norms(team, row);
+    const Acc scale = scale_of_sums(team, row, ring, seen, count);
     if (team.rank == 0) {
-      batch.announce(team, row, decision(team, row, ring, residual, value));
+      batch.counters(row)[kWindow] = seen;
+      batch.announce(team, row, decision(team, row, ring, residual, value, scale));
     }
     team.barrier();
     const Move move = *batch.shared_move(team);
@@ -139,6 +78,8 @@ struct AndersonStep {
     } else if (move.differences > 0) {
       mix(team, row, ring, batch.shared_vector(team, 0), batch.shared_vector(team, 1),
           move.differences, gamma, batch.beta, batch.aligned);
+    } else if (move.differences < 0) {
+      go_back(batch, team, row, ring.value(1 % m), ring.residual(1 % m), move);
     } else {
       batch.damp_or_end(team, row, row.x, batch.shared_vector(team, 0), move.status);
     }
@@ -190,12 +131,10 @@ struct AndersonStep {
       for (int l = 0; l < kValues; ++l) {
         const Acc g = static_cast<Acc>(gs.values[l]);
         const Acc r = g - static_cast<Acc>(xs.values[l]);
-        const Acc dg = g - static_cast<Acc>(before.values[l]);
-        const Acc dx = dg - (r - static_cast<Acc>(older[0].values[l]));
         sums.squares[kResidualSquares] += r * r;
         sums.squares[kValueSquares] += g * g;
-        sums.squares[kValueSecant] += dg * dg;
-        sums.squares[kStateSecant] += dx * dx;
+        add_secants(sums.squares + kValueSecant, g, r, static_cast<Acc>(before.values[l]),
+                    static_cast<Acc>(older[0].values[l]));
         rs.values[l] = static_cast<T>(r);
         d.newest.values[l] = d.younger.values[l] = static_cast<Acc>(rs.values[l]);
         d.first.values[l] = d.newest.values[l] - static_cast<Acc>(older[0].values[l]);
@@ -291,12 +230,101 @@ struct AndersonStep {
     }
   }
 
+  // Squares of secants from the value and residual before: those of Δg, Δx and Δr.
+  FPI_DEVICE static void add_secants(Acc* squares, Acc g, Acc r, Acc older_g, Acc older_r) {
+    static_assert(kStateSecant == kValueSecant + 1 && kResidualSecant == kValueSecant + 2);
+    const Acc dg = g - older_g, dr = r - older_r, dx = dg - dr;
+    squares[0] += dg * dg;
+    squares[1] += dx * dx;
+    squares[2] += dr * dr;
+  }
+
+  // The power of two by which the sums of differences, and the system, are scaled: 1 where they can
+  // be trusted. Where not, they are taken anew; see are_trusted.
+  FPI_DEVICE Acc scale_of_sums(const Team& team, const Row<T>& row, const Ring<T>& ring, int seen,
+                               int count) const {
+    Acc* sums = batch.shared_sums(team);
+    const Acc* system = batch.template team_shared<Acc>(team, batch.shared.system);
+    Acc trace = count > 0 ? place_of_dot(sums, 0, false) : Acc(0);
+    for (int j = 1; j < count; ++j) {
+      trace += system[j * count + j];
+    }
+    const bool trusted = are_trusted(sums, seen) && is_trusted(trace);
+    if (trusted || count == 0) {
+      if constexpr (kGroups > 1) {
+        team.barrier();  // the system is solved where it is
+      }
+      return 1;
+    }
+    const auto residual_of = [&](int age, int64_t i) {
+      return static_cast<Acc>(ring.residual(age)[i]);
+    };
+    Acc most = 0;
+#pragma unroll 1
+    for (int age = 0; age <= count; ++age) {
+      most = Larger{}(most, batch.largest(team, [&](int64_t i) {
+        return residual_of(age, i) - (age == 0 ? Acc(0) : residual_of(age - 1, i));
+      }));
+    }
+    if (!is_finite(most) || most == Acc(0)) {
+      return 1;
+    }
+    const Acc scale = scale_for(most);
+    batch.template whole_sums<3>(team, row, sums + kValueSecant, [&](Acc(&squares)[3], int64_t i) {
+      const Acc g = static_cast<Acc>(row.gx[i]), r = g - static_cast<Acc>(row.x[i]);
+      add_secants(squares, scale * g, scale * r, scale * static_cast<Acc>(ring.value(1)[i]),
+                  scale * residual_of(1, i));
+    });
+    take_system(team, row, ring, count, scale);
+    return scale;
+  }
+
+  // The products of the residual, and of every difference, with the differences, scaled.
+  FPI_DEVICE void take_system(const Team& team, const Row<T>& row, const Ring<T>& ring, int count,
+                              Acc scale) const {
+    constexpr int kPair = 2;  // differences at a time, the second maybe empty: registers are scarce
+    Acc* sums = batch.shared_sums(team);
+    Acc* system = batch.template team_shared<Acc>(team, batch.shared.system);
+    Acc* dots = batch.behind_stage(team, kPair);
+    const auto scaled = [&](int age, int64_t i) {
+      return scale * static_cast<Acc>(ring.residual(age)[i]);
+    };
+#pragma unroll 1
+    for (int column = -1; column < count; ++column) {  // −1: the right-hand side
+#pragma unroll 1
+      for (int first = column < 0 ? 0 : column; first < count; first += kPair) {
+        const int last = first + kPair < count ? first + kPair : count;
+        batch.template whole_sums<kPair>(team, row, dots, [&](Acc(&dot)[kPair], int64_t i) {
+          const Acc left = column < 0 ? scaled(0, i) : scaled(column, i) - scaled(column + 1, i);
+          const Acc middle = scaled(first + 1, i);
+          dot[0] += left * (scaled(first, i) - middle);
+          dot[1] += left * (middle - scaled(last, i));
+        });
+        const int j = first + team.rank;
+        if (j < last) {
+          (column > 0 ? system[j * count + column] : place_of_dot(sums, j, column < 0)) =
+              dots[team.rank];
+        }
+        team.barrier();
+      }
+    }
+  }
+
+  // Of a row's sums, where d_0 · d_j is, or r_0 · d_j.
+  FPI_DEVICE static Acc& place_of_dot(Acc* sums, int j, bool is_right_side) {
+    return sums[kAndersonNorms + j / kGroup * 2 * kGroup + is_right_side * kGroup + j % kGroup];
+  }
+
   // The record after this step, the new row of the Gram matrix, and the weights, by one thread.
+  // scale: of the sums of differences; the matrix is kept without.
   FPI_DEVICE Move decision(const Team& team, const Row<T>& row, const Ring<T>& ring, Acc residual,
-                           Acc value) const {
-    const Acc* sums = batch.shared_sums(team);
+                           Acc value, Acc scale) const {
+    Acc* sums = batch.shared_sums(team);
     const auto [status, used] =
-        decide(residual, value, sums, restart, window.m, row.sample, batch.record);
+        decide<T>(residual, value, sums, scale, restart, window.m, row.sample, batch.record);
+    if (used < 0) {
+      return {status, used};
+    }
     if (status != kActive) {
       return {status, 0};
     }
@@ -304,15 +332,16 @@ struct AndersonStep {
     Acc* gamma = batch.template team_shared<Acc>(team, batch.shared.gamma);
     Acc* system = batch.template team_shared<Acc>(team, batch.shared.system);
     for (int j = 0; j < used; ++j) {
-      const Acc* group = sums + kAndersonNorms + j / kGroup * 2 * kGroup;
-      const Acc dot = group[j % kGroup];
+      const Acc dot = place_of_dot(sums, j, false);
+      const Acc kept = scale == Acc(1) ? dot : dot / scale / scale;
       // Kept by slot, so that nothing else moves.
-      gram[ring.head * window.m + ring.slot(j)] = dot;
-      gram[ring.slot(j) * window.m + ring.head] = dot;
+      gram[ring.head * window.m + ring.slot(j)] = kept;
+      gram[ring.slot(j) * window.m + ring.head] = kept;
       system[j * used] = dot;
-      gamma[j] = group[kGroup + j % kGroup];
+      gamma[j] = place_of_dot(sums, j, true);
     }
-    const bool is_solved = used > 0 && solve(used, system, gamma, noise_of<T>(value));
+    const bool is_solved =
+        used > 0 && solve(used, system, gamma, noise_squares_of<T>(scale * value));
     return {status, update_window(batch.counters(row), ring.head, used, is_solved)};
   }
 
@@ -360,10 +389,12 @@ struct AndersonMove {
     const Team team = batch.team();
     const Row<T> row = batch.row_of(team, grid_size() - 1 - block_index());
     const Move move = batch.moves[row.number];
+    const Ring<T> ring = ring_of(window, row, batch.n, newest_slot(batch.counters(row), window.m));
     if (move.differences > 0) {
-      const Ring<T> ring = ring_of(window, row, batch.n, batch.counters(row)[kHead]);
       mix(team, row, ring, row.gx, ring.value(1), move.differences,
           batch.gamma + row.number * (window.m - 1), batch.beta, batch.aligned);
+    } else if (move.differences < 0) {
+      go_back(batch, team, row, ring.value(0), ring.residual(0), move);
     } else if (move.status != kFrozen) {
       batch.damp_or_end(team, row, row.x, row.gx, move.status);
     }

@@ -99,6 +99,8 @@ struct DenseSolve {
     tile.solver.batch.plan.parts = 1;
     if constexpr (Solver::kHasWindow) {
       tile.solver.window.by_row = true;
+    } else {
+      tile.solver.trail.by_row = true;
     }
     Record<Acc>& mine = tile.solver.batch.record;
     mine.index = nullptr;
@@ -328,7 +330,7 @@ struct DenseSolve {
     for (int i = team.number; i < active; i += plan.rows.rows_per_block) {
       const int slot = active_slots()[i];
       T* state = tile.x_of(slot);
-      const int64_t number = block_index() * plan.slots + slot;  // of its window
+      const int64_t number = block_index() * plan.slots + slot;  // of its window or trail
       const Row<T> row = {.x = state,
                           .gx = tile.gx_of(slot),
                           .out = state,

@@ -35,11 +35,9 @@ FPI_DEVICE Pack<Acc, kCount> widened(const Pack<T, kCount>& pack) {
 template <typename T, int kCount>
 FPI_DEVICE Pack<T, kCount> damped(Pack<T, kCount> x, const Pack<T, kCount>& gx,
                                   accumulate_t<T> beta) {
-  using Acc = accumulate_t<T>;
 #pragma unroll
   for (int l = 0; l < kCount; ++l) {
-    x.values[l] = static_cast<T>(
-        damped_update(static_cast<Acc>(x.values[l]), static_cast<Acc>(gx.values[l]), beta));
+    x.values[l] = damped_update(x.values[l], gx.values[l], beta);
   }
   return x;
 }

@@ -8,8 +8,10 @@ namespace fpi::cuda {
 
 // What a step makes of a row.
 struct Move {
-  int32_t status;       // after this step, or kFrozen
-  int32_t differences;  // Anderson: in the mixture; 0 is a damped step
+  int32_t status;  // after this step, or kFrozen
+  // Anderson: in the mixture; 0 is a damped step, and below that x is taken back. Picard: 1 and the
+  // slot of the trail that x goes to, or 0.
+  int32_t differences;
 };
 
 constexpr int32_t kFrozen = -1;  // ended in an earlier step, and is left alone
@@ -37,6 +39,11 @@ struct Row {
   int64_t part;
   int64_t begin, end;
 };
+
+// The slot of the newest iterate. Whatever the counter holds, it is one of the ring's.
+FPI_DEVICE int newest_slot(const int32_t* counters, int length) {
+  return static_cast<int>(static_cast<uint32_t>(counters[kHead]) % static_cast<uint32_t>(length));
+}
 
 // The rows that a step operator works on, and how they are laid over blocks and memory.
 template <typename T>
@@ -134,7 +141,7 @@ struct Batch {
   // and has the sums of the whole row in its shared memory; parts are added in their order.
   FPI_DEVICE bool all_arrived(const Team& team, const Row<T>& row, int used) const {
     Acc* mine = shared_sums(team);
-    Acc* all = partials + row.number * sums * plan.parts;
+    Acc* all = partials_of(row);
     for (int i = team.rank; i < used; i += team.size) {
       all[i * plan.parts + row.part] = mine[i];
     }
@@ -148,6 +155,18 @@ struct Batch {
     if (!block_shared()->is_last) {
       return false;
     }
+    join_parts(team, row, used, mine);
+    return true;
+  }
+
+  // What the parts' blocks have handed in of a row: [sums][parts].
+  FPI_DEVICE Acc* partials_of(const Row<T>& row) const {
+    return partials + row.number * sums * plan.parts;
+  }
+
+  // The parts' sums, added in their order: to joined, and seen by all after.
+  FPI_DEVICE void join_parts(const Team& team, const Row<T>& row, int used, Acc* joined) const {
+    const Acc* all = partials_of(row);
     for (int i = team.warp(); i < used; i += team.warps()) {
       Acc sum = 0;
 #pragma unroll 8
@@ -156,38 +175,85 @@ struct Batch {
       }
       sum = Team::over_warp(sum, Add{});
       if (team.lane() == 0) {
-        mine[i] = sum;
+        joined[i] = sum;
       }
     }
     team.barrier();
-    return true;
   }
 
-  // See norm_of; value(i) gives entry i. All of the team call it.
-  template <typename Value>
-  FPI_DEVICE Acc norm(const Team& team, Acc squares, const Value& value) const {
-    return norm_of(squares, [&](const auto& term, const auto& join) {
-      // Behind the sums of the step, which are still wanted.
-      Acc* joined = stage(team) + team.warps();
-      Acc mine[1] = {0};
-      for (int64_t i = team.rank; i < n; i += team.size) {
-        mine[0] = join(mine[0], term(value(i)));
+  // What follows takes a whole row by one team, with several blocks a row by the last one, and a
+  // value at a time: that needs few registers, and is seldom.
+
+  // Sums to which add(sums, i) adds the terms of entry i, in the order in which a first launch
+  // adds: the same values times a power of two have the same sums to the bit, but for the exponent.
+  template <int kCount, typename AddTerms>
+  FPI_DEVICE void whole_sums(const Team& team, const Row<T>& row, Acc* joined,
+                             const AddTerms& add) const {
+#pragma unroll 1
+    for (int64_t part = 0; part < plan.parts; ++part) {
+      const int64_t begin = part * plan.span, end = begin + plan.span < n ? begin + plan.span : n;
+      Acc mine[kCount] = {};
+      for_packs<T>(team, begin, end, false, [&](int64_t i, auto) { add(mine, i); });
+      team.reduce(mine, stage(team), joined, Add{});
+      if (plan.parts > 1 && team.rank < kCount) {  // who wrote it
+        partials_of(row)[team.rank * plan.parts + part] = joined[team.rank];
       }
-      team.reduce(mine, stage(team), joined, join);
-      const Acc all = *joined;
+    }
+    if (plan.parts > 1) {
       team.barrier();
-      return all;
-    });
+      join_parts(team, row, kCount, joined);
+    }
   }
 
-  FPI_DEVICE Acc residual_norm(const Team& team, const Row<T>& row, Acc squares) const {
-    return norm(team, squares, [&](int64_t i) {
-      return static_cast<Acc>(row.gx[i]) - static_cast<Acc>(row.x[i]);
-    });
+  // The largest of |entry(i)|, the first that is not finite if there is one.
+  template <typename Entry>
+  FPI_DEVICE Acc largest(const Team& team, const Entry& entry) const {
+    Acc mine[1] = {0};
+#pragma unroll 1
+    for (int64_t i = team.rank; i < n; i += team.size) {
+      const Acc value = entry(i);
+      mine[0] = Larger{}(mine[0], value < 0 ? -value : value);
+    }
+    Acc* joined = behind_stage(team, 1);
+    team.reduce(mine, stage(team), joined, Larger{});
+    const Acc all = *joined;
+    team.barrier();
+    return all;
   }
 
-  FPI_DEVICE Acc value_norm(const Team& team, const Row<T>& row, Acc squares) const {
-    return norm(team, squares, [&](int64_t i) { return static_cast<Acc>(row.gx[i]); });
+  // Room for as many sums beside the stage that reduces so many, at most half of it: those of the
+  // step are still wanted.
+  FPI_DEVICE Acc* behind_stage(const Team& team, int count) const {
+    return stage(team) + count * team.warps();
+  }
+
+  // ‖g(x) − x‖ and ‖g(x)‖, from the first two sums of a step.
+  struct Norms {
+    Acc residual, value;
+  };
+  FPI_DEVICE Norms norms(const Team& team, const Row<T>& row) const {
+    const Acc* squares = shared_sums(team);
+    return {norm(team, row, squares[0], Acc(1)), norm(team, row, squares[1], Acc(0))};
+  }
+
+  // ‖g(x) − part x‖ from its squares; see norm_of. All of the team call it.
+  FPI_DEVICE Acc norm(const Team& team, const Row<T>& row, Acc squares, Acc part) const {
+    const auto entry = [&](int64_t i) {
+      const Acc g = static_cast<Acc>(row.gx[i]);
+      return part == Acc(0) ? g : g - static_cast<Acc>(row.x[i]);
+    };
+    return norm_of(
+        squares, [&] { return largest(team, entry); },
+        [&](Acc scale) {
+          Acc* joined = behind_stage(team, 1);
+          whole_sums<1>(team, row, joined, [&](Acc(&sum)[1], int64_t i) {
+            const Acc scaled = scale * entry(i);
+            sum[0] += scaled * scaled;
+          });
+          const Acc all = *joined;
+          team.barrier();
+          return all;
+        });
   }
 
   // One thread tells its team, and with several blocks a row the second launch.
@@ -218,6 +284,12 @@ struct Batch {
     for_packs<T>(team, row.begin, row.end, aligned, [&](int64_t i, auto access) {
       access.store(row.x + i, damped(access.load(old + i), access.load(value + i), beta));
     });
+  }
+
+  // This team's part of one of the row's vectors to another.
+  FPI_DEVICE void copy(const Team& team, const Row<T>& row, const T* from, T* to) const {
+    for_packs<T>(team, row.begin, row.end, aligned,
+                 [&](int64_t i, auto access) { access.store(to + i, access.load(from + i)); });
   }
 
   // Brings the tally up to date once all rows are done.

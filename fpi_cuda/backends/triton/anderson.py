@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -14,35 +12,27 @@ from ... import record as progress
 from ...record import Progress
 from .language import bound
 from .rows import (
-    ACTIVE,
     COUNTERS,
     FROZEN,
     HEAD,
-    ITERATIONS,
-    REFERENCE,
-    RING,
-    RING_START,
-    SCALARS,
-    WINDOW,
+    NONFINITE,
     aligned,
     check,
     check_like,
     count_row,
-    damp_or_end,
+    damped,
     entry,
-    is_finite,
     kernel,
     launched,
-    move_chunk,
-    norms_of,
+    move_or_end,
     number,
     part_of_program,
     plan_of,
     row_of_program,
     sample_of,
-    stop,
     total_of,
 )
+from .weights import Window, anderson_stop, older, ring_of, slot_of, vector, window_of
 
 __all__ = ["anderson_step"]
 
@@ -51,84 +41,50 @@ MAX_HISTORY = 32
 _UNROLLED = tl.constexpr(8)  # the longest history whose loops are unrolled, so that loads overlap
 
 
-class Window(NamedTuple):
-    """Of each sample; see `anderson_step`."""
-
-    evaluated: Tensor  # its values; `values` is a name of Triton's tuples
-    residuals: Tensor
-    gram: Tensor
-
-
-@triton.jit
-def _window_of(sample, record, M: tl.constexpr):
-    """The iteration's number, iterates before this one, this one's slot, differences with it."""
-    counters = record.counters + sample * COUNTERS
-    seen = tl.load(counters + WINDOW)
-    head = (tl.load(counters + HEAD) + 1) % M
-    return tl.load(counters + ITERATIONS) + 1, seen, head, tl.minimum(seen, M - 1)
-
-
-@triton.jit
-def _slot(head, age, M: tl.constexpr):
-    slot = head - age
-    return tl.where(slot < 0, slot + M, slot)
-
-
-@triton.jit
-def _vector(window, head, age, n, M: tl.constexpr):
-    """Where the iterate of that age begins."""
-    return window + _slot(head, age, M).to(tl.int64) * n
-
-
 @triton.jit
 def _push(x, gx, ring, i, n, seen, count, ACC: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr):
     """Stores g(x) and its residual; x and gx point to a row.
 
-    Returns x, g(x), the value before and the sums ‖r‖², ‖g‖², ‖g − g₁‖², ‖x − x₁‖² (1: the iterate
-    before), d_0 · d_j and r_0 · d_j, [SIZE]. Those of iterates that are not there hold anything.
+    Returns the sums, as `anderson_stop` takes them. Those of iterates
+    that are not there hold anything.
     """
     values, residuals, head = ring
     mask = i < n
     xs = tl.load(x + i, mask=mask, other=0)
     gs = tl.load(gx + i, mask=mask, other=0)
     there = mask & (seen > 0)
-    before = tl.load(_vector(values, head, 1 % M, n, M) + i, mask=there, other=0)
-    younger = tl.load(_vector(residuals, head, 1 % M, n, M) + i, mask=there, other=0).to(ACC)
+    before = tl.load(vector(values, head, 1 % M, n, M) + i, mask=there, other=0)
+    younger = tl.load(vector(residuals, head, 1 % M, n, M) + i, mask=there, other=0).to(ACC)
     g = gs.to(ACC)
     r = g - xs.to(ACC)
     rs = r.to(gs.dtype)
     newest = rs.to(ACC)
     first = newest - younger
     dg = g - before.to(ACC)
-    dx = dg - (r - younger)
+    dr = r - younger
+    dx = dg - dr
+    # Now, and not behind the loop: the registers are needed.
+    norms = (tl.sum(r * r), tl.sum(g * g), tl.sum(dg * dg), tl.sum(dx * dx), tl.sum(dr * dr))
     j = tl.arange(0, SIZE)
     dots = tl.where(j == 0, tl.sum(first * first), 0)
     rights = tl.where(j == 0, tl.sum(newest * first), 0)
     if M <= _UNROLLED:
         for age in tl.static_range(2, M):
-            older = _older(residuals, head, age, i, n, count, ACC, M)
-            dots = tl.where(j == age - 1, tl.sum(first * (younger - older)), dots)
-            rights = tl.where(j == age - 1, tl.sum(newest * (younger - older)), rights)
-            younger = older
+            next_one = older(residuals, head, age, i, n, count, ACC, M)
+            dots = tl.where(j == age - 1, tl.sum(first * (younger - next_one)), dots)
+            rights = tl.where(j == age - 1, tl.sum(newest * (younger - next_one)), rights)
+            younger = next_one
     else:
         for age in range(2, M):
-            older = _older(residuals, head, age, i, n, count, ACC, M)
-            dots = tl.where(j == age - 1, tl.sum(first * (younger - older)), dots)
-            rights = tl.where(j == age - 1, tl.sum(newest * (younger - older)), rights)
-            younger = older
+            next_one = older(residuals, head, age, i, n, count, ACC, M)
+            dots = tl.where(j == age - 1, tl.sum(first * (younger - next_one)), dots)
+            rights = tl.where(j == age - 1, tl.sum(newest * (younger - next_one)), rights)
+            younger = next_one
     if M == 1:
         tl.debug_barrier()  # the slot before is this one
-    tl.store(_vector(values, head, 0, n, M) + i, gs, mask=mask)
-    tl.store(_vector(residuals, head, 0, n, M) + i, rs, mask=mask)
-    sums = (tl.sum(r * r), tl.sum(g * g), tl.sum(dg * dg), tl.sum(dx * dx), dots, rights)
-    return xs, gs, before, sums
-
-
-@triton.jit
-def _older(window, head, age, i, n, count, ACC: tl.constexpr, M: tl.constexpr):
-    """Of the iterate of that age, 0 where the window does not reach it."""
-    at = _vector(window, head, age, n, M) + i
-    return tl.load(at, mask=(i < n) & (age <= count), other=0).to(ACC)
+    tl.store(vector(values, head, 0, n, M) + i, gs, mask=mask)
+    tl.store(vector(residuals, head, 0, n, M) + i, rs, mask=mask)
+    return norms[0], norms[1], norms[2], norms[3], norms[4], dots, rights
 
 
 @triton.jit
@@ -138,14 +94,14 @@ def _combine(window, head, newest, before, i, n, gamma, used, M: tl.constexpr, S
     mixed = newest - entry(gamma, 0, SIZE) * (newest - before)
     if M <= _UNROLLED:
         for age in tl.static_range(2, M):
-            older = _older(window, head, age, i, n, used, newest.dtype, M)
-            mixed -= entry(gamma, age - 1, SIZE) * (younger - older)
-            younger = older
+            next_one = older(window, head, age, i, n, used, newest.dtype, M)
+            mixed -= entry(gamma, age - 1, SIZE) * (younger - next_one)
+            younger = next_one
     else:
         for age in range(2, M):
-            older = _older(window, head, age, i, n, used, newest.dtype, M)
-            mixed -= entry(gamma, age - 1, SIZE) * (younger - older)
-            younger = older
+            next_one = older(window, head, age, i, n, used, newest.dtype, M)
+            mixed -= entry(gamma, age - 1, SIZE) * (younger - next_one)
+            younger = next_one
     return mixed
 
 
@@ -158,89 +114,39 @@ def _mix(
     values, residuals, head = ring
     mixed = _combine(values, head, gs.to(ACC), before.to(ACC), i, n, gamma, used, M, SIZE)
     if DAMPED:
-        r = _older(residuals, head, 0, i, n, used, ACC, M)
-        r_before = _older(residuals, head, 1 % M, i, n, used, ACC, M)
+        r = older(residuals, head, 0, i, n, used, ACC, M)
+        r_before = older(residuals, head, 1 % M, i, n, used, ACC, M)
         least = _combine(residuals, head, r, r_before, i, n, gamma, used, M, SIZE)
         mixed -= (1 - number(beta, ACC)) * least
     tl.store(x + i, mixed.to(gs.dtype), mask=i < n)
 
 
 @triton.jit
-def _solve(gram, head, used, dots, rights, ridge, noise, M: tl.constexpr, SIZE: tl.constexpr):
-    """γ of (K + ridge·tr K·I) γ = Dᵀr_0, K = DᵀD, [SIZE], and whether it could be solved.
-
-    By L D Lᵀ: tr K must be above `noise`, every pivot positive, γ finite. dots is the first row of
-    K, rights is Dᵀr_0; the other rows are in the sample's gram, by slot.
-    """
-    at = tl.arange(0, SIZE)
-    i, j = at[:, None], at[None, :]
-    inside = (i < used) & (j < used)
-    places = _slot(head, i, M) * M + _slot(head, j, M)
-    a = tl.load(gram + places, mask=inside & (i > 0) & (j > 0), other=0)
-    a = tl.where(inside & (i == 0), dots[None, :], a)
-    a = tl.where(inside & (j == 0), dots[:, None], a)
-    b = tl.where(at < used, rights, 0)
-    trace = tl.sum(tl.sum(tl.where(i == j, a, 0), axis=1))
-    a += tl.where(i == j, tl.where(inside, ridge * trace, 1), 0)
-    solved = (used > 0) & (trace > noise)
-    for k in range(0, bound(used)):
-        pivot = tl.sum(tl.sum(tl.where((i == k) & (j == k), a, 0), axis=1))
-        solved = solved & (pivot > 0) & is_finite(pivot)
-        row = tl.sum(tl.where((i == k) & (j > k), a, 0), axis=0)
-        factors = tl.sum(tl.where((j == k) & (i > k), a, 0), axis=1) / pivot
-        a -= factors[:, None] * row[None, :]
-        a = tl.where((j == k) & (i > k), factors[:, None], a)  # L, below the diagonal
-        b -= factors * entry(b, k, SIZE)
-    b /= tl.sum(tl.where(i == j, a, 0), axis=1)
-    for back in range(0, bound(used)):
-        k = used - 1 - back
-        b -= tl.sum(tl.where((i == k) & (j < k), a, 0), axis=0) * entry(b, k, SIZE)
-    solved = solved & (tl.sum(tl.where(is_finite(b), 0, 1)) == 0)
-    return tl.where(at < used, b, 0), solved
-
-
-@triton.jit
-def _ring_of(window, sample, n, head, M: tl.constexpr):
-    """Values and residuals of the sample's window, and the slot of the newest."""
-    return window.evaluated + sample * M * n, window.residuals + sample * M * n, head
-
-
-@triton.jit
-def _anderson_stop(
-    sums, x, gx, n, sample, at, record, window, limits, solving,
-    NOISE: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+def _move(
+    x, gx, out, ring, i, n, weights, used, beta, status,
+    ACC: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr, DAMPED: tl.constexpr,
 ):  # fmt: skip
-    """The record after this step, and the new row of the Gram matrix.
+    """The mixture; without one a damped step, or the end of the row, from g(x), to which gx points.
 
-    sums: as `_push` has them; at: as `_window_of`; solving: ridge, restart. Returns the status, how
-    many differences the mixture takes (0: a damped step), and their γ.
+    used < 0: gx points to the last good g', and its r' is in the ring's newest slot. There the step
+    is x ← g' − (1 − part) r', with β halved −1 − used times for part.
     """
-    k, seen, head, count = at
-    counters = record.counters + sample * COUNTERS
-    scalars = record.scalars + sample * SCALARS
-    acc: tl.constexpr = record.scalars.dtype.element_ty
-    dots, rights = sums[4], sums[5]
-    reference = tl.load(scalars + REFERENCE)
-    residual, value = norms_of(sums[0], sums[1], x, gx, n, BLOCK)
-    status = stop(residual, value, k, reference, sample, record, limits)
-    ring = scalars + RING_START
-    tl.store(ring + (k + RING - 2) % RING, tl.sqrt(sums[2]) / tl.sqrt(sums[3]), mask=seen > 0)
-
-    grown = (k > 1) & (residual > number(solving[1], acc) * reference)
-    used = tl.where(grown, 0, count)
-    gram = window.gram + sample * (M * M)
-    noise = NOISE * value
-    ridge = number(solving[0], acc)
-    gamma, solved = _solve(gram, head, used, dots, rights, ridge, noise * noise, M, SIZE)
-    if status == ACTIVE:
-        j = tl.arange(0, SIZE)
-        slot = _slot(head, j, M)  # kept by slot, so that nothing else moves
-        tl.store(gram + head * M + slot, dots, mask=j < used)
-        tl.store(gram + slot * M + head, dots, mask=j < used)
-        tl.store(counters + HEAD, head)
-        # Where it can't be solved: a damped step, and the window starts anew from this iterate.
-        tl.store(counters + WINDOW, tl.where(solved, used + 1, 1))
-    return status, tl.where(solved & (status == ACTIVE), used, 0), gamma
+    mask = i < n
+    gs = tl.load(gx + i, mask=mask, other=0)
+    if used > 0:
+        before = older(ring[0], ring[2], 1 % M, i, n, used, ACC, M)
+        _mix(x, gs, before, ring, i, n, weights, used, beta, ACC, M, SIZE, DAMPED)
+    else:
+        xs = tl.load(x + i, mask=mask & (DAMPED | (status == NONFINITE)), other=0)
+        moved = damped(xs, gs, beta, ACC, DAMPED)
+        if used < 0:
+            part = number(beta, ACC)
+            for _ in range(0, bound(-1 - used)):
+                part *= 0.5
+            r = older(ring[1], ring[2], 0, i, n, 0, ACC, M)
+            rest = tl.where(part == 1, 0, (1 - part) * r)  # r' may have overflowed a half type
+            moved = (gs.to(ACC) - rest).to(gs.dtype)
+        move_or_end(x, out, i, mask, xs, gs, moved, status)
 
 
 @kernel
@@ -248,7 +154,8 @@ def _anderson_row(
     x, gx, out, record, window, indexed, rows, n,
     rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
     beta: tl.float64, ridge: tl.float64, restart: tl.float64, NOISE: tl.constexpr,
-    M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, DAMPED: tl.constexpr,
+    M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    DAMPED: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = record.scalars.dtype.element_ty
     row, sample, active = row_of_program(record, indexed, rows)
@@ -256,19 +163,24 @@ def _anderson_row(
     if active:
         x += row * n
         gx += row * n
-        at = _window_of(sample, record, M)
-        ring = _ring_of(window, sample, n, at[2], M)
+        at = window_of(sample, record, M)
+        ring = ring_of(window, sample, n, at[2], M)
         i = tl.arange(0, BLOCK)
-        xs, gs, before, sums = _push(x, gx, ring, i, n, at[1], at[3], acc, M, SIZE)
+        sums = _push(x, gx, ring, i, n, at[1], at[3], acc, M, SIZE)
         limits = (rtol, offset, rounding, patience, max_iterations)
-        status, used, weights = _anderson_stop(
+        status, used, weights = anderson_stop(
             sums, x, gx, n, sample, at, record, window, limits, (ridge, restart),
-            NOISE, M, SIZE, BLOCK,
+            NOISE, M, SIZE, WIDTH,
         )  # fmt: skip
-        if used > 0:
-            _mix(x, gs, before, ring, i, n, weights, used, beta, acc, M, SIZE, DAMPED)
-        else:
-            damp_or_end(x, out + sample * n, i, i < n, xs, gs, beta, status, acc, DAMPED)
+        # g(x) and all else is read again, from the cache: the registers are needed in between.
+        head = at[2]
+        if used < 0:
+            head = slot_of(head, 1 % M, M)
+            gx = vector(ring[0], head, 0, n, M)
+        ring = ring_of(window, sample, n, head, M)
+        _move(
+            x, gx, out + sample * n, ring, i, n, weights, used, beta, status, acc, M, SIZE, DAMPED
+        )
     count_row(status, row, record, rows)
 
 
@@ -282,31 +194,34 @@ def _anderson_parts(
     if active:
         x += row * n
         gx += row * n
-        _k, seen, head, count = _window_of(sample, record, M)
-        ring = _ring_of(window, sample, n, head, M)
+        _k, seen, head, count = window_of(sample, record, M)
+        ring = ring_of(window, sample, n, head, M)
         rr = tl.zeros([], acc)
         gg = tl.zeros([], acc)
         dgdg = tl.zeros([], acc)
         dxdx = tl.zeros([], acc)
+        drdr = tl.zeros([], acc)
         dots = tl.zeros([SIZE], acc)
         rights = tl.zeros([SIZE], acc)
         for chunk in range(CHUNKS):
             i = (part * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
-            _xs, _gs, _before, of_chunk = _push(x, gx, ring, i, n, seen, count, acc, M, SIZE)
+            of_chunk = _push(x, gx, ring, i, n, seen, count, acc, M, SIZE)
             rr += of_chunk[0]
             gg += of_chunk[1]
             dgdg += of_chunk[2]
             dxdx += of_chunk[3]
-            dots += of_chunk[4]
-            rights += of_chunk[5]
-        sums += (row * parts + part) * (4 + 2 * SIZE)
+            drdr += of_chunk[4]
+            dots += of_chunk[5]
+            rights += of_chunk[6]
+        sums += (row * parts + part) * (5 + 2 * SIZE)
         j = tl.arange(0, SIZE)
         tl.store(sums, rr)
         tl.store(sums + 1, gg)
         tl.store(sums + 2, dgdg)
         tl.store(sums + 3, dxdx)
-        tl.store(sums + 4 + j, dots)
-        tl.store(sums + 4 + SIZE + j, rights)
+        tl.store(sums + 4, drdr)
+        tl.store(sums + 5 + j, dots)
+        tl.store(sums + 5 + SIZE + j, rights)
 
 
 @kernel
@@ -314,27 +229,28 @@ def _anderson_decide(
     x, gx, record, window, sums, moves, gamma, indexed, rows, n, parts,
     rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
     ridge: tl.float64, restart: tl.float64, NOISE: tl.constexpr,
-    M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    M: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row, sample, active = row_of_program(record, indexed, rows)
     status = tl.full([], FROZEN, tl.int32)
     if active:
-        at = _window_of(sample, record, M)
-        width: tl.constexpr = 4 + 2 * SIZE
+        at = window_of(sample, record, M)
+        width: tl.constexpr = 5 + 2 * SIZE
         sums += row * parts * width
-        norms = total_of(sums, parts, width, 4)
+        norms = total_of(sums, parts, width, 8)  # and others behind them
         totals = (
-            entry(norms, 0, 4),
-            entry(norms, 1, 4),
-            entry(norms, 2, 4),
-            entry(norms, 3, 4),
-            total_of(sums + 4, parts, width, SIZE),
-            total_of(sums + 4 + SIZE, parts, width, SIZE),
+            entry(norms, 0, 8),
+            entry(norms, 1, 8),
+            entry(norms, 2, 8),
+            entry(norms, 3, 8),
+            entry(norms, 4, 8),
+            total_of(sums + 5, parts, width, SIZE),
+            total_of(sums + 5 + SIZE, parts, width, SIZE),
         )
         limits = (rtol, offset, rounding, patience, max_iterations)
-        status, used, weights = _anderson_stop(
+        status, used, weights = anderson_stop(
             totals, x + row * n, gx + row * n, n, sample, at, record, window, limits,
-            (ridge, restart), NOISE, M, SIZE, BLOCK,
+            (ridge, restart), NOISE, M, SIZE, WIDTH,
         )  # fmt: skip
         tl.store(gamma + row * SIZE + tl.arange(0, SIZE), weights)
         tl.store(moves + row * 2 + 1, used)
@@ -358,16 +274,14 @@ def _anderson_move(
         gx += row * n
         used = tl.load(moves + row * 2 + 1)
         head = tl.load(record.counters + sample * COUNTERS + HEAD)
-        ring = _ring_of(window, sample, n, head, M)
+        ring = ring_of(window, sample, n, head, M)
         weights = tl.load(gamma + row * SIZE + tl.arange(0, SIZE))
+        if used < 0:
+            gx = vector(ring[0], head, 0, n, M)
+        out += sample * n
         for chunk in range(CHUNKS):
             i = (part * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
-            if used > 0:
-                gs = tl.load(gx + i, mask=i < n, other=0)
-                before = _older(ring[0], head, 1 % M, i, n, used, acc, M)
-                _mix(x, gs, before, ring, i, n, weights, used, beta, acc, M, SIZE, DAMPED)
-            else:
-                move_chunk(x, gx, out + sample * n, i, n, beta, status, acc, DAMPED)
+            _move(x, gx, out, ring, i, n, weights, used, beta, status, acc, M, SIZE, DAMPED)
 
 
 def anderson_step(
@@ -395,7 +309,8 @@ def anderson_step(
     m = values.shape[1]
     gx, beta, plan = aligned(gx), float(beta), plan_of(n, x.dtype)
     each_row, each_part = (max(rows, 1),), (rows * plan.parts,)
-    sizes = {"M": m, "SIZE": triton.next_power_of_2(max(m - 1, 1)), **plan.options}
+    system = {"M": m, "SIZE": triton.next_power_of_2(max(m - 1, 1))}
+    sizes, deciding = {**system, **plan.options}, {**system, **plan.decision}
     solving = (float(ridge), float(restart), progress.NOISE * torch.finfo(x.dtype).eps / 2)
     damping = {"DAMPED": beta != 1, **sizes}
     window = Window(values, residuals, gram)
@@ -403,17 +318,28 @@ def anderson_step(
         record, place, limits = launched(p, x)
         if plan.parts == 1:
             _anderson_row[each_row](
-                x, gx, p.out, record, window, *place, *limits, beta, *solving, **damping
+                x,
+                gx,
+                p.out,
+                record,
+                window,
+                *place,
+                *limits,
+                beta,
+                *solving,
+                **damping | plan.decision,
             )
             return
         cut = (*place, plan.parts)
-        columns = 4 + 2 * sizes["SIZE"]
+        columns = 5 + 2 * sizes["SIZE"]
         sums = torch.empty(rows, plan.parts, columns, dtype=p.dtype, device=x.device)
         moves = torch.empty(rows, 2, dtype=torch.int32, device=x.device)
         gamma = torch.empty(rows, sizes["SIZE"], dtype=p.dtype, device=x.device)
         _anderson_parts[each_part](x, gx, record, window, sums, *cut, CHUNKS=plan.chunks, **sizes)
         left = (sums, moves, gamma)
-        _anderson_decide[each_row](x, gx, record, window, *left, *cut, *limits, *solving, **sizes)
+        _anderson_decide[each_row](
+            x, gx, record, window, *left, *cut, *limits, *solving, **deciding
+        )
         _anderson_move[each_part](
             x, gx, p.out, record, window, moves, gamma, *cut, beta, CHUNKS=plan.chunks, **damping
         )

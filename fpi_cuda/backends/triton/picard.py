@@ -8,27 +8,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import record as progress
 from ...record import Progress
+from .language import bound
+from .norms import larger_gain, norms_of, residual_and_value, scale_for
 from .rows import (
+    ACTIVE,
     COUNTERS,
     FROZEN,
+    GAIN,
+    HEAD,
     ITERATIONS,
+    NONFINITE,
     REFERENCE,
+    RESIDUAL,
     RING,
     RING_START,
     SCALARS,
+    WINDOW,
     aligned,
     check,
+    check_like,
     count_row,
-    damp_or_end,
+    damped,
     entry,
     kernel,
     launched,
+    limits_of,
     move_chunk,
-    norms_of,
+    move_or_end,
+    number,
     part_of_program,
     plan_of,
-    residual_and_value,
     row_of_program,
     sample_of,
     stop,
@@ -38,23 +49,120 @@ from .rows import (
 __all__ = ["picard_step"]
 
 
+_TRAIL = tl.constexpr(progress.TRAIL)
+_NEAR_END = tl.constexpr(progress.NEAR_END)
+
+
 @triton.jit
-def _picard_stop(squares, x, gx, n, sample, record, limits, BLOCK: tl.constexpr):
-    """The status after this step, and the record. squares: ‖r‖², ‖g(x)‖²; x, gx point to a row."""
-    k = tl.load(record.counters + sample * COUNTERS + ITERATIONS) + 1
+def _state_of(trail, sample, slot, n):
+    """Where the iterate in that slot of the sample's trail begins."""
+    return trail + (sample * _TRAIL + slot) * n
+
+
+@triton.jit
+def _measure(
+    x, gx, trail, n, residual, noise, beta, sample, head, length, record,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Gain, and rate where it is damped, of a sample that ends, from its last iterates.
+
+    x and gx point to a row. As it is once a sample: few registers and small code.
+    """
+    acc: tl.constexpr = record.scalars.dtype.element_ty
+    newest = _state_of(trail, sample, head, n)
+    older = _state_of(trail, sample, tl.where(length > 1, 1 - head, head), n)
+    scale, _inverse = scale_for(residual)
+    undamp = 1 / number(beta, acc)
+    new_value = tl.zeros([WIDTH], acc)
+    new_residual = tl.zeros([WIDTH], acc)
+    new_state = tl.zeros([WIDTH], acc)
+    far_value = tl.zeros([WIDTH], acc)
+    far_residual = tl.zeros([WIDTH], acc)
+    old_value = tl.zeros([WIDTH], acc)
+    old_state = tl.zeros([WIDTH], acc)
+    for start in range(0, bound(n), WIDTH):
+        i = start + tl.arange(0, WIDTH)
+        mask = i < n
+        x0 = tl.load(x + i, mask=mask, other=0).to(acc)
+        x1 = tl.load(newest + i, mask=mask, other=0).to(acc)
+        x2 = tl.load(older + i, mask=mask, other=0).to(acc)
+        r = scale * (tl.load(gx + i, mask=mask, other=0).to(acc) - x0)
+        dx = scale * (x0 - x1)
+        dx1 = scale * (x1 - x2)
+        # r_1 = Δx / β, and Δg = Δx + Δr
+        dr = r - dx * undamp
+        dr1 = (dx - dx1) * undamp
+        dg = dx + dr
+        dg1 = dx1 + dr1
+        new_value += dg * dg
+        new_residual += dr * dr
+        new_state += dx * dx
+        far_value += (dg + dg1) * (dg + dg1)
+        far_residual += (dr + dr1) * (dr + dr1)
+        old_value += dg1 * dg1
+        old_state += dx1 * dx1
+    noise *= scale
+    gain = larger_gain(tl.zeros([], acc), tl.sum(new_value), tl.sum(new_residual), noise)
+    far = larger_gain(gain, tl.sum(far_value), tl.sum(far_residual), noise)
     scalars = record.scalars + sample * SCALARS
+    tl.store(scalars + GAIN, tl.where(length > 1, far, gain))
+    is_damped = beta != 1  # whose residuals do not tell g's rate
+    rate = tl.sum(new_value) / tl.sum(new_state)
+    tl.store(scalars + RING_START, rate, mask=is_damped)
+    rate = tl.sum(old_value) / tl.sum(old_state)
+    tl.store(scalars + RING_START + 1, rate, mask=is_damped & (length > 1))
+    tl.debug_barrier()  # every warp has read x
+
+
+@triton.jit
+def _picard_stop(
+    squares, x, gx, trail, n, beta, sample, record, limits,
+    NOISE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The record after this step. squares: ‖r‖², ‖g(x)‖²; x, gx point to a row.
+
+    Returns the status and the slot of the trail to which x is to go, −1 where the end is far:
+    csrc/math/picard.h.
+    """
+    counters = record.counters + sample * COUNTERS
+    scalars = record.scalars + sample * SCALARS
+    k = tl.load(counters + ITERATIONS) + 1
+    length = tl.load(counters + WINDOW)
+    head = tl.load(counters + HEAD)
+    before = tl.load(scalars + RESIDUAL)
     reference = tl.load(scalars + REFERENCE)
-    residual, value = norms_of(squares[0], squares[1], x, gx, n, BLOCK)
-    status = stop(residual, value, k, reference, sample, record, limits)
-    tl.store(scalars + RING_START + (k - 1) % RING, residual)
-    return status
+    own = limits_of(sample, record, limits)
+    residual, value = norms_of(squares[0], squares[1], x, gx, n, WIDTH)
+    status, since, threshold = stop(residual, value, k, reference, sample, record, own)
+    fall = residual / before
+    if k > 1:
+        # Undamped, Δg = r and Δx is the residual before.
+        tl.store(scalars + RING_START + (k - 2) % RING, fall * fall, mask=beta == 1)
+    slot = tl.full([], -1, tl.int32)
+    if status == ACTIVE:
+        ends = (since != k) | (k + _TRAIL >= own[4]) | (threshold < 0)
+        ends = ends | (residual * fall * fall <= threshold * _NEAR_END)
+        if (k <= _TRAIL) | ends:
+            slot = 1 - head
+            tl.store(counters + HEAD, slot)
+            tl.store(counters + WINDOW, tl.minimum(length + 1, _TRAIL))
+        else:
+            tl.store(counters + WINDOW, 0)
+    elif trail is not None:
+        if (status != NONFINITE) & (length > 0) & (residual > 0):
+            _measure(
+                x, gx, trail, n, residual, NOISE * value, beta, sample, head, length, record,
+                WIDTH,
+            )  # fmt: skip
+    return status, slot
 
 
 @kernel
 def _picard_row(
-    x, gx, out, record, indexed, rows, n,
+    x, gx, out, trail, record, indexed, rows, n,
     rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
-    beta: tl.float64, BLOCK: tl.constexpr, DAMPED: tl.constexpr,
+    beta: tl.float64, NOISE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    DAMPED: tl.constexpr,
 ):  # fmt: skip
     row, sample, active = row_of_program(record, indexed, rows)
     status = tl.full([], FROZEN, tl.int32)
@@ -69,8 +177,14 @@ def _picard_row(
         r = g - xs.to(acc)
         squares = (tl.sum(r * r), tl.sum(g * g))
         limits = (rtol, offset, rounding, patience, max_iterations)
-        status = _picard_stop(squares, x, gx, n, sample, record, limits, BLOCK)
-        damp_or_end(x, out + sample * n, i, i < n, xs, gs, beta, status, acc, DAMPED)
+        status, slot = _picard_stop(
+            squares, x, gx, trail, n, beta, sample, record, limits, NOISE, WIDTH
+        )
+        if trail is not None:
+            kept = _state_of(trail, sample, slot, n)
+            tl.store(kept + i, xs, mask=(i < n) & (slot >= 0))
+        moved = damped(xs, gs, beta, acc, DAMPED)
+        move_or_end(x, out + sample * n, i, i < n, xs, gs, moved, status)
     count_row(status, row, record, rows)
 
 
@@ -95,9 +209,9 @@ def _picard_parts(
 
 @kernel
 def _picard_decide(
-    x, gx, record, sums, moves, indexed, rows, n, parts,
+    x, gx, trail, record, sums, moves, indexed, rows, n, parts,
     rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
-    BLOCK: tl.constexpr,
+    beta: tl.float64, NOISE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row, sample, active = row_of_program(record, indexed, rows)
     status = tl.full([], FROZEN, tl.int32)
@@ -105,14 +219,19 @@ def _picard_decide(
         totals = total_of(sums + row * parts * 2, parts, 2, 2).to(record.scalars.dtype.element_ty)
         squares = (entry(totals, 0, 2), entry(totals, 1, 2))
         limits = (rtol, offset, rounding, patience, max_iterations)
-        status = _picard_stop(squares, x + row * n, gx + row * n, n, sample, record, limits, BLOCK)
+        x += row * n
+        gx += row * n
+        status, slot = _picard_stop(
+            squares, x, gx, trail, n, beta, sample, record, limits, NOISE, WIDTH
+        )
+        tl.store(moves + row * 2 + 1, slot)
     tl.store(moves + row * 2, status, mask=row < rows)
     count_row(status, row, record, rows)
 
 
 @kernel
 def _picard_move(
-    x, gx, out, record, moves, indexed, rows, n, parts, beta: tl.float64,
+    x, gx, out, trail, record, moves, indexed, rows, n, parts, beta: tl.float64,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, DAMPED: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = record.scalars.dtype.element_ty
@@ -121,13 +240,23 @@ def _picard_move(
     row, part = (place // parts).to(tl.int64), place % parts
     status = tl.load(moves + row * 2)
     if status != FROZEN:
-        out += sample_of(row, record, indexed, rows) * n
+        sample = sample_of(row, record, indexed, rows)
+        out += sample * n
+        slot = tl.load(moves + row * 2 + 1)
         for chunk in range(CHUNKS):
             i = (part * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
+            if trail is not None:
+                kept = _state_of(trail, sample, slot, n)
+                if slot >= 0:
+                    xs = tl.load(x + row * n + i, mask=i < n)
+                    tl.store(kept + i, xs, mask=i < n)
+                    tl.debug_barrier()  # every warp has read x
             move_chunk(x + row * n, gx + row * n, out, i, n, beta, status, acc, DAMPED)
 
 
-def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
+def picard_step(
+    p: Progress, x: Tensor, gx: Tensor, beta: float, trail: Tensor | None = None
+) -> None:
     """One damped Picard step of every active row; see `reference.picard_step`.
 
     Args:
@@ -138,6 +267,7 @@ def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
         x: iterates, [R, N], contiguous; moved.
         gx: g(x), [R, N], contiguous; only read.
         beta: weight of the new value.
+        trail: the iterates before x, [B, TRAIL, N], where they were kept; None: none are.
 
     Raises:
         ValueError: shapes, dtypes or strides are not those above.
@@ -151,13 +281,21 @@ def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
             f"picard_step: norms must have shape [{rows}, tiles, 2] and be contiguous "
             f"(got shape {list(norms.shape)}, strides {list(norms.stride())})"
         )
+    if trail is not None:
+        b = len(p.counters)
+        check_like("picard_step", "trail", trail, x, (b, progress.TRAIL, n), x.dtype)
     gx, beta, plan = aligned(gx), float(beta), plan_of(n, x.dtype)
+    noise = progress.NOISE * torch.finfo(x.dtype).eps / 2
     each_row, each_part = (max(rows, 1),), (rows * plan.parts,)
     damping = {"DAMPED": beta != 1, **plan.options}
     with torch.cuda.device_of(x):
         record, place, limits = launched(p, x)
         if plan.parts == 1 and norms is None:
-            _picard_row[each_row](x, gx, p.out, record, *place, *limits, beta, **damping)
+            _picard_row[each_row](
+                x, gx, p.out, trail, record, *place, *limits, beta, noise,
+                WIDTH=min(plan.block, 128),  # beside a row, so fewer yet
+                **damping,
+            )  # fmt: skip
             return
         cut = (*place, plan.parts)
         if norms is None:
@@ -165,9 +303,10 @@ def picard_step(p: Progress, x: Tensor, gx: Tensor, beta: float) -> None:
             _picard_parts[each_part](x, gx, record, norms, *cut, CHUNKS=plan.chunks, **plan.options)
         moves = torch.empty(rows, 2, dtype=torch.int32, device=x.device)
         tiles = norms.shape[1]
+        limits = (*limits, beta, noise)
         _picard_decide[each_row](
-            x, gx, record, norms, moves, *place, tiles, *limits, **plan.options
+            x, gx, trail, record, norms, moves, *place, tiles, *limits, **plan.decision
         )
         _picard_move[each_part](
-            x, gx, p.out, record, moves, *cut, beta, CHUNKS=plan.chunks, **damping
+            x, gx, p.out, trail, record, moves, *cut, beta, CHUNKS=plan.chunks, **damping
         )

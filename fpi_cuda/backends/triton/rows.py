@@ -11,9 +11,13 @@ that the order of every sum: a sample's bits are the same in any batch.
 The last columns count the vectors of N values that a row moves at β = 1, window full. A damped
 Picard step of a long row reads x once more, a damped mixture the m residuals. Where the kernel that
 computed g(x) left the sums behind the norms, a Picard step reads g(x) and writes x only: 2 vectors,
-damped 3. In three launches each part leaves its sums, one program a row adds them up in their
-order, decides and solves for the weights, and the parts move. A row that ends writes `out` too; one
-that has ended costs the start of its programs.
+damped 3. Where the end is near, a Picard step copies x to the trail besides.
+
+In three launches each part leaves its sums, one program a row adds them up in their order, decides
+and solves for the weights, and the parts move. An Anderson program of a whole row holds no vector
+between its sums and its mixture either: it reads g(x) and the value before once more, from the
+cache, which leaves registers for twice as many programs. A row that ends writes `out` too; one that
+has ended costs the start of its programs.
 
 Nothing here waits for the device or depends on what a step finds, so a step can be captured in a
 graph, and nothing is compiled anew for another number of rows or samples. Each step sets 16 bytes
@@ -33,18 +37,22 @@ from torch import Tensor
 from ... import record as progress
 from ...record import Progress, Status
 from .language import bound
+from .norms import is_finite
 
 __all__ = ["Plan", "plan_of"]
 
-COUNTERS = tl.constexpr(5)  # columns of the record; the names of `progress`
-SCALARS = tl.constexpr(2 + progress.RING)
-_STATUS = tl.constexpr(progress.STATUS)
+COUNTERS = tl.constexpr(progress.COUNTERS)  # columns of the record; the names of `progress`
+SCALARS = tl.constexpr(progress.SCALARS)
+STATUS = tl.constexpr(progress.STATUS)
 ITERATIONS = tl.constexpr(progress.ITERATIONS)
 _REFERENCE_ITERATION = tl.constexpr(progress.REFERENCE_ITERATION)
 WINDOW = tl.constexpr(progress.WINDOW)
 HEAD = tl.constexpr(progress.HEAD)
-_RESIDUAL = tl.constexpr(progress.RESIDUAL)
+RETREATS = tl.constexpr(progress.RETREATS)
+RESIDUAL = tl.constexpr(progress.RESIDUAL)
 REFERENCE = tl.constexpr(progress.REFERENCE)
+_VALUE = tl.constexpr(progress.VALUE)
+GAIN = tl.constexpr(progress.GAIN)
 RING_START = tl.constexpr(progress.RING_START)
 RING = tl.constexpr(progress.RING)
 _FLOOR = tl.constexpr(progress.FLOOR)
@@ -52,7 +60,8 @@ _OWN_RTOL = tl.constexpr(progress.OWN_RTOL)
 _OWN_OFFSET = tl.constexpr(progress.OWN_OFFSET)
 _OWN_PATIENCE = tl.constexpr(progress.OWN_PATIENCE)
 _OWN_MAX_ITERATIONS = tl.constexpr(progress.OWN_MAX_ITERATIONS)
-_BOUNDS = tl.constexpr(1 + progress.OWN_MAX_ITERATIONS)
+_OWN_ROUNDING = tl.constexpr(progress.OWN_ROUNDING)
+_BOUNDS = tl.constexpr(1 + progress.OWN_ROUNDING)
 _ACTIVE_ROWS = tl.constexpr(progress.ACTIVE_ROWS)
 _FAILED = tl.constexpr(progress.FAILED)
 _ITERATION = tl.constexpr(progress.ITERATION)
@@ -61,7 +70,7 @@ _GROWTH_ITERATIONS = tl.constexpr(progress.GROWTH_ITERATIONS)
 _FALL = tl.constexpr(progress.FALL)
 ACTIVE = tl.constexpr(progress.ACTIVE)
 _CONVERGED = tl.constexpr(1 + Status.CONVERGED)
-_MAX_ITERATIONS = tl.constexpr(1 + Status.MAX_ITERATIONS)
+MAX_ITERATIONS = tl.constexpr(1 + Status.MAX_ITERATIONS)
 _STALLED = tl.constexpr(1 + Status.STALLED)
 _DIVERGED = tl.constexpr(1 + Status.DIVERGED)
 NONFINITE = tl.constexpr(1 + Status.NONFINITE)
@@ -85,7 +94,7 @@ class Record(NamedTuple):
     counters: Tensor
     scalars: Tensor
     floor: Tensor | None  # [B]
-    own: Tensor | None  # [B, 5] in its place: a sample's floor, and its own limits
+    own: Tensor | None  # [B, 6] in its place: a sample's floor, and its own limits
     samples: Tensor  # that the rows hold, where `indexed`
     tally: Tensor
     counts: Tensor  # int64: rows done, and the active ones among them times 2³²; rows that failed
@@ -101,8 +110,16 @@ class Plan(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """What every launch is given of it."""
+        """What a launch over parts is given of it."""
         return {"BLOCK": self.block, "num_warps": self.warps}
+
+    @property
+    def decision(self) -> dict[str, int]:
+        """What a launch is given that goes through a row once more where it has to.
+
+        That is rare: few registers and small code.
+        """
+        return {"WIDTH": min(self.block, 512), "num_warps": self.warps}
 
 
 def plan_of(n: int, dtype: torch.dtype) -> Plan:
@@ -126,12 +143,6 @@ def number(a, ACC: tl.constexpr):
 
 
 @triton.jit
-def is_finite(a):
-    """Whether it is neither infinite nor NaN."""
-    return a - a == 0
-
-
-@triton.jit
 def sample_of(row, record, indexed, rows):
     """The sample whose row it is."""
     return tl.load(record.samples + row, mask=(row < rows) & (indexed != 0), other=row)
@@ -140,7 +151,7 @@ def sample_of(row, record, indexed, rows):
 @triton.jit
 def _active_sample(row, record, indexed, rows):
     sample = sample_of(row, record, indexed, rows)
-    status = record.counters + sample * COUNTERS + _STATUS
+    status = record.counters + sample * COUNTERS + STATUS
     return sample, tl.load(status, mask=row < rows, other=FROZEN) == ACTIVE
 
 
@@ -162,104 +173,61 @@ def part_of_program(record, indexed, rows, parts):
 
 
 @triton.jit
-def _is_trusted(squares):
-    if squares.dtype == tl.float64:
-        trusted = (squares > 1e-290) & (squares < 1e290)
-    else:
-        trusted = (squares > 1e-30) & (squares < 1e30)
-    return trusted
+def limits_of(sample, record, limits):
+    """The limits that hold for a sample: `limits`, as `launched` has them, or its own.
 
-
-@triton.jit
-def norms_of(r_squares, g_squares, x, gx, n, BLOCK: tl.constexpr):
-    """‖g(x) − x‖ and ‖g(x)‖ of a row, to which x and gx point, from their squares.
-
-    Where one of these may have under- or overflowed, both are measured again, scaled.
-    """
-    acc: tl.constexpr = r_squares.dtype
-    # Rare, so few registers rather than speed; float64 spills with fewer at a time.
-    WIDTH: tl.constexpr = 512 if acc == tl.float32 and BLOCK > 512 else BLOCK
-    r_norm = tl.sqrt(r_squares)
-    g_norm = tl.sqrt(g_squares)
-    if (_is_trusted(r_squares) & _is_trusted(g_squares)) == 0:
-        r_largest = tl.zeros([WIDTH], acc)
-        g_largest = tl.zeros([WIDTH], acc)
-        for start in range(0, bound(n), WIDTH):
-            r, g = residual_and_value(x, gx, start + tl.arange(0, WIDTH), n, acc)
-            r_largest = tl.where(tl.abs(r) > r_largest, tl.abs(r), r_largest)
-            g_largest = tl.where(tl.abs(g) > g_largest, tl.abs(g), g_largest)
-        r_scale = _scale(tl.max(r_largest))
-        g_scale = _scale(tl.max(g_largest))
-        r_scaled = tl.zeros([WIDTH], acc)
-        g_scaled = tl.zeros([WIDTH], acc)
-        for start in range(0, bound(n), WIDTH):
-            r, g = residual_and_value(x, gx, start + tl.arange(0, WIDTH), n, acc)
-            r_scaled += (r / r_scale) * (r / r_scale)
-            g_scaled += (g / g_scale) * (g / g_scale)
-        r_norm = r_scale * tl.sqrt(tl.sum(r_scaled))
-        g_norm = g_scale * tl.sqrt(tl.sum(g_scaled))
-    return r_norm, g_norm
-
-
-@triton.jit
-def _scale(largest):
-    return tl.where((largest > 0) & is_finite(largest), largest, 1.0)
-
-
-@triton.jit
-def residual_and_value(x, gx, i, n, ACC: tl.constexpr):
-    """g(x) − x and g(x) at i, 0 beyond n."""
-    g = tl.load(gx + i, mask=i < n, other=0).to(ACC)
-    return g - tl.load(x + i, mask=i < n, other=0).to(ACC), g
-
-
-@triton.jit
-def stop(residual, value, k, reference, sample, record, limits):
-    """The sample's status after iteration k, and its counters and reference brought up to date.
-
-    limits: as `launched` has them.
+    Returns rtol, offset, rounding, patience, max_iterations and the least norm that rtol takes.
     """
     acc: tl.constexpr = record.scalars.dtype.element_ty
-    rtol, offset, rounding = (
-        number(limits[0], acc),
-        number(limits[1], acc),
-        number(limits[2], acc),
-    )
+    rtol = number(limits[0], acc)
+    offset = number(limits[1], acc)
+    rounding = number(limits[2], acc)
     patience, max_iterations = limits[3], limits[4]
+    floor = tl.full([], 0, acc)
+    if record.floor is not None:
+        floor = tl.load(record.floor + sample)
+    if record.own is not None:
+        own = record.own + sample * _BOUNDS
+        floor = tl.load(own + _FLOOR)
+        rtol = tl.load(own + _OWN_RTOL)
+        offset = tl.load(own + _OWN_OFFSET)
+        rounding = tl.load(own + _OWN_ROUNDING)
+        patience = tl.load(own + _OWN_PATIENCE).to(tl.int32)
+        max_iterations = tl.load(own + _OWN_MAX_ITERATIONS).to(tl.int32)
+    return rtol, offset, rounding, patience, max_iterations, floor
+
+
+@triton.jit
+def stop(residual, value, k, reference, sample, record, own):
+    """The sample's status after iteration k; its counters, norms and reference brought up to date.
+
+    own: as `limits_of` has them. Also returns the iteration of the reference, and the threshold.
+    """
+    rtol, offset, rounding, patience, max_iterations, floor = own
     counters = record.counters + sample * COUNTERS
     scalars = record.scalars + sample * SCALARS
     since = tl.load(counters + _REFERENCE_ITERATION)
     fell = (k == 1) | (residual <= reference * _FALL)
     reference = tl.where(fell, residual, reference)
     since = tl.where(fell, k, since)
-    least = value
-    if record.floor is not None:
-        given = tl.load(record.floor + sample)
-        least = tl.where(value > given, value, given)
-    if record.own is not None:
-        own = record.own + sample * _BOUNDS
-        given = tl.load(own + _FLOOR)
-        least = tl.where(value > given, value, given)
-        rtol = tl.load(own + _OWN_RTOL)
-        offset = tl.load(own + _OWN_OFFSET)
-        patience = tl.load(own + _OWN_PATIENCE).to(tl.int32)
-        max_iterations = tl.load(own + _OWN_MAX_ITERATIONS).to(tl.int32)
+    threshold = offset + rtol * tl.where(value > floor, value, floor)
 
-    status = tl.where(k >= max_iterations, _MAX_ITERATIONS, ACTIVE)
+    status = tl.where(k >= max_iterations, MAX_ITERATIONS, ACTIVE)
     stalled = (k - since >= patience) & (residual <= rounding * value)
     status = tl.where(stalled, _STALLED, status)
     diverged = (k - since >= _GROWTH_ITERATIONS) & (residual > reference * _GROWTH)
     status = tl.where(diverged, _DIVERGED, status)
-    status = tl.where(residual <= offset + rtol * least, _CONVERGED, status)
+    status = tl.where(residual <= threshold, _CONVERGED, status)
     status = tl.where(is_finite(residual) & is_finite(value), status, NONFINITE)
 
     tl.debug_barrier()  # every warp has read the record
-    tl.store(counters + _STATUS, status)
+    tl.store(counters + STATUS, status)
     tl.store(counters + ITERATIONS, k)
     tl.store(counters + _REFERENCE_ITERATION, since)
-    tl.store(scalars + _RESIDUAL, residual)
+    tl.store(scalars + RESIDUAL, residual)
     tl.store(scalars + REFERENCE, reference)
-    return status
+    tl.store(scalars + _VALUE, value)
+    return status, since, threshold
 
 
 @triton.jit
@@ -281,18 +249,20 @@ def count_row(status, row, record, rows):
 
 
 @triton.jit
-def _damped(xs, gs, beta, ACC: tl.constexpr, DAMPED: tl.constexpr):
+def damped(xs, gs, beta, ACC: tl.constexpr, DAMPED: tl.constexpr):
+    """g(x), or x + β (g(x) − x) where that does not overflow the state's type."""
     if DAMPED:
         x = xs.to(ACC)
-        return (x + number(beta, ACC) * (gs.to(ACC) - x)).to(gs.dtype)
+        moved = (x + number(beta, ACC) * (gs.to(ACC) - x)).to(gs.dtype)
+        return tl.where(is_finite(moved.to(ACC)), moved, gs)
     return gs
 
 
 @triton.jit
-def damp_or_end(x, out, i, mask, xs, gs, beta, status, ACC: tl.constexpr, DAMPED: tl.constexpr):
-    """An active row's damped step, or the result of one that ends. x and out point to rows."""
+def move_or_end(x, out, i, mask, xs, gs, moved, status):
+    """An active row's step to `moved`, or the result of one that ends. x and out point to rows."""
     if status == ACTIVE:
-        tl.store(x + i, _damped(xs, gs, beta, ACC, DAMPED), mask=mask)
+        tl.store(x + i, moved, mask=mask)
     else:
         result = tl.where(status == NONFINITE, xs, gs)
         tl.store(x + i, result, mask=mask)
@@ -301,14 +271,14 @@ def damp_or_end(x, out, i, mask, xs, gs, beta, status, ACC: tl.constexpr, DAMPED
 
 @triton.jit
 def move_chunk(x, gx, out, i, n, beta, status, ACC: tl.constexpr, DAMPED: tl.constexpr):
-    """`damp_or_end` at i, which may lie beyond n."""
+    """A damped step, or the end of the row, at i, which may lie beyond n."""
     mask = i < n
     gs = tl.load(gx + i, mask=mask, other=0)
     if DAMPED:
         xs = tl.load(x + i, mask=mask, other=0)
     else:
         xs = tl.load(x + i, mask=mask & (status == NONFINITE), other=0)
-    damp_or_end(x, out, i, mask, xs, gs, beta, status, ACC, DAMPED)
+    move_or_end(x, out, i, mask, xs, gs, damped(xs, gs, beta, ACC, DAMPED), status)
 
 
 @triton.jit
@@ -319,7 +289,8 @@ def total_of(sums, count, stride, WIDTH: tl.constexpr):
     total = tl.zeros([DEPTH, WIDTH], sums.dtype.element_ty)
     for start in range(0, bound(count), DEPTH):
         place = start + tl.arange(0, DEPTH)[:, None]
-        total += tl.load(sums + place * stride + column, mask=place < count, other=0)
+        there = (place < count) & (column < stride)
+        total += tl.load(sums + place * stride + column, mask=there, other=0)
     return tl.sum(total, axis=0)
 
 
