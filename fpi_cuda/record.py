@@ -89,6 +89,7 @@ BOUNDS = 6
 # DIVERGED: the residual is GROWTH times the reference, which is at least GROWTH_ITERATIONS old.
 GROWTH, GROWTH_ITERATIONS = 1e4, 5
 NOISE = 2  # residual differences below this many roundings of g(x) say nothing of g
+LEAST_GAIN = 2.0**-100  # of a square: 0 says that nothing is known
 TRAIL = 2  # iterates that Picard keeps for its end,
 NEAR_END = 4  # when the residual comes near so many times the threshold
 MAX_RETREATS = 3  # mixtures that a sample takes back; then it takes plain steps

@@ -227,3 +227,11 @@ def test_the_estimate_knows_of_the_rounding_of_gs_value(backend, dtype):
     share, median = zoo.coverage(torch.cat(ratios))
     assert share >= 0.98  # 0.76 to 0.83 without
     assert median <= 4
+
+
+def test_a_g_that_ignores_x_has_an_estimate_near_zero(backend):
+    z = torch.randn(3, 4, dtype=torch.float64)
+    s = fixed_point(lambda x, z: z, torch.ones_like(z), z, solver=Picard(0.5), backend=backend)
+    assert s.converged.all()
+    assert torch.equal(s.x, z)
+    torch.testing.assert_close(s.error_estimate, torch.zeros(3, dtype=torch.float64))

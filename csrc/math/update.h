@@ -5,8 +5,8 @@
 
 namespace fpi {
 
-// x + beta (g(x) - x): beta weighs the new value; 1 is undamped and gives g(x) to the bit. So does a
-// beta above 1 where the sum would overflow the state's type: a plain iterate is finite as g is.
+// x + beta (g(x) - x): beta weighs the new value; 1 is undamped and gives g(x) to the bit. So does
+// a beta above 1 where the sum would overflow the state's type: a plain iterate is finite as g is.
 template <typename T, typename Acc>
 FPI_HOST_DEVICE T damped_update(T x, T gx, Acc beta) {
   const Acc old = static_cast<Acc>(x);

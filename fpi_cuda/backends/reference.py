@@ -22,6 +22,7 @@ from ..record import (
     HEAD,
     ITERATION,
     ITERATIONS,
+    LEAST_GAIN,
     MAX_RETREATS,
     NEAR_END,
     NOISE,
@@ -113,7 +114,8 @@ def _measure(
 
 def _larger_gain(gain: Tensor, dg: Tensor, dr: Tensor, noise: Tensor) -> Tensor:
     residual = _norm(dr)
-    found = torch.where(residual > noise, (_norm(dg) / residual) ** 2, 0)
+    ratio = (_norm(dg) / residual) ** 2
+    found = torch.where(residual > noise, ratio.clamp(min=LEAST_GAIN), 0)
     return torch.maximum(gain, found)
 
 

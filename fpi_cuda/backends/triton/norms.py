@@ -6,9 +6,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ... import record as progress
 from .language import bound
 
 __all__ = ["is_finite", "is_trusted", "larger_gain", "norms_of", "residual_and_value", "scale_for"]
+
+
+_LEAST_GAIN = tl.constexpr(progress.LEAST_GAIN)
 
 
 @triton.jit
@@ -99,5 +103,6 @@ def larger_gain(gain, value_squares, residual_squares, noise):
 
     Its sums are of squares of scaled differences, and noise is scaled likewise.
     """
-    larger = (residual_squares > noise * noise) & (value_squares > gain * residual_squares)
-    return tl.where(larger, value_squares / residual_squares, gain)
+    ratio = value_squares / residual_squares
+    found = tl.where(ratio > _LEAST_GAIN, ratio, _LEAST_GAIN)
+    return tl.where((residual_squares > noise * noise) & (found > gain), found, gain)

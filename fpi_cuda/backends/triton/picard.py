@@ -101,15 +101,17 @@ def _measure(
         far_residual += (dr + dr1) * (dr + dr1)
         old_value += dg1 * dg1
         old_state += dx1 * dx1
-    noise *= scale
-    gain = larger_gain(tl.zeros([], acc), tl.sum(new_value), tl.sum(new_residual), noise)
+    # A damped x was rounded, and what is told from it by Δx / β is so much the less exact.
+    noise *= scale * tl.where(undamp > 1, undamp, 1)
+    none = tl.zeros([], acc)
+    gain = larger_gain(none, tl.sum(new_value), tl.sum(new_residual), noise)
     far = larger_gain(gain, tl.sum(far_value), tl.sum(far_residual), noise)
     scalars = record.scalars + sample * SCALARS
     tl.store(scalars + GAIN, tl.where(length > 1, far, gain))
     is_damped = beta != 1  # whose residuals do not tell g's rate
-    rate = tl.sum(new_value) / tl.sum(new_state)
+    rate = larger_gain(none, tl.sum(new_value), tl.sum(new_state), noise)
     tl.store(scalars + RING_START, rate, mask=is_damped)
-    rate = tl.sum(old_value) / tl.sum(old_state)
+    rate = larger_gain(none, tl.sum(old_value), tl.sum(old_state), noise)
     tl.store(scalars + RING_START + 1, rate, mask=is_damped & (length > 1))
     tl.debug_barrier()  # every warp has read x
 
