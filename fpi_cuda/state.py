@@ -135,7 +135,9 @@ def refuse_freed(owner: str, name: str, *tensors: Tensor) -> None:
     """Raise where a storage was freed: a tensor keeps its shape then, and torch may read null."""
     for t in tensors:
         try:
-            if type(t) not in _PLAIN or t.untyped_storage().nbytes() or not t.numel():
+            if type(t) not in _PLAIN or (t.data_ptr() and not t.storage_offset()):
+                continue  # no question of the storage, which costs more
+            if t.untyped_storage().nbytes() or not t.numel():
                 continue
         except RuntimeError:  # sparse, or inside a transform of torch.func: no memory of its own
             continue

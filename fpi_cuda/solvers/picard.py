@@ -15,6 +15,8 @@ from ..record import TRAIL, Progress
 
 Update = Callable[[Tensor, Tensor], None]
 
+SMALL = 2**16  # bytes of a state whose trail is no worse allocated than fetched from the pool
+
 
 class Mixing(NamedTuple):
     """What the kernels are told of a solver."""
@@ -56,8 +58,11 @@ class Picard:
     def start(self, backend: Any, progress: Progress, x: Tensor) -> Update:
         """The update `(x, gx) -> None` that moves x [R, N] in place; owns the trail."""
         b, n = x.shape
-        scratch = Scratch(x)
-        trail = scratch.empty((b, TRAIL, n), x.dtype, x.device)
+        if x.nbytes <= SMALL:
+            scratch, trail = None, x.new_empty(b, TRAIL, n)
+        else:
+            scratch = Scratch(x)
+            trail = scratch.empty((b, TRAIL, n), x.dtype, x.device)
 
         def update(x: Tensor, gx: Tensor) -> None:
             backend.picard_step(progress, x, gx, self.beta, trail)
