@@ -167,7 +167,7 @@ class Progress:
         b, device = x.shape[0], x.device
         self.limits = limits
         self.dtype = accumulate_dtype(x.dtype)
-        self.roundoff = torch.finfo(x.dtype).eps / 2  # of the state
+        self.state_dtype = x.dtype
         self.counters = torch.zeros(b, COUNTERS, dtype=torch.int32, device=device)
         self.scalars = torch.zeros(b, SCALARS, dtype=self.dtype, device=device)
         self.bounds = floor  # what the step operators are told of each sample
@@ -294,7 +294,8 @@ class Account:
         """
         record, scalars = self.record, self.record.progress.scalars
         gain, residual = scalars[:, GAIN].sqrt(), record.measured_residual
-        rounding = record.progress.roundoff * scalars[:, VALUE] * (1 + gain)
+        roundoff = torch.finfo(record.progress.state_dtype).eps / 2
+        rounding = roundoff * scalars[:, VALUE] * (1 + gain)
         nothing = torch.where(residual == 0, residual, math.inf)
         estimate = torch.where(gain > 0, self._factor * gain * residual + rounding, nothing)
         lost = torch.zeros_like(gain, dtype=torch.bool)

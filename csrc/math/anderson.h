@@ -26,8 +26,7 @@ enum AndersonNorm {
 template <typename Acc>
 FPI_HOST_DEVICE bool are_trusted(const Acc* squares, int window) {
   return is_trusted(squares[kResidualSquares]) &&
-         (window == 0 || (is_trusted(squares[kValueSecant]) & is_trusted(squares[kStateSecant]) &
-                          is_trusted(squares[kResidualSecant])));
+         (window == 0 || (is_trusted(squares[kValueSecant]) & is_trusted(squares[kStateSecant])));
 }
 
 constexpr int kMaxRetreats = 3;
