@@ -213,6 +213,9 @@ inline void check_trail(const char* op, const Tensor& x, const Tensor& out,
   if (trail) {
     check_sizes(op, "trail", *trail, {out.size(0), kTrailLength, x.size(1)});
     check_same_dtype(op, "trail", *trail, "x", x);
+    if (x.is_cuda()) {  // as in check_step
+      check_same_device(op, "trail", *trail, "x", x);
+    }
   }
 }
 
@@ -234,6 +237,11 @@ inline void check_window(const char* op, const Tensor& x, const Tensor& out, con
   check_same_dtype(op, "values", values, "x", x);
   check_same_dtype(op, "residuals", residuals, "x", x);
   check_same_dtype(op, "gram", gram, "scalars", scalars);
+  if (x.is_cuda()) {  // as in check_step
+    check_same_device(op, "values", values, "x", x);
+    check_same_device(op, "residuals", residuals, "x", x);
+    check_same_device(op, "gram", gram, "x", x);
+  }
 }
 
 // u of a dense layer: [B, size], or [size] for all samples.

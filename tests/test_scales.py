@@ -28,13 +28,22 @@ MIXING = {
 
 
 def problem(dtype, n, seed=0):
-    """A linear map, homogeneous in x and z together, whose fixed points are of order 1."""
+    """A map that is homogeneous in x and z together; its fixed points are of order 1.
+
+    Each value has two neighbours, with weights of its own, added by elementwise operations: a
+    library's products would have other bits where memory begins at another place.
+    """
     generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(n, n, dtype=torch.float64, generator=generator)
-    a = 0.8 * a / torch.linalg.matrix_norm(a, 2)
+    weights = 0.4 * (2 * torch.rand(2, n, dtype=torch.float64, generator=generator) - 1)
     z = torch.randn(5, n, dtype=torch.float64, generator=generator)
     x0 = torch.randn(5, n, dtype=torch.float64, generator=generator)
-    return a.to(dtype), z.to(dtype), x0.to(dtype)
+    if dtype == torch.float16:  # whose subnormal numbers are near: no value becomes small
+        weights, z, x0 = weights.abs(), z.abs() + 1, x0.abs() + 1
+    return weights.to(dtype), z.to(dtype), x0.to(dtype)
+
+
+def neighbours(x, z, weights):
+    return weights[0] * x.roll(1, 1) + weights[1] * x.roll(-1, 1) + z
 
 
 def exponents(dtype):
@@ -44,7 +53,7 @@ def exponents(dtype):
 
 def solve(a, z, x0, backend, solver, dtype, **kwargs):
     return fixed_point(
-        lambda x, z, a: torch.nn.functional.linear(x, a) + z,
+        neighbours,
         x0,
         z,
         params=(a,),
@@ -63,15 +72,23 @@ def check(scaled, plain, exponent, exact):
     assert torch.equal(scaled.status, plain.status)
     assert torch.equal(scaled.iterations, plain.iterations)
     power = 2.0**exponent
-    tolerance = {"rtol": 0, "atol": 0} if exact else {}
+    # Differences of residuals have all their bits where these are normal numbers by far.
+    residual = plain.residual_norm * power
+    normal = residual >= 2**24 * torch.finfo(residual.dtype).tiny
+    if exact:
+        hypothesis.event("all normal" if normal.all() else "some subnormal")
     for name, unit in (
         ("contraction", 1),
         ("residual_norm", power),
         ("error_estimate", power),
         ("x", power),
     ):
-        wanted = getattr(plain, name) * unit
-        torch.testing.assert_close(getattr(scaled, name), wanted, equal_nan=True, **tolerance)
+        wanted, found = getattr(plain, name) * unit, getattr(scaled, name)
+        if not exact:
+            torch.testing.assert_close(found, wanted, equal_nan=True)
+            continue
+        torch.testing.assert_close(found[normal], wanted[normal], equal_nan=True, rtol=0, atol=0)
+        torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-3, atol=1e-3 * unit)
 
 
 @BACKENDS
@@ -98,7 +115,7 @@ def test_a_solve_times_a_power_of_two(backend, solver, dtype, data, n):
 def test_a_whole_solve_times_a_power_of_two(solver, dtype, data):
     exponent = data.draw(exponents(dtype))
     torch.manual_seed(0)
-    step = DenseStep(12, 5, activation="relu", bias=False).to(dtype)
+    step = DenseStep(12, 5, activation="relu", bias=False, exact=True).to(dtype)
     z, x0 = torch.randn(9, 5, dtype=dtype), torch.randn(9, 12, dtype=dtype)
 
     def whole(power):
@@ -137,5 +154,7 @@ def test_a_cotangent_times_a_power_of_two(backend, solver, dtype, data):
         assert torch.equal(scaled, plain * 2.0**exponent)
     else:
         torch.testing.assert_close(scaled, plain * 2.0**exponent, atol=0, rtol=1e-6)
-    direct = torch.linalg.solve(torch.eye(7, dtype=torch.float64) - a.double().mT, v.double().mT).mT
+    eye = torch.eye(7, dtype=torch.float64)
+    jacobian = neighbours(eye, 0, a.double()).mT
+    direct = torch.linalg.solve(eye - jacobian.mT, v.double().mT).mT
     torch.testing.assert_close(plain.double(), direct, rtol=1e-3, atol=1e-5)

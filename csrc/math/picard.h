@@ -60,35 +60,43 @@ FPI_HOST_DEVICE bool has_trail(int32_t status, int64_t sample, const Record<Acc>
 }
 
 // Sums over a row of squares of differences between the last iterate, the one before and that
-// before it: Δg, Δr, Δx of the newest two, Δg and Δr of the first and the last, Δg and Δx of the
-// older two.
+// before it: Δg and Δr of the newest two, and of the first and the last; then, for the rate of a
+// damped solve, Δx of the newest two, and Δg and Δx of the older two.
 enum TrailSum {
   kNewValue,
   kNewResidual,
-  kNewState,
   kFarValue,
   kFarResidual,
+  kGainSums,
+  kNewState = kGainSums,
   kOldValue,
   kOldState,
   kTrailSums,
 };
 
 // Adds the terms of one entry: x and g(x), and the iterates before, newest first; everything
-// scaled. Where there is one alone, x2 is x1, and the sums but for the first three are not used.
-template <typename V, typename Acc>
+// scaled. Where there is one alone, x2 is x1, and the sums of far and old differences are not used.
+// kDamped: false promises that beta is 1; no rate is asked for then.
+template <bool kDamped, typename V, typename Acc>
 FPI_HOST_DEVICE void add_differences(V* sums, V x, V gx, V x1, V x2, Acc beta, Acc scale) {
-  const V dx = scale * (x - x1), dx1 = scale * (x1 - x2);
-  const V r = scale * (gx - x), r1 = dx / beta, r2 = dx1 / beta;
+  const V dx = scale * (x - x1), dx1 = scale * (x1 - x2), r = scale * (gx - x);
+  V r1 = dx, r2 = dx1;
+  if constexpr (kDamped) {
+    r1 = dx / beta;
+    r2 = dx1 / beta;
+  }
   // Δg = Δx + Δr
   const V dr = r - r1, dr1 = r1 - r2;
   const V dg = dx + dr, dg1 = dx1 + dr1;
   sums[kNewValue] += dg * dg;
   sums[kNewResidual] += dr * dr;
-  sums[kNewState] += dx * dx;
   sums[kFarValue] += (dg + dg1) * (dg + dg1);
   sums[kFarResidual] += (dr + dr1) * (dr + dr1);
-  sums[kOldValue] += dg1 * dg1;
-  sums[kOldState] += dx1 * dx1;
+  if constexpr (kDamped) {
+    sums[kNewState] += dx * dx;
+    sums[kOldValue] += dg1 * dg1;
+    sums[kOldState] += dx1 * dx1;
+  }
 }
 
 // The record of a sample that ended, from those sums; noise is scaled too. A damped x was rounded,

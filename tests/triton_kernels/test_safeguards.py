@@ -188,10 +188,7 @@ def test_anderson_is_free_of_the_scale(plan, dtype, beta, n, scale):
     p, memory = Progress(x, FOREVER), window(b, M, n, dtype)
     for _ in range(4):
         gx = (scale * torch.randn(b, n, dtype=torch.float64)).to(dtype)
-        oracles = [t.double().clone() for t in memory]
-        q, y = oracle_of(p), x.double().clone()
-        triton.anderson_step(p, x, gx, beta, 0.05, 1e9, *memory)
-        reference.anderson_step(q, y, gx.double(), beta, 0.05, 1e9, *oracles)
+        q, y = step("anderson", p, x, gx, beta, memory)
         close(x / scale, y / scale, dtype, 30)
         assert torch.equal(p.counters, q.counters)
         rtol = max(50 * TOLERANCE[accumulate_dtype(dtype)], TOLERANCE[dtype])

@@ -225,11 +225,15 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
       } else {
         assemble(size, size == 0 ? 0 : count);
       }
+      Acc* gain = record.scalars + sample * kScalars + kGain;
       if (__builtin_expect(size > 0 && count > 0 && !(trusted && is_trusted(sum)), 0)) {
-        scale = trusted ? rescale(seldom(), count, squares) : scale;
+        if (trusted) {  // but for an older difference
+          scale = rescale(seldom(), count, squares);
+          *gain = larger_gain(*gain, squares[kValueSecant], squares[kResidualSecant],
+                              scale * noise_of<T>(value));
+        }
         sum = system_anew(seldom(), count, scale, size, lane, system, gamma);
       } else if (count > 0) {
-        Acc* gain = record.scalars + sample * kScalars + kGain;
         *gain = larger_gain(*gain, squares[kValueSecant], gram_row[0], noise_of<T>(value));
       }
       trace[lane] = sum;

@@ -9,24 +9,26 @@ namespace fpi::FPI_CPU_NAMESPACE {
 namespace {
 
 // What the last iterates of a sample that ended say of g; see csrc/math/picard.h.
-template <typename T>
+template <bool kDamped, typename T>
 __attribute__((noinline)) void measure_row(const T* x, const T* gx, int64_t n, accumulate_t<T> beta,
                                            const Trail<T>& trail, int64_t row, int64_t sample,
                                            const Record<accumulate_t<T>>& record) {
   using Acc = accumulate_t<T>;
+  constexpr int kSums = kDamped ? 8 : kGainSums;  // a power of two
+  static_assert(kTrailSums <= 8 && kGainSums == 4);
   const int32_t* counters = record.counters + sample * kCounters;
   const Acc* scalars = record.scalars + sample * kScalars;
   const int newest = counters[kHead], older = counters[kWindow] > 1 ? 1 - newest : newest;
   const T* x1 = trail.state(row, sample, newest, n);
   const T* x2 = trail.state(row, sample, older, n);
   const Acc scale = scale_for(scalars[kResidual]);
-  Vector<Acc> squares[8] = {};
-  static_assert(kTrailSums <= 8);
+  Vector<Acc> squares[kSums] = {};
   for_vectors<T>(n, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
-    add_differences(squares, load(x + i), load(gx + i), load(x1 + i), load(x2 + i), beta, scale);
+    add_differences<kDamped>(squares, load(x + i), load(gx + i), load(x1 + i), load(x2 + i), beta,
+                             scale);
   });
-  Acc sum[8];
-  sums<8>(squares, sum);
+  Acc sum[kTrailSums > kSums ? kTrailSums : kSums] = {};
+  sums<kSums>(squares, sum);
   measure(sum, beta, scale * noise_of<T>(scalars[kValue]), sample, record);
 }
 
@@ -68,7 +70,8 @@ Tally picard_step(T* x, const T* gx, T* out, int64_t n, double beta, const Trail
       continue;
     }
     if (trail.states != nullptr && has_trail(status, sample, record)) {
-      measure_row(x_row, g_row, n, static_cast<Acc>(beta), trail, row, sample, record);
+      const auto run = beta == 1.0 ? measure_row<false, T> : measure_row<true, T>;
+      run(x_row, g_row, n, static_cast<Acc>(beta), trail, row, sample, record);
     }
     freeze_row(x_row, g_row, out + sample * n, status, n);
     tally.failed += status != kConverged;

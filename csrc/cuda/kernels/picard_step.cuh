@@ -94,8 +94,8 @@ struct PicardStep {
     Acc terms[kTrailSums] = {};
 #pragma unroll 1
     for (int64_t i = team.rank; i < batch.n; i += team.size) {
-      add_differences(terms, static_cast<Acc>(row.x[i]), static_cast<Acc>(row.gx[i]),
-                      static_cast<Acc>(x1[i]), static_cast<Acc>(x2[i]), batch.beta, scale);
+      add_differences<true>(terms, static_cast<Acc>(row.x[i]), static_cast<Acc>(row.gx[i]),
+                            static_cast<Acc>(x1[i]), static_cast<Acc>(x2[i]), batch.beta, scale);
     }
     Acc* sums = batch.shared_sums(team);
     team.reduce(terms, batch.stage(team), sums, Add{});
