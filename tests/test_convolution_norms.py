@@ -171,3 +171,12 @@ def test_bad_kernels():
     for bad in (1, 2.0, True):
         with pytest.raises(ValueError, match="samples must be"):
             convolution_bound(weight, samples=bad)
+
+
+@pytest.mark.parametrize("exponent", [-90, 90])
+def test_a_norm_is_free_of_the_weights_scale(exponent):
+    w, v = torch.randn(3, 2, 3, 3), torch.randn(2, 8, 8)
+    norm, last = convolution_norm(w, (8, 8), iterations=30, v=v)
+    scaled, other = convolution_norm(w * 2.0**exponent, (8, 8), iterations=30, v=v)
+    torch.testing.assert_close(scaled, norm * 2.0**exponent)
+    torch.testing.assert_close(other, last)

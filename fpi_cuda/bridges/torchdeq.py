@@ -19,8 +19,9 @@ from .. import drivers
 from .._check import check_whole
 from ..adjoint import ImplicitAdjoint
 from ..modules import Binding
+from ..norms import row_norms
 from ..options import Options, Solver, Tolerance
-from ..record import RESIDUAL, Progress
+from ..record import RESIDUAL, VALUE, Progress
 from ..solve import route
 from ..solve.direction import Forward
 from ..solve.independence import samples_of
@@ -258,13 +259,13 @@ class _Watch:
 
         def update(x: Tensor, gx: Tensor) -> None:
             if one:
-                absolute, value = (_norm(t.view(b, -1), dtype) for t in (gx - x, gx))
+                absolute, value = (row_norms(t.view(b, -1)).to(dtype) for t in (gx - x, gx))
             move(x, gx)
-            chosen = progress.scalars[:, RESIDUAL].clone()
+            chosen, size = progress.scalars[:, [RESIDUAL, VALUE]].unbind(1)
             if not one:
-                absolute, value = chosen, _norm(gx, dtype)
+                absolute, value = chosen, size
             if relative:
-                chosen = chosen / ((_norm(value[None], dtype) if one else value) + _TINY)
+                chosen = chosen / (size + _TINY)
             kept.append((absolute, value, chosen))
             if not final:
                 better = (chosen <= lowest).expand(b)
@@ -301,11 +302,6 @@ class _Watch:
             rel_trace=traces[1],
             nstep=step[:, 0].to(traces.dtype),
         )
-
-
-def _norm(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-    return norm
 
 
 register("fpi_anderson", Anderson())

@@ -136,6 +136,10 @@ def power(weight: Tensor, v: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     Nothing is drawn at random, so that a CUDA graph may hold it: a v that W maps to zero stays.
     """
     w = weight.to(_wide(weight))
+    # By a power of two, which rounds nothing, so that no square of a norm under- or overflows.
+    largest = w.detach().abs().amax()
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    w = w / unit
     length = torch.linalg.vector_norm
     padding = [k // 2 for k in w.shape[2:]]
 
@@ -163,7 +167,7 @@ def power(weight: Tensor, v: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
             v = v / length(v)
             for start in range(0, iterations, DEGREE):
                 v = filtered(v, min(DEGREE, iterations - start))
-        return length(apply(v)), v
+        return length(apply(v)) * unit, v
 
 
 def _wide(weight: Tensor) -> torch.dtype:
