@@ -5,7 +5,7 @@
 //                            copies in shared memory.
 //   two launches (plan c)    reads x, g(x); then reads g(x), writes x: 4 at β = 1, else reads x
 //                            too: 5.
-// Where x is kept, in about one of five iterations, it is written to the trail too: 1 more; in two
+// Where x is kept, in about one of four iterations, it is written to the trail too: 1 more; in two
 // launches at β = 1, where the second did not read it, 2. A row that ends writes out too, and reads
 // x, g(x) and the trail for what they say of g; one that has ended costs nothing.
 #pragma once
