@@ -24,9 +24,9 @@ KERNELS = {
 }
 COUNTED = "for any batch"
 
-# Bytes of a thread, the most of the ptxas of Triton 3.6 to 3.8: a few numbers that they set aside to
-# keep a kernel to a step of registers, and with that one more program of it on a multiprocessor. All
-# others have none.
+# Bytes of a thread, the most of the ptxas of Triton 3.6 to 3.8: a few numbers that they set aside
+# to keep a kernel to a step of registers, and with that one more program of it on a multiprocessor.
+# All others have none.
 SET_ASIDE = {
     ("float64 sm_80", "_anderson_row"): 8,
     ("float64 sm_80", "_picard_row"): 16,
