@@ -281,7 +281,8 @@ inline void check_dense(const char* op, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& scale,
                         const std::optional<Tensor>& hidden_weight,
                         const std::optional<Tensor>& hidden_u, int64_t hidden_activation,
-                        const std::optional<Tensor>& hidden_scale) {
+                        const std::optional<Tensor>& hidden_scale,
+                        const std::optional<Tensor>& output_scale) {
   const int64_t samples = x.size(0), n = x.size(1);
   int64_t last = n;
   if (hidden_weight) {
@@ -295,6 +296,7 @@ inline void check_dense(const char* op, const Tensor& x, const Tensor& weight,
   check_per_sample(op, "scale", scale, x, samples, n, false);
   check_per_sample(op, "hidden_u", hidden_u, x, samples, last, true);
   check_per_sample(op, "hidden_scale", hidden_scale, x, samples, last, false);
+  check_per_sample(op, "output_scale", output_scale, x, samples, n, false);
   check_activation(op, "activation", activation);
   check_activation(op, "hidden_activation", hidden_activation);
 }

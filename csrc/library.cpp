@@ -36,13 +36,14 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   // A whole solve of a step of dense layers: every sample of x0 iterated to its own end. With
   // t = scale ∘ x, or t = x:
   //   one layer    g(x) = φ(residual t + t Wᵀ + u)
-  //   two layers   g(x) = φ(residual t + h Wᵀ + u),  h = φ₁(t W₁ᵀ + u₁) or d ∘ (t W₁ᵀ + u₁)
+  //   two layers   g(x) = φ(residual t + h Wᵀ + u),  h = φ₁(t W₁ᵀ + u₁)
+  // and d ∘ (…) + u in place of φ(… + u) in a layer that has a d.
   //   x0, out             [B, N]
   //   counters ... bounds as above; tally[2] grows by the most iterations that a sample took
   //   history             Anderson's; 1: Picard
   //   weight W            [N, K], K = N or H;  u, hidden_u: [B, ·], or [·] for all samples, or none
   //   activation          of csrc/math/activation.h
-  //   hidden_weight W₁    [H, N];  hidden_scale d: [B, H]
+  //   hidden_weight W₁    [H, N];  hidden_scale d: [B, H], output_scale d: [B, N]
   //   tf32                products of tensor cores instead of float32's (CUDA)
   //   slots               rows that a thread or block iterates at a time; 0: as fits the machine
   // On the CPU the call ends with an error soon after a signal's handler raised (csrc/cpu/watch.h),
@@ -53,7 +54,7 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
       "int max_iterations, float beta, float ridge, float restart, int history, "
       "Tensor weight, Tensor? u, int activation, float residual, Tensor? scale, "
       "Tensor? hidden_weight, Tensor? hidden_u, int hidden_activation, Tensor? hidden_scale, "
-      "bool tf32, int slots) -> ()");
+      "Tensor? output_scale, bool tf32, int slots) -> ()");
   // Whether a device solves rows like x0's whole, with H values in the hidden layer (−1: none).
   m.def("_dense_fits(Tensor x0, int hidden, int history) -> bool");
   // out = x Wᵀ + u by the same products in the same order:

@@ -126,14 +126,14 @@ void dense_solve(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor 
                  double restart, int64_t history, Tensor weight, std::optional<Tensor> u,
                  int64_t activation, double residual, std::optional<Tensor> scale,
                  std::optional<Tensor> hidden_weight, std::optional<Tensor> hidden_u,
-                 int64_t hidden_activation, std::optional<Tensor> hidden_scale, bool tf32,
-                 int64_t slots) {
+                 int64_t hidden_activation, std::optional<Tensor> hidden_scale,
+                 std::optional<Tensor> output_scale, bool tf32, int64_t slots) {
   constexpr const char* op = "_dense_solve";
   check_not_differentiated(op, {x0, weight});
   check_step(op, x0, x0, out, counters, scalars, tally, std::nullopt, bounds);
   check_limits(op, patience, max_iterations);
   check_dense(op, x0, weight, u, activation, scale, hidden_weight, hidden_u, hidden_activation,
-              hidden_scale);
+              hidden_scale, output_scale);
   check_history(op, history, Kernel::kMost);
   Kernel::check(x0, weight, hidden_weight, tf32, slots);
   dispatch_floating(op, "x0", x0, [&](auto tag) {
@@ -143,12 +143,14 @@ void dense_solve(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor 
       hidden = layer_of<T>(*hidden_weight, hidden_u, hidden_activation);
       hidden.scale = per_sample<T>(hidden_scale);
     }
+    DenseLayer<T> output = layer_of<T>(weight, u, activation);
+    output.scale = per_sample<T>(output_scale);
     const DenseStep<T> dense = {.n = x0.size(1),
                                 .scale = per_sample<T>(scale),
                                 .residual = residual,
                                 .has_hidden = hidden_weight.has_value(),
                                 .hidden = hidden,
-                                .output = layer_of<T>(weight, u, activation)};
+                                .output = output};
     const DenseCall<T> call = {
         .samples = x0.size(0),
         .x0 = static_cast<const T*>(x0.const_data_ptr()),

@@ -68,6 +68,14 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
 
 
+def following() -> contextlib.AbstractContextManager[Any]:
+    """Forward mode switched on: torch switches it off around a Function's rule for tangents.
+
+    Plain operators in the rule would lose the tangents of the levels around it, in silence.
+    """
+    return forward_ad._set_fwd_grad_enabled(True)  # type: ignore[no-any-return]
+
+
 # autograd.grad(is_grads_batched=True) still runs on the vmap that torch.func's replaced, without
 # its rules. Of a tensor there: whether it is batched, at which level, without the batch, and back.
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from .options import ByValue, Solver, Tolerance, check_parts
 from .solve import node
 from .solve.limits import check_values
-from .solve.maps import TransposedMap
 from .solve.problem import Problem, Report
 
 __all__ = ["ImplicitAdjoint"]
@@ -61,7 +60,7 @@ class ImplicitAdjoint(ByValue):
         if most is None:
             most = options.max_iterations
         return problem._replace(
-            map=TransposedMap(problem.map),
+            map=problem.map.linear(transpose=True),
             options=options._replace(
                 solver=self.solver or options.solver,
                 tolerance=self.tolerance or _TOLERANCE,

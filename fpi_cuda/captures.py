@@ -16,7 +16,7 @@ from torch.autograd import Function, forward_ad
 from . import _torch
 from .modules import reached
 
-__all__ = ["carries_tangent", "followed", "refuse_captures"]
+__all__ = ["carries_tangent", "followed", "primals", "refuse_captures"]
 
 
 def followed() -> bool:
@@ -27,6 +27,11 @@ def followed() -> bool:
 def carries_tangent(t: Tensor) -> bool:
     """Whether forward mode follows the tensor, outside torch.func."""
     return _torch.forward_mode() and forward_ad.unpack_dual(t).tangent is not None
+
+
+def primals(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors without the tangents of the level that is at work."""
+    return [forward_ad.unpack_dual(t).primal for t in tensors]
 
 
 def refuse_captures(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _torch
-from .captures import carries_tangent, followed, refuse_captures
+from .captures import carries_tangent, followed, primals, refuse_captures
 from .modules import Binding, reached
 
 __all__ = ["inner_product", "partial"]
@@ -56,9 +56,7 @@ def partial(r: Scalar, *s: Tensor, which: Sequence[int] | None = None) -> tuple[
                 f"partial: s[{i}] must be floating or complex to be differentiated (got "
                 f"{s[i].dtype}); convert it, or leave its position out of `which`"
             )
-    if any(carries_tangent(t) for t in s):
-        _Partial.jvp(None)
-    if not (torch.is_grad_enabled() or _torch.transforming()):
+    if not differentiated(s):
         return _value(r, which, s)
     binding, n, bound = Binding.of(r), len(s), r
     if binding is not None:
@@ -137,6 +135,74 @@ def partial_bound(r: Scalar, which: Sequence[int], *s: Tensor) -> tuple[Tensor, 
     return out  # type: ignore[no-any-return]
 
 
+def differentiated(tensors: Sequence[Tensor]) -> bool:
+    """Whether what is made of the tensors now may be differentiated, in either mode."""
+    if torch.is_grad_enabled() or _torch.transforming():
+        return True
+    return _torch.forward_mode() and any(carries_tangent(t) for t in tensors)
+
+
+def along(
+    r: Scalar, left: Sequence[int], d: Sequence[Tensor], right: Sequence[int], s: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """∂/∂s[right] of Σ Re ⟨d, ∂r(s)/∂s[left]⟩, by P: the derivative of P along d.
+
+    The Hessian of a real r is symmetric, so it is both what P gives tangents d of s[left], for
+    which = right, and what its backward gives for which = left and gradients d.
+    """
+    n = len(d)
+    return partial_bound(_weighted(r, left), tuple(n + i for i in right), *d, *s)
+
+
+def _weighted(r: Scalar, left: Sequence[int]) -> Scalar:
+    """Σ Re ⟨d, ∂r(s)/∂s[left]⟩ as a function of d and s."""
+    n = len(left)
+
+    def eta(*q: Tensor) -> Tensor:
+        return _sum(_dot(a, b) for a, b in zip(q[:n], gradients(r, left, q[n:]), strict=True))
+
+    return taking(eta, [n + i for i in (*left, *getattr(r, "taken", ()))])
+
+
+def taking(r: Scalar, positions: Sequence[int]) -> Scalar:
+    """R, which itself takes derivatives by its arguments at these positions."""
+    r.taken = tuple(positions)  # type: ignore[attr-defined]
+    return r
+
+
+def tangents_by(
+    rule: Callable[[Sequence[Tensor], Sequence[int], list[Tensor]], tuple[Tensor, ...]],
+    tangents: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """What a Function's rule makes of the tangents of its tensors, whatever follows it.
+
+    Args:
+        rule: of the tangents that there are, their positions, and the saved tensors.
+        tangents: one a tensor, None where it does not move.
+        saved: they carry the tangents of the level at work, which are taken off.
+    """
+    with _torch.following():
+        moved = [i for i, t in enumerate(tangents) if t is not None]
+        given: list[Any] = [tangents[i] for i in moved]
+        plain = primals(saved)
+        if any(map(_torch.legacy_batched, given)):
+            return over_legacy_batch(lambda *d: rule(d, moved, plain), *given)
+        return rule(given, moved, plain)
+
+
+def gradients(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> Sequence[Tensor]:
+    """∂r(s)/∂s[which], differentiable again wherever this runs; where gradients are on."""
+    if _torch.transforming():
+        return torch.func.grad(r, argnums=tuple(which))(*s)  # type: ignore[no-any-return]
+    # Not torch.func: autograd.Functions in r may be such as it does not take.
+    y, wanted = r(*s), [s[i] for i in which]  # variables: see `taking`
+    if not y.requires_grad:
+        return [torch.zeros_like(t) for t in wanted]
+    found = torch.autograd.grad(y, wanted, create_graph=True, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+
+
 def vjp(y: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
     """(∂y/∂x)ᵀ v, zero where y does not depend on x; the graph of y stays."""
     if not y.requires_grad:
@@ -145,6 +211,15 @@ def vjp(y: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
         y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True
     )
     return torch.zeros_like(x) if out is None else out
+
+
+def pulled(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """w ↦ (∂y/∂x)ᵀ w as a graph, and the w in it: its `vjp` by w is ∂y/∂x.
+
+    So g needs formulas for reverse mode only.
+    """
+    w = torch.zeros_like(y, requires_grad=True)
+    return vjp(y, x, w, create_graph=True), w
 
 
 def over_legacy_batch(backward: Callable[..., tuple[Any, ...]], *v: Tensor) -> tuple[Any, ...]:
@@ -191,9 +266,9 @@ class _Partial(Function):
             if tape.leaves is None:
                 # No more than what derivatives are taken by: what g writes to (running statistics)
                 # can't have one.
+                by = {*which, *getattr(r, "taken", ())}
                 tape.leaves = [
-                    free(t) if t.requires_grad or i in which else t.detach()
-                    for i, t in enumerate(s)
+                    free(t) if t.requires_grad or i in by else t.detach() for i, t in enumerate(s)
                 ]
                 tape.y = r(*tape.leaves)
                 _check_scalar(tape, r)
@@ -220,6 +295,7 @@ class _Partial(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.r, ctx.which, ctx.tape, *s = inputs
         ctx.save_for_backward(*s)
+        ctx.save_for_forward(*s)
 
     @staticmethod
     def backward(ctx: Any, *delta: Tensor) -> tuple[Any, ...]:
@@ -230,16 +306,13 @@ class _Partial(Function):
         need = [i for i in range(len(s)) if ctx.needs_input_grad[3 + i]]
         out: list[Tensor | None] = [None] * len(s)
 
-        def eta(*q: Tensor) -> Tensor:
-            # torch.func.grad, not autograd.grad: this runs inside vmap and grad too.
-            outputs = torch.func.grad(r, argnums=which)(*q[n:])
-            return _sum(_dot(d, g) for d, g in zip(q[:n], outputs, strict=True))
-
         grads: Sequence[Tensor | None]
         if _torch.transforming() or tape.leaves is None:
-            grads = partial_bound(eta, tuple(n + i for i in need), *delta, *s)
-        elif not torch.is_grad_enabled():
+            grads = along(r, which, delta, need, s)
+        elif not differentiated((*delta, *s)):
             grads = _through(tape, delta, need)
+        elif not torch.is_grad_enabled():  # by the tangents alone: they need no tape
+            grads = along(r, which, delta, need, s)
         else:
             with torch.enable_grad():
                 leaves = [free(d) for d in delta]
@@ -251,6 +324,7 @@ class _Partial(Function):
                 y = _sum(terms) if terms else torch.real(delta[0].new_zeros(()))
             again = _Tape(True, [*leaves, *tape.leaves], y)
             positions = tuple(n + i for i in need)
+            eta = _weighted(r, which)
             grads = _Partial.apply(eta, positions, again, *delta, *s)  # type: ignore[no-untyped-call]
         for i, g in zip(need, grads, strict=True):
             out[i] = g
@@ -258,10 +332,10 @@ class _Partial(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            "fpi_cuda.operators.partial has no forward-mode derivative; use reverse mode "
-            "(torch.func.grad, vjp, jacrev)"
-        )
+        def rule(d: Sequence[Tensor], moved: Sequence[int], s: Sequence[Tensor]) -> Any:
+            return along(ctx.r, moved, d, ctx.which, s)
+
+        return tangents_by(rule, tangents[3:], ctx.saved_tensors)
 
     @staticmethod
     def vmap(

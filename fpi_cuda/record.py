@@ -330,6 +330,7 @@ class Record(Account):
     evaluations: int = 0  # calls of g with any number of rows, those of the per_sample probe too
     lipschitz: float | None = None  # certified by the step, for error_bound
     adjoint: Record | None = None  # the backward solve's own record, filled by each backward
+    tangent: Record | None = None  # likewise, of forward mode
     system: int = 1  # samples that are solved as one system
     mixes: bool = False  # whether g is called at mixtures of iterates, too
 

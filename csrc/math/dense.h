@@ -1,10 +1,11 @@
 // A step of dense layers, as the kernels of both devices see it.
 //
 //   one layer    g(x) = φ(α t + t Wᵀ + u)
-//   two layers   g(x) = φ(α t + h Wᵀ + u),   h = φ₁(t W₁ᵀ + u₁) or d ∘ (t W₁ᵀ + u₁)
+//   two layers   g(x) = φ(α t + h Wᵀ + u),   h = φ₁(t W₁ᵀ + u₁)
 //
-// with t = s ∘ x, or t = x where there is no s. The adjoint of such a step is another one, of the
-// transposed weights: see fpi_cuda/forms/dense.py.
+// with t = s ∘ x, or t = x where there is no s, and d ∘ (…) + u in place of φ(… + u) in a layer that
+// has a d. The tangent of such a step is another one, and so is its adjoint, of the transposed
+// weights: see fpi_cuda/forms/dense.py.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +45,7 @@ struct DenseStep {
   double residual;     // α
   bool has_hidden;
   DenseLayer<T> hidden;  // W₁, u₁, φ₁ or d
-  DenseLayer<T> output;  // W, u, φ
+  DenseLayer<T> output;  // W, u, φ or d
 };
 
 // A solve of such a step.

@@ -156,7 +156,8 @@ def dense_solve(
         beta, ridge, restart, history,
         weight, _dense(form.u), CODES[form.activation], float(form.residual),
         _dense(_scale(form, x0)), hidden_weight, _dense(form.hidden_u),
-        CODES[form.hidden_activation], _dense(form.hidden_scale), tf32, slots,
+        CODES[form.hidden_activation], _dense(form.hidden_scale), _dense(form.output_scale),
+        tf32, slots,
     )  # fmt: skip
 
 

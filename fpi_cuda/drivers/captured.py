@@ -71,7 +71,7 @@ class Request:
         if self.limits.own is not None:
             self.given.append(self.limits.own)
         self.options = (
-            *(direction.adjoint, problem.tuple_state, self.map.n_inputs, self._m),
+            *(direction.linear, problem.tuple_state, self.map.n_inputs, self._m),
             *(problem.context.autocast_dtype, options.adjoint.failed, options.backend),
             *direction.need,
         )
@@ -96,7 +96,7 @@ class Captured:
             self._build(recorder, request, key)
 
     def _build(self, recorder: Recorder, request: Request, key: Callable[[Request], Any]) -> None:
-        static, adjoint, limits = self._static, request.direction.adjoint, request.limits
+        static, adjoint, limits = self._static, request.direction.linear, request.limits
         if limits.own is not None:
             limits = dataclasses.replace(limits, own=static[-1])
         start = static[0]

@@ -42,7 +42,7 @@ def _solve(direction: Any, because: str) -> Solved:
     options, start = direction.problem.options, direction.start
     evaluate = direction.evaluation()
     because = direction.refused or because
-    if direction.adjoint:
+    if direction.linear:
         direction.measure()
     x, record = iterate(
         evaluate,

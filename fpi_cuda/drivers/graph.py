@@ -154,7 +154,7 @@ def _launch(cache: _Cache, key: Any, captured: Captured, request: Request) -> So
     _, failed, iterations = progress.tally.tolist()
     request.map.left = captured.left  # a launch runs none of g's Python
     direction = request.direction
-    adjoint = direction.adjoint
+    adjoint = direction.linear
     if adjoint and failed:  # the device's own is another launch's soon
         direction.floor = direction.scale()
     record = Record(

@@ -22,7 +22,9 @@ class DenseForm:
     With t = gain · scale ∘ x:
 
         one layer    g(x) = φ(residual t + t Wᵀ + u)
-        two layers   g(x) = φ(residual t + h Wᵀ + u),  h = φ₁(t W₁ᵀ + u₁) or d ∘ (t W₁ᵀ + u₁)
+        two layers   g(x) = φ(residual t + h Wᵀ + u),  h = φ₁(t W₁ᵀ + u₁)
+
+    A layer that has a scale of its own is linear: d ∘ (…) + u in place of φ(… + u).
 
     Attributes:
         weight: W, [N, N] or [N, H].
@@ -34,7 +36,8 @@ class DenseForm:
         hidden_activation: φ₁.
         gain: [B, 1], or None: 1.
         scale: s, [B, N], or None: 1.
-        hidden_scale: d, [B, H]: in place of φ₁.
+        hidden_scale: d, [B, H], of the first of two layers.
+        output_scale: d, [B, N], of the last layer.
     """
 
     weight: Tensor
@@ -47,6 +50,7 @@ class DenseForm:
     gain: Tensor | None = None
     scale: Tensor | None = None
     hidden_scale: Tensor | None = None
+    output_scale: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """g(x), [B, N], in plain torch."""
@@ -59,46 +63,41 @@ class DenseForm:
         before, h = None, t
         if self.hidden_weight is not None:
             before = F.linear(t, self.hidden_weight)
-            before = before if self.hidden_u is None else before + self.hidden_u
-            if self.hidden_scale is None:
-                h = ACTIVATIONS[self.hidden_activation](before)
-            else:
-                h = self.hidden_scale * before
+            given = self.hidden_scale, self.hidden_u, self.hidden_activation
+            before, h = _then(before, None, *given)
         after = F.linear(h, self.weight)
-        after = after if self.u is None else after + self.u
-        if isinstance(self.residual, Tensor) or self.residual != 0:
-            after = after + self.residual * t
-        return h, before, after, ACTIVATIONS[self.activation](after)
+        any_kept = isinstance(self.residual, Tensor) or self.residual != 0
+        kept = self.residual * t if any_kept else None
+        return h, before, *_then(after, kept, self.output_scale, self.u, self.activation)
 
-    def linearised(self, x: Tensor) -> tuple[Tensor, DenseForm]:
-        """g(x), attached to what it depends on, and c ↦ (∂g/∂x)ᵀ c as a form of this kind.
+    def linearised(self, x: Tensor, *, transpose: bool) -> tuple[Tensor, DenseForm]:
+        """g(x), attached to what it depends on, and M = ∂g/∂x there as a form, or its transpose.
 
         Args:
             x: [B, N], a leaf that requires gradients.
+            transpose: whether the form is c ↦ Mᵀ c, for an adjoint, or t ↦ M t, for a tangent.
         """
-        assert self.scale is None and self.hidden_scale is None
+        assert self.scale is None and self.hidden_scale is None and self.output_scale is None
         h, before, after, y = self._layers(x)
         residual = self.residual
         if isinstance(residual, Tensor):
             residual = residual.detach()
         gain = None if self.gain is None else self.gain.detach()
-        slope = slope_of(self.activation, y, after)
+        slope, weight = slope_of(self.activation, y, after), self.weight.detach()
+        scales: dict[str, Any] = {"scale" if transpose else "output_scale": slope}
+        # gain is one number a sample: before the product as good as after it
+        linear = DenseForm(weight, None, residual=residual, gain=gain, **scales)
         if self.hidden_weight is None:
-            weight = self.weight.detach().mT
-            return y, DenseForm(weight, None, residual=residual, gain=gain, scale=slope)
+            return y, dataclasses.replace(linear, weight=weight.mT) if transpose else linear
         assert before is not None
-        return y, DenseForm(
-            self.hidden_weight.detach().mT,
-            None,
-            residual=residual,
-            hidden_weight=self.weight.detach().mT,
-            gain=gain,  # one number a sample: before the product as good as after it
-            scale=slope,
-            hidden_scale=slope_of(self.hidden_activation, h, before),
-        )
+        first, last = self.hidden_weight.detach(), weight
+        if transpose:
+            first, last = last.mT, first.mT
+        d = slope_of(self.hidden_activation, h, before)
+        return y, dataclasses.replace(linear, weight=last, hidden_weight=first, hidden_scale=d)
 
     def plus(self, v: Tensor) -> DenseForm:
-        """The form that adds v, [B, N], before its last activation."""
+        """The linear form that adds v, [B, N]."""
         assert self.u is None
         return dataclasses.replace(self, u=v)
 
@@ -111,7 +110,7 @@ class DenseForm:
         """g(x, *per_sample) and those tensors: the loop may leave samples of them out."""
         names = [
             name
-            for name in ("u", "hidden_u", "gain", "scale", "hidden_scale")
+            for name in ("u", "hidden_u", "gain", "scale", "hidden_scale", "output_scale")
             if (t := getattr(self, name)) is not None and t.dim() == 2
         ]
 
@@ -120,3 +119,17 @@ class DenseForm:
             return dataclasses.replace(self, **given)(x)
 
         return g, [getattr(self, name) for name in names]
+
+
+def _then(
+    sums: Tensor, kept: Tensor | None, scale: Tensor | None, u: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """What follows a layer's sums: what its activation takes, and the layer's value."""
+    if scale is None and u is not None:
+        sums = sums + u
+    if kept is not None:
+        sums = sums + kept
+    if scale is None:
+        return sums, ACTIVATIONS[activation](sums)
+    value = scale * sums
+    return sums, value if u is None else value + u

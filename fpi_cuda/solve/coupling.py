@@ -34,7 +34,7 @@ def wrong(direction: Direction, solved: Solved, report: Report) -> bool:
     An adjoint is looked at where its forward solve was.
     """
     samples, record = direction.problem.samples, solved.record
-    due = report.of_looked if direction.adjoint else samples.due()
+    due = report.of_looked if direction.linear else samples.due()
     if record is None or not (due or record.failed or samples.suspect):
         return False
     if not (due or samples.suspect):
@@ -46,7 +46,7 @@ def wrong(direction: Direction, solved: Solved, report: Report) -> bool:
         return False
     report.looked, before = True, direction.seen.calls
     again = _look(direction, solved.x, record, claimed)
-    if not direction.adjoint:  # whose calls of g are its linearisations
+    if not direction.linear:  # whose calls of g are its linearisations
         record.evaluations += direction.seen.calls - before
     return again
 
@@ -57,7 +57,7 @@ def random(direction: Direction, x: Tensor, record: Record) -> bool:
     Looked at where a sample did not converge: no iteration could make it.
     """
     seen = direction.seen
-    if seen.random is None and not direction.adjoint and not structured(direction.map.g):
+    if seen.random is None and not direction.linear and not structured(direction.map.g):
         evaluate, before = direction.evaluation(), seen.calls
         try:
             first, second = (evaluate(x).clone() for _ in range(2))
@@ -78,7 +78,7 @@ def _look(direction: Direction, x: Tensor, record: Record, claimed: Tensor) -> b
 
     y = rows(evaluate(x)).clone()  # g may return the same memory each time
     met = bool((_met(rows(x), y, record, direction.floor) | ~claimed).all())
-    others = torch.zeros_like(x) if direction.adjoint else direction.start
+    others = torch.zeros_like(x) if direction.linear else direction.start
     digits = (b - 1).bit_length()
     bits: Sequence[int] = range(digits)
     if met and not samples.suspect:
@@ -113,7 +113,7 @@ def _look(direction: Direction, x: Tensor, record: Record, claimed: Tensor) -> b
         return True
     if not steady:  # that explains what was suspected
         samples.suspect = False
-    samples.tell(changed and steady, direction.adjoint)
+    samples.tell(changed and steady, direction.linear)
     return changed and steady
 
 

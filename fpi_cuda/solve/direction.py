@@ -1,8 +1,7 @@
-"""In which direction a problem is solved: forward, or backward for the adjoint."""
+"""In which direction a problem is solved: forward, or a linear one; see `linear`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,17 +13,14 @@ from ..backends.native import tf32_wanted
 from ..drivers.eager import Evaluation
 from ..drivers.whole import tf32_allowed
 from ..forms import ConvForm, Form
-from ..norms import row_norms
-from ..operators import for_modules
 from ..options import Solver
-from ..record import MASKED, Limits, accumulate_dtype
+from ..record import MASKED, Limits
 from ..solvers.coupled import Coupled
 from ..state import refuse_freed
-from .evaluation import Direct, Linearised, Masked, Seen, convolutions
-from .failed import masked, pulled_back
+from .evaluation import Direct, Masked, Seen, convolutions
 from .independence import INDEPENDENT, Samples
 from .limits import limits_of
-from .maps import Map, TransposedMap, UserMap
+from .maps import Map, UserMap
 from .problem import Problem
 
 
@@ -37,9 +33,9 @@ class Direction:
         params: the shared tensors: those the user passed, then a module's own.
         map: the map whose fixed point or whose adjoint is sought.
         need: positions of the tensors whose gradients follow the solve.
-        adjoint: whether the solve starts at v: relative to ‖v‖, and done where that is zero.
-        higher: whether it is part of a derivative of higher order.
-        floor: an adjoint's ‖v‖, [B]; skip: bool [B], the samples where that is zero, or None.
+        linear: whether it is of u = M u + v: from v, relative to ‖v‖, and done where that is zero.
+        higher: whether it is part of a derivative of higher order, or a tangent.
+        floor: of a linear one ‖v‖, [B]; skip: bool [B], the samples where that is zero, or None.
         seen: what its evaluations find out.
         refused: why the layers of g are not used, once `form` was asked for.
         coupled: whether the batch is one system.
@@ -48,7 +44,7 @@ class Direction:
 
     given: Sequence[Tensor]
     need: Sequence[int] = ()
-    adjoint = False
+    linear = False
     higher = False
     floor: Tensor | None = None
     skip: Tensor | None = None
@@ -67,7 +63,7 @@ class Direction:
     ) -> None:
         self.problem, self.map, self.start, self.params = problem, map, start, params
         self.seen = Seen()
-        self.limits = limits or limits_of(problem, start, adjoint=self.adjoint)
+        self.limits = limits or limits_of(problem, start, adjoint=self.linear)
         self.coupled = problem.samples.coupled
         self.solver: Solver = problem.options.solver
         if self.coupled:
@@ -82,7 +78,7 @@ class Direction:
         raise NotImplementedError
 
     def measure(self) -> None:
-        """Find floor and skip; an adjoint waits for the device."""
+        """Find floor and skip; a linear one waits for the device."""
 
     def _look(self) -> Form | None:
         raise NotImplementedError
@@ -218,144 +214,3 @@ class Forward(Direction):
     def outputs(self, x: Tensor, keep: Tensor | None) -> Sequence[Tensor | None]:
         """None."""
         return ()
-
-
-class Backward(Direction):
-    """c = (∂g/∂x)ᵀ c + v at x̂ (paper eq. 9), g linearised once; then (∂g/∂tensor)ᵀ c (eq. 11).
-
-    Args:
-        problem: the adjoint's; its map transposes g's.
-        x: x̂.
-        v: the gradient that comes in.
-        tensors: g's, per sample and then shared.
-        need: positions in `tensors`.
-        higher: see `Direction`.
-        compacting: whether finished samples may be left out.
-        limits: the stop rule; None: the problem's.
-    """
-
-    adjoint = True
-
-    def __init__(
-        self,
-        problem: Problem,
-        x: Tensor,
-        v: Tensor,
-        tensors: Sequence[Tensor],
-        need: Sequence[int] = (),
-        *,
-        higher: bool = False,
-        compacting: bool = True,
-        limits: Limits | None = None,
-    ) -> None:
-        assert isinstance(problem.map, TransposedMap)
-        inner = problem.map.inner
-        n = inner.n_inputs
-        super().__init__(problem, inner, v, tensors[n:], limits)
-        self.x, self.v, self.need, self.higher, self.compacting = x, v, need, higher, compacting
-        self._given = problem, x, v, tensors, need
-        self.given = [v, x, *tensors[:n]]
-        leaves = [t.detach() for t in tensors]  # without their graph
-        self._wanted = [leaves[i].requires_grad_() for i in need]
-        self._inputs, self._params = leaves[:n], leaves[n:]
-        self._y: Tensor | None = None  # g(x̂), attached to the leaves
-
-    def again(self) -> Backward:
-        """See `Direction`."""
-        return Backward(*self._given, higher=self.higher, compacting=self.compacting)
-
-    def scale(self, look: bool = True) -> Tensor:
-        """[B]: what c is measured by beside itself; look: whether the host may, at values.
-
-        ‖v‖; in a batch that is one system at least its root mean square there, so that a loss on
-        few samples does not ask for digits of what is next to nothing elsewhere.
-        """
-        b, shape = self.problem.batch_dims, self.v.shape
-        rows = self.v.reshape(shape[0] if b == 1 else shape[:b].numel(), shape[b:].numel())
-        scale = row_norms(rows, look)
-        if self.coupled and len(scale):
-            systems = scale.view(-1, shape[b - 1])
-            least = row_norms(systems, look) / math.sqrt(systems.shape[1])
-            scale = torch.maximum(systems, least[:, None]).view(-1)
-        return scale.to(accumulate_dtype(rows.dtype))
-
-    def measure(self) -> None:
-        """Floor, and the samples where it is zero, as v is (of one system: everywhere)."""
-        self.floor = self.scale()
-        self.skip = None if bool(self.floor.all()) else self.floor == 0
-
-    def around(self, given: Sequence[Tensor], params: Sequence[Tensor], map: UserMap) -> Backward:
-        """See `Direction`."""
-        v, x, *inputs = given
-        problem = self.problem._replace(map=TransposedMap(map))
-        tensors = [*inputs, *params]
-        return Backward(problem, x, v, tensors, self.need, compacting=False, limits=self.limits)
-
-    def _look(self) -> Form | None:
-        if self.higher:
-            return None
-        with torch.set_grad_enabled(True):
-            form = self._layers(self.x, self._inputs, self._params)
-            if form is None:
-                return None
-            self._y, transposed = form.linearised(self.x.detach().requires_grad_())
-            return transposed.plus(self.v)
-
-    def _opaque(self) -> Evaluation:
-        context, lone = self.problem.context, self.compacting and not self.higher
-        map, params = self.map, self.params
-
-        def unattached() -> Any:  # holds nothing of the direction, which holds the evaluation
-            with torch.no_grad(), context.autocast():
-                return map.bind([t.detach() for t in params])
-
-        with torch.set_grad_enabled(True), context.autocast():
-            inputs = for_modules(self._inputs)
-            g = self.map.bind(for_modules(self._params))
-        evaluate = Linearised(
-            *(context, self.seen, g, self.x, self.v, inputs),
-            self._samples() if self.compacting else None,
-            unattached if lone else None,
-        )
-        self._y = evaluate.y
-        return evaluate
-
-    def outputs(self, x: Tensor, keep: Tensor | None) -> Sequence[Tensor | None]:
-        """C without the samples that failed, and the gradients by it."""
-        c, y = masked(x, keep), self._y
-        if not self._wanted or y is None or not y.requires_grad:
-            return [c, *[None] * len(self._wanted)]
-        return [c, *torch.autograd.grad(y, self._wanted, c, allow_unused=True)]
-
-    def spared(self, x: Tensor, keep: Tensor | None) -> Sequence[Tensor | None]:
-        """See `Direction`. One more call of g, where its derivative is known to be finite."""
-        problem, _, _, tensors, need = self._given
-        assert isinstance(problem.map, TransposedMap)
-        assert self.floor is not None
-        c, whose = masked(x, keep), (self.floor != 0).view(x.shape[: problem.batch_dims])
-        if keep is not None:
-            whose = keep & whose
-        forward = problem._replace(map=problem.map.inner)
-        return [c, *pulled_back(forward, whose, self.x, c, tensors, need)]
-
-    def sound(self, keep: Tensor | None) -> Tensor | None:
-        """See `Direction`."""
-        if self.skip is None or self.form is not None:  # whose activations have finite derivatives
-            return keep
-        if self.problem.options.adjoint.failed == "use":
-            return keep
-        at_zero = self.evaluation()(torch.zeros_like(self.start))
-        rows = at_zero.reshape(len(self.skip), -1).isfinite().all(1)
-        sound = (rows | ~self.skip).view(self.start.shape[: self.problem.batch_dims])
-        if bool(sound.all()):
-            return keep
-        return sound if keep is None else keep & sound
-
-
-def direction_of(problem: Problem, x0: Tensor, tensors: Sequence[Tensor]) -> Direction:
-    """The direction of a node's own solve; all tensors plain."""
-    if isinstance(problem.map, TransposedMap):  # a derivative of higher order
-        x, v, *rest = tensors
-        return Backward(problem, x, v, rest, higher=True)
-    n = problem.map.n_inputs
-    return Forward(problem, x0, tensors[:n], tensors[n:])

@@ -12,7 +12,7 @@ from .._torch import version
 from ..backends import triton
 from ..forms import ConvForm
 from ..layout import take
-from ..operators import free, vjp
+from ..operators import free, pulled, vjp
 from ..record import STATUS, Progress
 from .independence import Samples
 from .maps import Bound, check_output
@@ -111,7 +111,7 @@ class Direct:
 
 
 class Linearised:
-    """c ↦ (∂g/∂x)ᵀ c + v, linearised once at x."""
+    """u ↦ M u + v, linearised once at x: M = ∂g/∂x, or its transpose."""
 
     masks = False
     steps: ModuleType | None = None
@@ -126,9 +126,11 @@ class Linearised:
         inputs: Sequence[Tensor],
         samples: Samples | None,
         unattached: Callable[[], Bound] | None = None,
+        *,
+        transpose: bool,
     ) -> None:
         self.context, self.seen, self.g, self.inputs, self.v = context, seen, g, inputs, v
-        self.samples = samples
+        self.samples, self.transpose = samples, transpose
         # A smaller batch costs one more linearisation: it must save more than that.
         self.compact_below = 0.0 if samples is None or samples.compactable is False else 0.5
         # Gives g without a path to the params, which smaller linearisations do not need.
@@ -140,16 +142,20 @@ class Linearised:
             self.y = check_output(g(self.x, *inputs), self.x)
         if version(self.x) != before:  # of x̂ itself
             raise RuntimeError(WRITTEN)
+        self.of, self.by = self.y, self.x
+        if not transpose:
+            with torch.set_grad_enabled(True):
+                self.of, self.by = pulled(self.y, self.x)
 
     def watch(self, progress: Progress) -> None:
         """Which samples have finished, the loop tells by `select`."""
 
-    def __call__(self, c: Tensor) -> Tensor:
-        before = version(c)
-        gc = vjp(self.y, self.x, c) + self.v
-        if version(c) != before:
+    def __call__(self, u: Tensor) -> Tensor:
+        before = version(u)
+        mu = vjp(self.of, self.by, u) + self.v
+        if version(u) != before:
             raise RuntimeError(GRADIENT_WRITTEN)
-        return gc
+        return mu
 
     def part(self, positions: Tensor) -> Linearised:
         """The same for the samples there."""
@@ -157,10 +163,13 @@ class Linearised:
             self.g, self.unattached = self.unattached(), None
         inputs = [take(t.detach(), positions) for t in self.inputs]
         x, v = (take(t.detach(), positions) for t in (self.x, self.v))
-        return Linearised(self.context, self.seen, self.g, x, v, inputs, self.samples)
+        return Linearised(
+            *(self.context, self.seen, self.g, x, v, inputs, self.samples),
+            transpose=self.transpose,
+        )
 
-    def select(self, positions: Tensor, c: Tensor) -> Linearised | None:
-        del c
+    def select(self, positions: Tensor, u: Tensor) -> Linearised | None:
+        del u
         samples = self.samples
         assert samples is not None
 

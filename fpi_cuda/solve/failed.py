@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from .._torch import of_vmap
-from ..operators import partial_bound
-from .maps import Map, TransposedMap, VmappedMap
+from ..operators import Scalar, partial_bound, taking
+from .maps import LinearMap, Map, VmappedMap
 from .problem import Problem
 from .rows import stood, with_row
 
-__all__ = ["Gradients", "finite", "masked", "of_kept", "pull", "pulled_back", "stand_in"]
+__all__ = [
+    *("Gradients", "finite", "masked", "of_kept", "pairing", "pull", "pulled_back", "stand_in"),
+    "unmapped",
+]
 
 
 class Gradients(NamedTuple):
@@ -117,11 +120,17 @@ def pull(
 ) -> Sequence[Tensor]:
     """(∂g/∂tensor)ᵀ c at x (paper eq. 11), differentiable again."""
 
+    return partial_bound(pairing(problem), [2 + i for i in need], x, c, *tensors)
+
+
+def pairing(problem: Problem) -> Scalar:
+    """h(x, c, *tensors) = ⟨c, g(x, *tensors)⟩ (paper eq. 11)."""
+
     def h(x: Tensor, c: Tensor, *tensors: Tensor) -> Tensor:
         with problem.context.autocast():
             return torch.sum(c * problem.map(x, *tensors))
 
-    return partial_bound(h, [2 + i for i in need], x, c, *tensors)
+    return taking(h, [2 + i for i in problem.map.taken])
 
 
 def _by_slices(
@@ -134,7 +143,7 @@ def _by_slices(
     follow: Follow,
 ) -> list[Tensor]:
     """`of_kept` of the problem that torch.vmap mapped, mapped."""
-    map, dims = _unmapped(problem.map)
+    map, dims = unmapped(problem.map)
     one = problem._replace(map=map, batch_dims=problem.batch_dims - 1)
 
     def of_slice(keep: Tensor, x: Tensor, v: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -144,11 +153,11 @@ def _by_slices(
     return [g.sum(0) if dims[i] is None else g for i, g in zip(need, grads, strict=True)]
 
 
-def _unmapped(map: Map) -> tuple[Map, Sequence[int | None]]:
+def unmapped(map: Map) -> tuple[Map, Sequence[int | None]]:
     """What `Map.mapped` made the map of: the map before, and which of its tensors are mapped."""
-    if isinstance(map, TransposedMap):
-        inner, dims = _unmapped(map.inner)
-        return TransposedMap(inner), (0, 0, *dims)
+    if isinstance(map, LinearMap):
+        inner, dims = unmapped(map.inner)
+        return LinearMap(inner, map.transpose), (0, 0, *dims)
     assert isinstance(map, VmappedMap)
     return map.inner, map.dims
 

@@ -1,4 +1,4 @@
-"""g, its transposed linearisation and g mapped by torch.vmap, each with every tensor explicit."""
+"""g, its linearisation and g mapped by torch.vmap, each with every tensor explicit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._torch import attribute, transforming
 from ..arguments import Arguments
 from ..forms import Form, form_of
 from ..modules import Binding
-from ..operators import free, vjp
+from ..operators import free, pulled, vjp
 from ..state import same
 
 Bound = Callable[..., Tensor]
@@ -29,12 +29,14 @@ class Map:
         n_states: how many of those are shaped like the state, and so are mapped wherever it is.
         form_dim: dimensions of the states for which the map may have a form; 0: it never has one.
         g: the user's, for a map that is no more than that; else None.
+        taken: which of the tensors it takes derivatives by itself.
     """
 
     n_inputs: int
     n_states = 0
     form_dim = 0
     g: Any = None
+    taken: Sequence[int] = ()
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
         """The map with its shared tensors put in."""
@@ -43,6 +45,14 @@ class Map:
     def mapped(self, dims: Sequence[int | None]) -> Map:
         """torch.vmap of the map over a new first dimension of x and of the tensors that have it."""
         return VmappedMap(self, dims)
+
+    def linear(self, transpose: bool) -> LinearMap:
+        """Its linearisation, or the transpose of that."""
+        return LinearMap(self, transpose)
+
+    def around(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Where its linearisation is taken, and with which tensors, for a fixed point x of it."""
+        return x, tensors
 
     def __call__(self, x: Tensor, *tensors: Tensor) -> Tensor:
         """The map at x; tensors are the inputs, then the params."""
@@ -153,33 +163,50 @@ class UserMap(Map):
         return bound
 
 
-class TransposedMap(Map):
-    """c ↦ (∂g/∂x)ᵀ c + v at x: the backward layer's map (paper eq. 10). Inputs: x, v, then g's."""
+class LinearMap(Map):
+    """u ↦ M u + v with M = ∂g/∂x at x, or its transpose. Inputs: x, v, then g's.
+
+    Its fixed point is the tangent of g's for v = (∂g/∂z) dz; transposed, it is the adjoint for the
+    gradient v that comes in (paper eq. 10).
+    """
 
     n_states = 2
+    taken = (0,)
 
-    def __init__(self, inner: Map) -> None:
-        self.inner = inner
+    def __init__(self, inner: Map, transpose: bool) -> None:
+        self.inner, self.transpose = inner, transpose
         self.n_inputs = 2 + inner.n_inputs
 
     def mapped(self, dims: Sequence[int | None]) -> Map:
-        """Of the map that it transposes, transposed."""
-        return TransposedMap(VmappedMap(self.inner, dims[2:]))
+        """Of the map that it linearises, linearised."""
+        return LinearMap(VmappedMap(self.inner, dims[2:]), self.transpose)
+
+    def linear(self, transpose: bool) -> LinearMap:
+        """M is its own derivative."""
+        return LinearMap(self.inner, self.transpose != transpose)
+
+    def around(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """See `Map`."""
+        return tensors[0], tensors[2:]
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
         """The affine map at these params."""
-        g = self.inner.bind(params)
+        g, transpose = self.inner.bind(params), self.transpose
 
-        def bound(c: Tensor, x: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
+        def bound(u: Tensor, x: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
             if transforming():
-                return torch.func.vjp(lambda q: g(q, *inputs), x)[1](c)[0] + v  # type: ignore[no-any-return]
+                pull = torch.func.vjp(lambda q: g(q, *inputs), x)[1]
+                if transpose:
+                    return pull(u)[0] + v  # type: ignore[no-any-return]
+                push = torch.func.vjp(lambda w: pull(w)[0], torch.zeros_like(u))[1]
+                return push(u)[0] + v  # type: ignore[no-any-return]
             # x belongs to an independent graph here, as everything does inside a node's forward.
             graph = torch.is_grad_enabled()
             with torch.set_grad_enabled(True):
                 leaf = x if x.requires_grad else free(x)
                 y = g(leaf, *inputs)
-                jc = vjp(y, leaf, c, create_graph=graph)
-            return jc + v
+                mu = vjp(*(y, leaf) if transpose else pulled(y, leaf), u, create_graph=graph)
+            return mu + v
 
         return bound
 

@@ -1,9 +1,10 @@
-"""The autograd node of a fixed point, closed under differentiation.
+"""The autograd node of a fixed point, closed under differentiation in both modes.
 
 x̂ = g(x̂, z; θ) is one node (paper eq. 4). Its backward solves c = (∂g/∂x)ᵀ c + v (eq. 9), which is
 another such node: the fixed point of the affine map c ↦ P(h)(c) + v with x̂, v, z, θ as explicit
-inputs (eq. 10); then ∂h/∂z and ∂h/∂θ at c by P (eq. 11). So every order is right. Where no
-higher order is asked for, g is linearised once and only its vector-Jacobian product is iterated.
+inputs (eq. 10); then ∂h/∂z and ∂h/∂θ at c by P (eq. 11). Its rule for tangents solves
+t = (∂g/∂x) t + (∂g/∂z) dz, which is such a node too, the last term by P. So every order is right,
+and every mixture of modes. g is linearised once a solve; only products with that are iterated.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _torch
-from ..captures import carries_tangent, followed, refuse_captures
+from ..captures import followed, refuse_captures
 from ..drivers import graph
 from ..modules import reached
-from ..operators import needs_gradients, over_legacy_batch
+from ..operators import differentiated, needs_gradients, over_legacy_batch, tangents_by
 from ..state import refuse_freed
 from .closure import Redirected
-from .direction import Backward, direction_of
-from .failed import Gradients, of_kept, pull, pulled_back, stand_in
-from .maps import check_output, users
+from .failed import Gradients, masked, of_kept, pull, pulled_back, stand_in
+from .linear import Backward, direction_of
+from .maps import LinearMap, check_output, users
 from .problem import Problem, Report
 from .route import solve
 from .rows import stood
+from .tangent import tangent_of_kept
 
 __all__ = ["attach"]
 
@@ -123,6 +125,7 @@ class FixedPoint(Function):
         ctx.mark_non_differentiable(keep)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, keep, *tensors)
+        ctx.save_for_forward(x, keep, *tensors)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, _: Any) -> tuple[Any, ...]:
@@ -137,17 +140,10 @@ class FixedPoint(Function):
             if ctx.redirected is not None:  # to the gradients of one cotangent
                 ctx.redirected.end()
             return batched
-        if carries_tangent(v):
-            return FixedPoint.jvp(ctx)  # type: ignore[no-any-return]
         refuse_freed(problem.name, "a tensor of the backward", v, x, *tensors)
         need = [i for i in range(len(tensors)) if ctx.needs_input_grad[FIRST + i]]
-        if ctx.closure and (torch.is_grad_enabled() or _torch.transforming()):
-            names = reached(users(problem.map), needs_gradients)
-            raise RuntimeError(
-                f"fixed_point: g captures a tensor that needs gradients{names}, so only first "
-                "derivatives exist; pass it in `inputs` (per sample) or `params` (shared) and take "
-                "it as an argument of g"
-            )
+        if ctx.closure and differentiated((v, x, *tensors)):
+            raise _captured(problem)
         report = Report(ctx.call.report)
         found = _gradients(problem, report, x, keep, v, tensors, need)
         if report.masked:  # a graph can't tell the host that a derivative is infinite where v = 0
@@ -160,11 +156,28 @@ class FixedPoint(Function):
         return (*_NOTHING, found.c if ctx.closure else None, *out)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            "fpi_cuda.fixed_point has no forward-mode derivative yet; use reverse mode "
-            "(torch.func.grad, vjp, jacrev)"
-        )
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+        call: _Call = ctx.call
+        if torch.is_grad_enabled() and call.report.closure:  # which the tangent would not reach
+            raise _captured(call.problem)
+
+        def rule(d: Sequence[Tensor], moved: Sequence[int], saved: list[Tensor]) -> Any:
+            x, keep, *tensors = saved
+            if not moved:  # but x0, on which x̂ does not depend
+                return (torch.zeros_like(x),)
+            problem, report = call.problem, Report(call.report, tangent=True)
+            refuse_freed(problem.name, "a tensor of the tangent", x, *tensors, *d)
+
+            def tangent(
+                problem: Problem, x: Tensor, r: Tensor, tensors: Sequence[Tensor]
+            ) -> Tensor:
+                t, kept = _linear(problem, report, x, r, tensors, transpose=False)
+                return masked(t, kept) if report.masked else t
+
+            with problem.context.full_precision():
+                return (tangent_of_kept(problem, keep, x, tensors, moved, d, tangent),)
+
+        return tangents_by(rule, tangents[FIRST:], ctx.saved_tensors)[0], None
 
     @staticmethod
     def vmap(
@@ -239,10 +252,11 @@ def _gradients(
     def follow(
         problem: Problem, x: Tensor, v: Tensor, tensors: Sequence[Tensor], _: Tensor | None
     ) -> Gradients:
-        adjoint = problem.options.adjoint.transposed(problem)
         with problem.context.full_precision():
-            if torch.is_grad_enabled() or _torch.transforming():
-                return _higher(problem, adjoint, report, x, v, tensors, need)
+            if differentiated((v, x, *tensors)):
+                return _higher(problem, report, x, v, tensors, need)
+            adjoint = problem.options.adjoint.transposed(problem)
+            adjoint = adjoint._replace(map=LinearMap(problem.map, transpose=True))
             _, kept, (c, *grads) = solve(Backward(adjoint, x, v, tensors, need), report)
             return Gradients(grads, c, kept)
 
@@ -251,7 +265,6 @@ def _gradients(
 
 def _higher(
     problem: Problem,
-    adjoint: Problem,
     report: Report,
     x: Tensor,
     v: Tensor,
@@ -259,9 +272,40 @@ def _higher(
     need: Sequence[int],
 ) -> Gradients:
     """The gradients as nodes of the same two kinds: differentiable again."""
-    c, keep = FixedPoint.apply(_Call(adjoint, report), v, None, x, v, *tensors)  # type: ignore[no-untyped-call]
+    c, keep = _linear(problem, report, x, v, tensors, transpose=True)
     if not need:
         return Gradients(())
     if not report.masked:  # known where vmap hides who is kept
         return Gradients(pull(problem, x, c, tensors, need))
     return Gradients(pulled_back(problem, keep, x, c, tensors, need))
+
+
+def _linear(
+    problem: Problem,
+    report: Report,
+    x: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    *,
+    transpose: bool,
+) -> tuple[Tensor, Tensor]:
+    """The fixed point of u ↦ M u + v, and the samples that are kept; M = ∂g/∂x, or its transpose.
+
+    By a node. Of a linear problem M is that of the problem that it is the derivative of: solves do
+    not nest.
+    """
+    linear = problem.options.adjoint.transposed(problem)
+    linear = linear._replace(map=problem.map.linear(transpose))
+    if not transpose:
+        linear = linear._replace(name="tangent")
+    at, of_g = problem.map.around(x, tensors)
+    return FixedPoint.apply(_Call(linear, report), v, None, at, v, *of_g)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _captured(problem: Problem) -> RuntimeError:
+    names = reached(users(problem.map), needs_gradients)
+    return RuntimeError(
+        f"fixed_point: g captures a tensor that needs gradients{names}, so only first derivatives "
+        "in reverse mode exist; pass it in `inputs` (per sample) or `params` (shared) and take it "
+        "as an argument of g"
+    )

@@ -72,15 +72,15 @@ class Problem(NamedTuple):
 
 
 class Report:
-    """What a solve leaves beside its state; an adjoint's record goes into its forward's."""
+    """What a solve leaves beside its state; a derivative's record goes into its forward's."""
 
     record: Record | None = None
     closure = False  # whether g has closure tensors that need gradients
     masked = False  # whether samples may have no gradient
     looked = False  # whether it was looked at whether samples depend on each other
 
-    def __init__(self, parent: Report | None = None) -> None:
-        self.parent = parent
+    def __init__(self, parent: Report | None = None, tangent: bool = False) -> None:
+        self.parent, self.tangent = parent, tangent
 
     @property
     def of_looked(self) -> bool:
@@ -95,4 +95,4 @@ class Report:
     def __call__(self, record: Record) -> None:
         self.record = record
         if self.parent is not None and self.parent.record is not None:
-            self.parent.record.adjoint = record
+            setattr(self.parent.record, "tangent" if self.tangent else "adjoint", record)

@@ -78,7 +78,7 @@ def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | N
     if record is None:
         return None
     record.lipschitz = problem.lipschitz
-    record.mixes = direction.solver.history > 1 and not direction.adjoint
+    record.mixes = direction.solver.history > 1 and not direction.linear
     if direction.coupled:
         record.system = solved.x.shape[problem.batch_dims - 1]
     report(record)
@@ -109,7 +109,7 @@ def _complain(direction: Direction, x: Tensor, record: Record) -> None:
 
 def _nonfinite(direction: Direction, record: Record) -> str:
     """What NONFINITE means here, if not what it means forward: g was finite."""
-    if not direction.adjoint:
+    if not direction.linear:
         return ""
     samples = (record.status == Status.NONFINITE).reshape(-1)
     came = torch.zeros_like(samples) if direction.floor is None else ~direction.floor.isfinite()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._torch import of_vmap, tree_leaves, tree_map
-from .maps import Bound, Map, TransposedMap
+from .maps import Bound, LinearMap, Map
 from .problem import Problem
 
 __all__ = ["stood", "with_row"]
@@ -70,8 +70,8 @@ def stood(problem: Problem, keep: Tensor, x: Tensor, tensors: Sequence[Tensor]) 
 
 
 def _standing(map: Map, keep: Tensor, whether: Callable[[Tensor], bool]) -> Map:
-    if isinstance(map, TransposedMap):
-        return TransposedMap(_standing(map.inner, keep, whether))
+    if isinstance(map, LinearMap):
+        return LinearMap(_standing(map.inner, keep, whether), map.transpose)
     return _Standing(map, keep, whether)
 
 

@@ -48,13 +48,18 @@ __attribute__((noinline)) void finish(const DenseLayer<T>& layer, accumulate_t<T
                                                   auto store) __attribute__((always_inline)) {
     const int64_t o = first + i;
     Vector<Acc> value = sums[i / kLanes<Acc>];
-    if (u != nullptr) {
+    if (u != nullptr && scale == nullptr) {
       value += load(u + o);
     }
     if (kept != nullptr) {
       value += residual * load(kept + o);
     }
-    value = scale != nullptr ? value * load(scale + o) : activate<kActivation>(value);
+    if (scale == nullptr) {
+      value = activate<kActivation>(value);
+    } else {
+      value *= load(scale + o);
+      value = u == nullptr ? value : value + load(u + o);
+    }
     store(out + o, value);
   });
 }

@@ -304,17 +304,18 @@ struct DenseSolve {
       const int slot = active_slots()[i];
       const int64_t sample = samples_of_slots()[slot];
       const T* u = layer.u.of(sample);
-      if (u != nullptr) {
+      const T* scale = layer.scale.of(sample);
+      if (u != nullptr && scale == nullptr) {
         value += static_cast<Acc>(u[j]);
       }
       if (residual != Acc(0)) {
         value += residual * static_cast<Acc>(at<T>(plan.operand)[i * stride + j]);
       }
-      const T* scale = is_hidden ? layer.scale.of(sample) : nullptr;
-      if (scale != nullptr) {
-        value *= static_cast<Acc>(scale[j]);
-      } else {
+      if (scale == nullptr) {
         value = activated(layer.activation, value);
+      } else {
+        value *= static_cast<Acc>(scale[j]);
+        value += u == nullptr ? Acc(0) : static_cast<Acc>(u[j]);
       }
       T* to = is_hidden ? at<T>(plan.hidden) + i * hidden_stride : tile.gx_of(slot);
       to[j] = static_cast<T>(value);
