@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
+from torch.fx.experimental import proxy_tensor
 
 # The module and its classes are documented, but under a path that is marked private.
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,6 +75,44 @@ def following() -> contextlib.AbstractContextManager[Any]:
     Plain operators in the rule would lose the tangents of the levels around it, in silence.
     """
     return forward_ad._set_fwd_grad_enabled(True)  # type: ignore[no-any-return]
+
+
+# torch.func.linearize records what runs as a graph, and a loop whose length depends on data can't be
+# recorded. The tools of its recorder are documented nowhere.
+
+
+def recording() -> bool:
+    """Whether a graph is being recorded here."""
+    return proxy_tensor.get_proxy_mode() is not None
+
+
+def unrecorded() -> contextlib.AbstractContextManager[Any]:
+    """No recording: values may be looked at, which are constants of the graph then."""
+    return proxy_tensor.disable_proxy_modes_tracing()
+
+
+def _named(f: Callable[..., Any]) -> Callable[..., Any]:
+    def solve(*tensors: Tensor) -> Any:  # a graph wants a name
+        return f(*tensors)
+
+    return solve
+
+
+def as_one_call(f: Callable[..., Any], *tensors: Tensor) -> Any:
+    """f(*tensors), as one call of f in the graph that is being recorded."""
+    mode = proxy_tensor.get_proxy_mode()
+    assert mode is not None
+    with unrecorded():
+        out = f(*tensors)
+    slots = [
+        proxy_tensor.get_proxy_slot(t, mode.tracer, None, lambda found: found.proxy)  # type: ignore[attr-defined]
+        for t in tensors
+    ]
+    if any(slot is not None for slot in slots):
+        given = tuple(t if slot is None else slot for slot, t in zip(slots, tensors, strict=True))
+        call = mode.tracer.create_proxy("call_function", _named(f), given, {})
+        proxy_tensor.track_tensor_tree(out, call, constant=None, tracer=mode.tracer)
+    return out
 
 
 # autograd.grad(is_grads_batched=True) still runs on the vmap that torch.func's replaced, without

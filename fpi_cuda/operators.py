@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -262,6 +263,8 @@ class _Partial(Function):
 
     @staticmethod
     def forward(r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor) -> tuple[Tensor, ...]:
+        if _torch.recording():
+            return _torch.as_one_call(functools.partial(partial_bound, r, which), *s)  # type: ignore[no-any-return]
         with torch.enable_grad():
             if tape.leaves is None:
                 # No more than what derivatives are taken by: what g writes to (running statistics)

@@ -63,7 +63,7 @@ def limits(dtype, n, max_iterations=40):
 
 def taken(form, rows):
     """The same for these samples only."""
-    names = ("u", "hidden_u", "gain", "scale", "hidden_scale")
+    names = ("u", "hidden_u", "gain", "scale", "hidden_scale", "output_scale")
     tensors = {name: getattr(form, name) for name in names}
     parts = {k: t[rows] for k, t in tensors.items() if t is not None and t.dim() == 2}
     return dataclasses.replace(form, **parts)

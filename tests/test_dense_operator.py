@@ -48,6 +48,8 @@ def form_of(case, dtype):
     kind = dict(activation=case["activation"], residual=case["residual"], gain=gain)
     if case["scale"]:
         kind["scale"] = normal(b, n)
+    if case["linear"]:
+        kind["output_scale"] = normal(b, n)
     if h == 0:
         return DenseForm(normal(n, n, scale=0.4 / n**0.5), normal(b, n), **kind)
     return DenseForm(
@@ -69,6 +71,7 @@ cases = st.fixed_dictionaries(
         "activation": st.sampled_from(sorted(ACTIVATIONS)),
         "residual": st.sampled_from([0.0, 0.2]),
         "scale": st.booleans(),
+        "linear": st.booleans(),
         "shared": st.booleans(),
         "seed": st.integers(0, 10**6),
         "dtype": st.sampled_from(DTYPES),

@@ -11,7 +11,7 @@ from fpi_cuda import DenseStep, FixedPointLayer, ImplicitAdjoint, Picard, Tolera
 from fpi_cuda._torch import tree_leaves
 from fpi_cuda.drivers import Support, captured, eager, graph
 from fpi_cuda.record import TRAIL, Limits
-from fpi_cuda.solve import direction, node, route
+from fpi_cuda.solve import linear, node, route
 from fpi_cuda.solve.problem import Report
 
 
@@ -113,7 +113,7 @@ def test_a_problem_is_the_same_after_its_solve():
 
     z = problem()
     first = fixed_point(g, z * 0, z, adjoint=Holding())
-    again = route.solve(direction.direction_of(*held[0]), Report())
+    again = route.solve(linear.direction_of(*held[0]), Report())
     assert torch.equal(first.x, again[0])
 
 

@@ -223,7 +223,7 @@ def convolved(place: Place, channels: Sequence[int], kind: str, hidden: str) -> 
     active = [0, 2]  # one sample is left out
     form = conv_form(channels, size, b, hidden)
     x = dense_image(normal(7, b, channels[0], *size).bfloat16().double()).requires_grad_()
-    y, adjoint = form.linearised(x)
+    y, adjoint = form.linearised(x, transpose=True)
     yield from chain("forward", place, form, x, y, kind, active, allowed)
     c, v = (dense_image(normal(8 + i, *x.shape).bfloat16().double()) for i in range(2))
     (product,) = torch.autograd.grad(y, x, c)

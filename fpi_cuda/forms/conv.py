@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class ConvForm:
 
         p_l = w_l ⋆ h_{l−1} + bias_l + u_l        (+ residual · t where l = L)
         h_l = φ_l(p_l), or slope_l ∘ p_l in hidden layers that have slopes
-        g(x) = h_L
+        g(x) = h_L, or with an output scale d, of a linear last layer, d ∘ (p_L − u_L) + u_L
 
     Attributes:
         weights: w_l, [O_l, I_l, k, k]; I_1 = O_L = C, the state's channels.
@@ -41,6 +42,7 @@ class ConvForm:
         residual: α.
         scale: [B, C, H, W], or None: 1.
         slopes: of the hidden layers, in place of φ_l: [B, O_l, H, W], bool where they are 0 or 1.
+        output_scale: d, [B, C, H, W], or None: 1.
     """
 
     weights: tuple[Tensor, ...]
@@ -51,6 +53,7 @@ class ConvForm:
     residual: float = 0.0
     scale: Tensor | None = None
     slopes: tuple[Tensor, ...] | None = None
+    output_scale: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """g(x), [B, C, H, W], in plain torch."""
@@ -62,9 +65,11 @@ class ConvForm:
         before, after = [], [t]
         for layer in range(len(self.weights)):
             p = _convolve(after[-1], self.weights[layer], self.biases[layer])
-            if (u := self.u[layer]) is not None:
+            is_last = layer + 1 == len(self.weights)
+            u, scale = self.u[layer], self.output_scale if is_last else None
+            if u is not None and scale is None:
                 p = p + u
-            if layer + 1 < len(self.weights):
+            if not is_last:
                 h = (
                     ACTIVATIONS[self.hidden_activation](p)
                     if self.slopes is None
@@ -73,7 +78,10 @@ class ConvForm:
             else:
                 if self.residual != 0:
                     p = p + self.residual * t
-                h = ACTIVATIONS[self.activation](p)
+                if scale is None:
+                    h = ACTIVATIONS[self.activation](p)
+                else:
+                    h = scale * p if u is None else scale * p + u
             before.append(p)
             after.append(h)
         return before, after[1:]
@@ -84,42 +92,55 @@ class ConvForm:
         h = t
         for layer in range(len(self.weights)):
             h = _convolve(h, self.weights[layer], self.biases[layer])
-            if (u := self.u[layer]) is not None:
+            is_last = layer + 1 == len(self.weights)
+            u, scale = self.u[layer], self.output_scale if is_last else None
+            if u is not None and scale is None:
                 h.add_(u)
             activation = self.hidden_activation
-            if layer + 1 == len(self.weights):
+            if is_last:
                 activation = self.activation
                 if self.residual != 0:
                     h.add_(t, alpha=self.residual)
+                if scale is not None:
+                    h.mul_(scale)
+                    h = h if u is None else h.add_(u)
+                    continue
             elif self.slopes is not None:
                 h.mul_(self.slopes[layer])
                 continue
             h = _IN_PLACE.get(activation, ACTIVATIONS[activation])(h)
         return h
 
-    def linearised(self, x: Tensor) -> tuple[Tensor, ConvForm]:
-        """g(x), attached to what it depends on, and c ↦ (∂g/∂x)ᵀ c as a form of this kind.
+    def linearised(self, x: Tensor, *, transpose: bool) -> tuple[Tensor, ConvForm]:
+        """g(x), attached to what it depends on, and M = ∂g/∂x there as a form, or its transpose.
 
         Args:
             x: [B, C, H, W], a leaf that requires gradients.
+            transpose: whether the form is c ↦ Mᵀ c, for an adjoint, or t ↦ M t, for a tangent.
         """
-        assert self.scale is None and self.slopes is None
+        assert self.scale is None and self.slopes is None and self.output_scale is None
         before, after = self._layers(x)
         *hidden, _ = zip(after, before, strict=True)
         relu = self.hidden_activation == "relu"
-        slopes = [h > 0 if relu else slope_of(self.hidden_activation, h, p) for h, p in hidden]
-        transposed = ConvForm(
-            tuple(w.detach().transpose(0, 1).flip(2, 3) for w in reversed(self.weights)),
-            (None,) * len(before),
-            (None,) * len(before),
+        slopes: Any = [h > 0 if relu else slope_of(self.hidden_activation, h, p) for h, p in hidden]
+        slope = slope_of(self.activation, after[-1], before[-1])
+        weights = [w.detach() for w in self.weights]
+        if transpose:
+            weights = [w.transpose(0, 1).flip(2, 3) for w in reversed(weights)]
+            slopes = slopes[::-1]
+        nothing = (None,) * len(weights)
+        return after[-1], ConvForm(
+            tuple(weights),
+            nothing,
+            nothing,
             residual=self.residual,
-            scale=slope_of(self.activation, after[-1], before[-1]),
-            slopes=None if None in slopes else tuple(reversed(slopes)),  # type: ignore[arg-type]
+            scale=slope if transpose else None,
+            slopes=None if None in slopes else tuple(slopes),
+            output_scale=None if transpose else slope,
         )
-        return after[-1], transposed
 
     def plus(self, v: Tensor) -> ConvForm:
-        """The form that adds v, [B, C, H, W], before its last activation."""
+        """The linear form that adds v, [B, C, H, W]."""
         assert self.u[-1] is None
         return dataclasses.replace(self, u=(*self.u[:-1], v))
 
@@ -133,7 +154,7 @@ class ConvForm:
 
     @property
     def _per_sample(self) -> list[Tensor]:
-        found = (self.scale, *self.u, *(self.slopes or ()))
+        found = (self.scale, *self.u, *(self.slopes or ()), self.output_scale)
         return [t for t in found if t is not None]
 
     def _with(self, weights: tuple[Tensor, ...], per_sample: Iterator[Tensor]) -> ConvForm:
@@ -146,6 +167,7 @@ class ConvForm:
             scale=following(self.scale),
             u=tuple(following(t) for t in self.u),
             slopes=None if self.slopes is None else tuple(next(per_sample) for _ in self.slopes),
+            output_scale=following(self.output_scale),
         )
 
     @property

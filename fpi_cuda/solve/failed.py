@@ -13,15 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import of_vmap
+from .._torch import of_vmap, recording, unrecorded
 from ..operators import Scalar, partial_bound, taking
 from .maps import LinearMap, Map, VmappedMap
 from .problem import Problem
 from .rows import stood, with_row
 
 __all__ = [
-    *("Gradients", "finite", "masked", "of_kept", "pairing", "pull", "pulled_back", "stand_in"),
-    "unmapped",
+    *("Gradients", "every", "finite", "masked", "of_kept", "pairing", "pull", "pulled_back"),
+    *("stand_in", "unmapped"),
 ]
 
 
@@ -36,6 +36,14 @@ class Gradients(NamedTuple):
 # Of a problem, x, v and tensors that may be linearised at every sample; last, bool [B]: those for
 # which no other one stands in (None: all).
 Follow = Callable[[Problem, Tensor, Tensor, Sequence[Tensor], Tensor | None], Gradients]
+
+
+def every(keep: Tensor) -> bool:
+    """Whether all samples are kept; waits for the device."""
+    if recording():
+        with unrecorded():
+            return bool(keep.all())
+    return bool(keep.all())
 
 
 def finite(gradients: Sequence[Tensor | None]) -> bool:
@@ -70,9 +78,9 @@ def of_kept(
     alive: Tensor | None = None
     if of_vmap(keep):  # no host can look
         alive = keep.any()
-    elif bool(keep.all()):
+    elif every(keep):
         return follow(problem, x, v, tensors, None)
-    elif not bool(keep.any()):
+    elif every(~keep):
         never = keep.new_zeros(())  # attached all the same: asked for again, they are zero again
         zeros = [torch.where(never, tensors[i], 0) for i in need]
         return Gradients(zeros, torch.zeros_like(x), keep)

@@ -9,6 +9,7 @@ and every mixture of modes. g is linearised once a solve; only products with tha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,6 +108,10 @@ class FixedPoint(Function):
             tensors: those of the map.
         """
         problem = call.problem
+        if _torch.recording():
+            assert attached is None
+            again = functools.partial(FixedPoint.apply, _Call(problem, call.report))
+            return _torch.as_one_call(lambda x0, *t: again(x0, None, *t), x0, *tensors)  # type: ignore[no-any-return]
         if call.given is None:
             plain = [t.detach() for t in tensors]
             x, keep, _ = solve(direction_of(problem, x0.detach(), plain), call.report)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._torch import of_vmap
 from ..operators import along
-from .failed import masked, pairing, stand_in, unmapped
+from .failed import every, masked, pairing, stand_in, unmapped
 from .problem import Problem
 
 __all__ = ["Solve", "push", "tangent_of_kept"]
@@ -50,9 +50,9 @@ def tangent_of_kept(
     alive: Tensor | None = None
     if of_vmap(keep):  # no host can look
         alive = keep.any()
-    elif bool(keep.all()):
+    elif every(keep):
         return solve(problem, x, push(problem, x, tensors, moved, d), tensors)
-    elif not bool(keep.any()):
+    elif every(~keep):
         return torch.where(keep.new_zeros(()), x, 0)  # attached all the same
     if problem.batch_dims > 1:  # samples of one slice stand in for its own alone
         return _by_slices(problem, keep, x, tensors, moved, d, solve)

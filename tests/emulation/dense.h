@@ -64,7 +64,7 @@ void dense_solve(const Request& r) {
                          .in_stride = 1,
                          .out_stride = in,
                          .u = per_sample<T>(r, prefix + "u", out),
-                         .scale = {prefix.empty() ? nullptr : r.array<T>("hidden_scale"), out},
+                         .scale = {r.array<T>(prefix.empty() ? "output_scale" : "hidden_scale"), out},
                          .activation = static_cast<Activation>(r.integer(prefix + "activation"))};
   };
   const DenseStep<T> dense = {.n = n,

@@ -42,6 +42,7 @@ class Dense:
     residual: float = 0.0
     scaled: bool = False
     hidden_scaled: bool = False
+    output_scaled: bool = False
     u: str = "sample"  # or "shared" or "none"
     norm: float = 0.7
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -65,8 +66,9 @@ class Dense:
         t["scale"] = 0.2 + 0.8 * torch.rand(b, n) if self.scaled else None
         if h is not None:
             t["hidden_weight"] = weight(h, n, 1.0)
-            t["hidden_u"] = None if self.hidden_scaled else u(h)
+            t["hidden_u"] = u(h)
             t["hidden_scale"] = torch.rand(b, h) if self.hidden_scaled else None
+        t["output_scale"] = torch.rand(b, n) if self.output_scaled else None
         made = {name: a.to(dtype) for name, a in t.items() if a is not None}
         return dataclasses.replace(self, tensors=made)
 
@@ -76,13 +78,15 @@ class Dense:
         x = x * t["scale"] if self.scaled else x
         value = x
         if self.hidden is not None:
-            value = value @ t["hidden_weight"].mT + t.get("hidden_u", 0.0)
+            value, u = value @ t["hidden_weight"].mT, t.get("hidden_u", 0.0)
             if self.hidden_scaled:
-                value = value * t["hidden_scale"]
+                value = value * t["hidden_scale"] + u
             else:
-                value = ACTIVATIONS[self.hidden_activation](value)
-        value = value @ t["weight"].mT + t.get("u", 0.0) + self.residual * x
-        return ACTIVATIONS[self.activation](value)
+                value = ACTIVATIONS[self.hidden_activation](value + u)
+        value, u = value @ t["weight"].mT + self.residual * x, t.get("u", 0.0)
+        if self.output_scaled:
+            return value * t["output_scale"] + u
+        return ACTIVATIONS[self.activation](value + u)
 
 
 @dataclass

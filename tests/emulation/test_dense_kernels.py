@@ -54,6 +54,9 @@ def test_what_a_layer_is_made_of(machine, dtype, u, hidden, history):
     if hidden is not None:
         adjoint = Dense(20, hidden, IDENTITY, u=u, residual=-0.2, hidden_scaled=True)
         Solver(history).check(machine, adjoint.fill(5, dtype))
+    tangent = Dense(20, hidden, u=u, residual=-0.2, output_scaled=True)
+    tangent = dataclasses.replace(tangent, hidden_scaled=hidden is not None)
+    Solver(history).check(machine, tangent.fill(5, dtype))
 
 
 # N, H, slots, samples: odd ones; one warp's columns and one more; rows of a tensor core's tile and

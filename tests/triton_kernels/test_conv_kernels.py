@@ -151,7 +151,7 @@ def test_the_adjoint_form_is_the_vector_jacobian_product(hidden, config):
     net = NETS["3-20-7-3"]
     form, x = make(net, (5, 9), b=1, hidden_activation=hidden, activation="tanh", residual=0.4)
     x.requires_grad_()
-    y, adjoint = form.linearised(x)
+    y, adjoint = form.linearised(x, transpose=True)
     c, v = state(*x.shape), state(*x.shape)
     (expected,) = torch.autograd.grad(y, x, c)
     out, _ = run(adjoint.plus(v), c, config)

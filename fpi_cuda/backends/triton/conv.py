@@ -92,6 +92,8 @@ def refusal(form: ConvForm, x: Tensor) -> str | None:
         return "a CUDA device older than compute capability 8.0"
     if x.dtype not in _PRECISION_NAMES:
         return f"no kernels for {x.dtype}"
+    if form.output_scale is not None:
+        return "no kernels for what a tangent multiplies after its last layer"
     for t in form.tensors:
         if t.device != x.device or t.dtype not in (x.dtype, torch.bool):
             return f"x is {x.dtype} on {x.device}, another tensor {t.dtype} on {t.device}"
