@@ -74,11 +74,11 @@ def following() -> contextlib.AbstractContextManager[Any]:
 
     Plain operators in the rule would lose the tangents of the levels around it, in silence.
     """
-    return forward_ad._set_fwd_grad_enabled(True)  # type: ignore[no-any-return]
+    return forward_ad._set_fwd_grad_enabled(True)
 
 
-# torch.func.linearize records what runs as a graph, and a loop whose length depends on data can't be
-# recorded. The tools of its recorder are documented nowhere.
+# torch.func.linearize records what runs as a graph, which a loop whose length depends on data can't
+# be. The tools of its recorder are documented nowhere.
 
 
 def recording() -> bool:
@@ -105,7 +105,7 @@ def as_one_call(f: Callable[..., Any], *tensors: Tensor) -> Any:
     with unrecorded():
         out = f(*tensors)
     slots = [
-        proxy_tensor.get_proxy_slot(t, mode.tracer, None, lambda found: found.proxy)  # type: ignore[attr-defined]
+        proxy_tensor.get_proxy_slot(t, mode.tracer, None, lambda found: found.proxy)
         for t in tensors
     ]
     if any(slot is not None for slot in slots):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ._torch import attribute
 from .adjoint import ImplicitAdjoint
 from .arguments import Arguments
+from .derivatives import differentiable
 from .fixed_point import solve
 from .modules import Binding
-from .operators import differentiable
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each, kept
 from .solvers import Anderson

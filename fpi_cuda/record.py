@@ -61,6 +61,10 @@ DERIVATIVE = (
 INCOMING = (
     "the gradient of the loss by this sample's x holds NaN or Inf; look at what the loss does to x."
 )
+TANGENT = (
+    "the tangent of what this sample's g takes, or its effect on g, holds NaN or Inf; look at the "
+    "tangents given, and at g's derivative by its inputs and parameters."
+)
 
 # Gradients of these samples are masked by default: their state means nothing.
 MASKED = (Status.DIVERGED, Status.NONFINITE)

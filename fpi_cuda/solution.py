@@ -68,6 +68,7 @@ class Solution(Account):
             by which a solve that did not converge sees whether g is random.
         path: which backend and driver ran, and why.
         adjoint: the record of the last backward solve, or None before one.
+        tangent: likewise of forward mode.
 
     Under `torch.vmap` the record's tensors are plain and carry the mapped dimension first.
     """
@@ -124,6 +125,11 @@ class Solution(Account):
     def adjoint(self) -> Record | None:
         """The record of the last backward solve."""
         return self.record.adjoint
+
+    @property
+    def tangent(self) -> Record | None:
+        """The record of the last solve for a tangent."""
+        return self.record.tangent
 
     def detach(self) -> Solution:
         """The same with x cut from the graph: keeps no graph alive."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..derivatives import free, vjp
 from ..norms import row_norms
-from ..operators import free, vjp
 
 Step = Callable[..., Tensor]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ class Direction:
         params: the shared tensors: those the user passed, then a module's own.
         map: the map whose fixed point or whose adjoint is sought.
         need: positions of the tensors whose gradients follow the solve.
+        transpose: whether it is an adjoint.
         linear: whether it is of u = M u + v: from v, relative to ‖v‖, and done where that is zero.
         higher: whether it is part of a derivative of higher order, or a tangent.
         floor: of a linear one ‖v‖, [B]; skip: bool [B], the samples where that is zero, or None.
@@ -45,6 +45,7 @@ class Direction:
     given: Sequence[Tensor]
     need: Sequence[int] = ()
     linear = False
+    transpose = False
     higher = False
     floor: Tensor | None = None
     skip: Tensor | None = None

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .._torch import version
 from ..backends import triton
+from ..derivatives import free, pulled, vjp
 from ..forms import ConvForm
 from ..layout import take
-from ..operators import free, pulled, vjp
 from ..record import STATUS, Progress
 from .independence import Samples
 from .maps import Bound, check_output

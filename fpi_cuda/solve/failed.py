@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from .._torch import of_vmap, recording, unrecorded
-from ..operators import Scalar, partial_bound, taking
+from ..derivatives import Scalar
+from ..operators import partial_bound, taking
 from .maps import LinearMap, Map, VmappedMap
 from .problem import Problem
 from .rows import stood, with_row
 
-__all__ = [
-    *("Gradients", "every", "finite", "masked", "of_kept", "pairing", "pull", "pulled_back"),
-    *("stand_in", "unmapped"),
-]
+__all__ = ["Gradients", "every", "finite", "masked", "of_kept", "pairing", "pull", "pulled_back"]
+__all__ += ["stand_in", "unmapped"]
 
 
 class Gradients(NamedTuple):
@@ -127,7 +126,6 @@ def pull(
     problem: Problem, x: Tensor, c: Tensor, tensors: Sequence[Tensor], need: Sequence[int]
 ) -> Sequence[Tensor]:
     """(∂g/∂tensor)ᵀ c at x (paper eq. 11), differentiable again."""
-
     return partial_bound(pairing(problem), [2 + i for i in need], x, c, *tensors)
 
 

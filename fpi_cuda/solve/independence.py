@@ -70,12 +70,12 @@ class Samples:
         self.compactable, self.suspect = same, not same
         return same
 
-    def tell(self, coupled: bool = False, adjoint: bool = False) -> None:
+    def tell(self, coupled: bool = False, linear: bool = False) -> None:
         """What was found by looking."""
         suspect, self.suspect = self.suspect, False
         if coupled:
             self.coupled = True
-            again = "Its gradient, but not its state," if adjoint else "It"
+            again = "Its derivative, but not its state," if linear else "It"
             warn(
                 "fpi_cuda: the samples of this batch depend on each other through g (batch norm or "
                 f"attention across it, a graph whose nodes are the samples?). {again} was solved "

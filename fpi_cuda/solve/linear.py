@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..derivatives import for_modules
 from ..drivers.eager import Evaluation
 from ..forms import Form
 from ..norms import row_norms
-from ..operators import for_modules
 from ..record import Limits, accumulate_dtype
 from .direction import Direction, Forward
 from .evaluation import Linearised

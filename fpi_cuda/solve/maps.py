@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .._torch import attribute, transforming
 from ..arguments import Arguments
+from ..captures import followed
+from ..derivatives import free, pulled, vjp
 from ..forms import Form, form_of
 from ..modules import Binding
-from ..operators import free, pulled, vjp
 from ..state import same
 
 Bound = Callable[..., Tensor]
@@ -125,7 +126,8 @@ class UserMap(Map):
         attributes = left == "attributes"
         if attributes:
             binding.begin()
-        binding.close(keep=transformed or x.requires_grad)  # else no derivative will bind again
+        # Else no derivative will bind again.
+        binding.close(keep=x.requires_grad or followed())
         if left:
             with contextlib.nullcontext() if attributes else torch.no_grad():
                 g = self.taking(self.g, params)

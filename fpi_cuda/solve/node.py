@@ -19,9 +19,9 @@ from torch.autograd import Function
 
 from .. import _torch
 from ..captures import followed, refuse_captures
+from ..derivatives import differentiated, needs_gradients, over_legacy_batch, tangents_by
 from ..drivers import graph
 from ..modules import reached
-from ..operators import differentiated, needs_gradients, over_legacy_batch, tangents_by
 from ..state import refuse_freed
 from .closure import Redirected
 from .failed import Gradients, masked, of_kept, pull, pulled_back, stand_in

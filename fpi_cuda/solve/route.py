@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..drivers.support import Solved
-from ..record import DERIVATIVE, INCOMING, Record, Status
+from ..record import DERIVATIVE, INCOMING, TANGENT, Record, Status
 from ..solution import FixedPointError, FixedPointWarning, Solution, warn
 from .coupling import RANDOM, random, wrong
 from .direction import Direction
@@ -113,5 +113,6 @@ def _nonfinite(direction: Direction, record: Record) -> str:
         return ""
     samples = (record.status == Status.NONFINITE).reshape(-1)
     came = torch.zeros_like(samples) if direction.floor is None else ~direction.floor.isfinite()
-    why = [DERIVATIVE] * bool((samples & ~came).any()) + [INCOMING] * bool((samples & came).any())
+    incoming = INCOMING if direction.transpose else TANGENT
+    why = [DERIVATIVE] * bool((samples & ~came).any()) + [incoming] * bool((samples & came).any())
     return " Or: ".join(why)
