@@ -95,8 +95,9 @@ class _Witness(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        what = "that carries a tangent (torch.func.jvp, jacfwd, forward_ad)"
-        raise ctx.who.refusal(what)
+        with _torch.following():  # by which the tensor's name is found
+            what = "that carries a tangent (torch.func.jvp, jacfwd, forward_ad)"
+            raise ctx.who.refusal(what)
 
     @staticmethod
     def vmap(

@@ -139,8 +139,7 @@ def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor
 
 def partial_bound(r: Scalar, which: Sequence[int], *s: Tensor) -> tuple[Tensor, ...]:
     """`partial` for an r whose every tensor is in s, without its checks of s."""
-    graph = torch.is_grad_enabled() or _torch.transforming()
-    tape = _Tape(keep=graph)
+    tape = _Tape(keep=torch.is_grad_enabled())
     out = _Partial.apply(r, tuple(which), tape, *s)  # type: ignore[no-untyped-call]
     if _torch.transforming():  # it knows nothing of the levels around, and may outlive them
         tape.drop()

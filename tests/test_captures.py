@@ -232,15 +232,6 @@ def test_an_energy_that_owns_its_tensors_is_refused_nothing():
         close(mine.sum(0), one)
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
-def test_p_of_a_tensor_with_a_tangent_is_refused(mode):
-    with mode(), forward_ad.dual_level():
-        (plain,) = partial(lambda x: (x**3).sum(), Z)
-        close(plain, 3 * Z**2)
-        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-            partial(lambda x: (x**3).sum(), forward_ad.make_dual(Z, Z))
-
-
 # --- what is not captured, or not followed ---------------------------------------------------
 
 
@@ -281,15 +272,6 @@ class Affine(nn.Module):
 
 def affine(w, z):
     return torch.linalg.solve(torch.eye(3, dtype=w.dtype) - 0.5 * w, z.mT).sum()
-
-
-def test_explicit_tensors_with_tangents_have_the_words_of_before():
-    def f(z):
-        return solved(lambda x, z: 0.5 * x + z, z)
-
-    for case in (lambda: jvp(f, (Z,), (Z,)), lambda: of_dual(f, Z)):
-        with pytest.raises(NotImplementedError, match="no forward-mode derivative yet"):
-            case()
 
 
 def test_an_open_level_that_follows_nothing_changes_nothing():
@@ -349,17 +331,6 @@ def test_batched_cotangents_reach_a_captured_tensor():
     close(only, mine[0])
     with pytest.raises(RuntimeError, match="only first derivatives exist"):
         grad(x, (w, z), v, is_grads_batched=True, create_graph=True)
-
-
-def test_a_cotangent_with_a_tangent_is_refused():
-    z = Z.clone().requires_grad_()
-    x = fixed_point(lambda x, z: 0.5 * x + z, torch.zeros_like(z), z, **OPTIONS).x
-    ones = torch.ones_like(x)
-    with forward_ad.dual_level():
-        (plain,) = grad(x, z, ones, retain_graph=True)
-        close(plain, 2 * ones)
-        with pytest.raises(NotImplementedError, match="no forward-mode derivative yet"):
-            grad(x, z, forward_ad.make_dual(ones, ones))
 
 
 # --- the tensor by its name --------------------------------------------------------------------

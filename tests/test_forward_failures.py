@@ -86,7 +86,7 @@ def test_a_failed_samples_tangents_are_zero_and_the_others_right(way, nesting):
     near(found, nested(nesting, of_the_good(g))(z, W))
 
 
-@ways
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "tangent diverges"])
 def test_with_anderson_on_the_reference_backend_too(way):
     g, z = WAYS[way]
     options = tight("reference", Anderson())

@@ -212,8 +212,8 @@ def test_a_padded_batch_has_the_tangents_of_its_samples_alone():
     kept = (torch.arange(3) < sizes[:, None]).double()
 
     def f(z, w):
-        g = lambda x, z, w: kept * opaque(x, z, w)  # noqa: E731
-        return fixed_point(g, torch.zeros_like(z), z, params=(w,), sizes=sizes, **NATIVE).x
+        g = lambda x, z, kept, w: kept * opaque(x, z, w)  # noqa: E731
+        return fixed_point(g, torch.zeros_like(z), z, kept, params=(w,), sizes=sizes, **NATIVE).x
 
     for nesting in ("jvp", "jvp_other jvp", "dual"):
         found = nested(nesting, f)(Z, W)

@@ -6,7 +6,7 @@ from helpers import Counter
 from torch import nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.func import grad as fgrad
-from torch.func import jacrev, jvp, vmap
+from torch.func import jacrev, vmap
 
 from fpi_cuda.operators import inner_product, partial
 
@@ -218,12 +218,6 @@ def test_batched_grads_of_partial_equal_a_loop():
         one = grad(p, s, torch.eye(2, dtype=torch.float64)[i], retain_graph=True)
         for a, b in zip(rows, one, strict=True):
             torch.testing.assert_close(a[i], b)
-
-
-def test_forward_mode_of_partial_raises():
-    x = double(3)
-    with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
-        jvp(lambda x: partial(lambda x: (x**3).sum(), x)[0], (x,), (torch.ones_like(x),))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from helpers_derivatives import (
     options_fixture,  # noqa: F401
 )
 from torch.autograd import grad
-from torch.func import functional_call, hessian, jacrev, jvp, vmap
+from torch.func import functional_call, jacrev, vmap
 from torch.func import grad as fgrad
 
 from fpi_cuda import Picard, fixed_point
@@ -163,30 +163,6 @@ def test_vmap_over_an_ensemble_of_modules_equals_a_loop(options):
 
 
 # --- what can't be right raises --------------------------------------------------------------
-
-
-def test_forward_mode_raises_and_never_returns_a_silent_zero(problem):
-    f, z, w = problem
-    with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
-        jvp(lambda z: f(z, w), (z,), (torch.ones_like(z),))
-    with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
-        hessian(lambda z: f(z, w).sum())(z)
-    with (
-        pytest.raises((NotImplementedError, RuntimeError), match="forward"),
-        torch.autograd.forward_ad.dual_level(),
-    ):
-        f(torch.autograd.forward_ad.make_dual(z, torch.ones_like(z)), w)
-
-
-def test_nested_forward_mode_raises(problem):
-    f, z, w = problem
-    ones = torch.ones_like(z)
-
-    def inner(z):
-        return jvp(lambda z: f(z, w), (z,), (ones,))[1]
-
-    with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
-        jvp(inner, (z,), (ones,))
 
 
 def test_captured_tensor_has_a_right_first_derivative(options):

@@ -311,6 +311,6 @@ def _captured(problem: Problem) -> RuntimeError:
     names = reached(users(problem.map), needs_gradients)
     return RuntimeError(
         f"fixed_point: g captures a tensor that needs gradients{names}, so only first derivatives "
-        "in reverse mode exist; pass it in `inputs` (per sample) or `params` (shared) and take it "
+        "exist, in reverse mode; pass it in `inputs` (per sample) or `params` (shared) and take it "
         "as an argument of g"
     )
