@@ -37,7 +37,7 @@ class Direction:
         params: the shared tensors: those the user passed, then a module's own.
         map: the map whose fixed point or whose adjoint is sought.
         need: positions of the tensors whose gradients follow the solve.
-        adjoint: whether the solve starts at v: relative to ‖v‖, and done where that is zero.
+        adjoint: whether the solve is relative to ‖v‖, and done where that is zero.
         higher: whether it is part of a derivative of higher order.
         floor: an adjoint's ‖v‖, [B]; skip: bool [B], the samples where that is zero, or None.
         seen: what its evaluations find out.
@@ -280,9 +280,12 @@ class Backward(Direction):
         return scale.to(accumulate_dtype(rows.dtype))
 
     def measure(self) -> None:
-        """Floor, and the samples where it is zero, as v is (of one system: everywhere)."""
+        """Floor, the samples where it is zero, as v is (of one system: everywhere); the start."""
         self.floor = self.scale()
         self.skip = None if bool(self.floor.all()) else self.floor == 0
+        memory = self.problem.options.memory
+        if memory is not None:
+            self.start = memory.adjoint_start(self.v, self.coupled)
 
     def around(self, given: Sequence[Tensor], params: Sequence[Tensor], map: UserMap) -> Backward:
         """See `Direction`."""

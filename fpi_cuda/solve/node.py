@@ -244,6 +244,8 @@ def _gradients(
             if torch.is_grad_enabled() or _torch.transforming():
                 return _higher(problem, adjoint, report, x, v, tensors, need)
             _, kept, (c, *grads) = solve(Backward(adjoint, x, v, tensors, need), report)
+            if problem.options.memory is not None:
+                problem.options.memory.keep_adjoint(v, c, report.record)
             return Gradients(grads, c, kept)
 
     return of_kept(problem, keep, x, v, tensors, need, follow)
@@ -259,6 +261,7 @@ def _higher(
     need: Sequence[int],
 ) -> Gradients:
     """The gradients as nodes of the same two kinds: differentiable again."""
+    adjoint = adjoint._replace(options=adjoint.options._replace(memory=None))  # of another system
     c, keep = FixedPoint.apply(_Call(adjoint, report), v, None, x, v, *tensors)  # type: ignore[no-untyped-call]
     if not need:
         return Gradients(())
