@@ -11,6 +11,7 @@ from helpers import Net, contraction, linear
 from helpers_layers import EXACT, Normalised, close, double, layer_of, unrolled
 from torch.autograd import grad
 
+from benchmarks import warm as benchmark
 from fpi_cuda import (
     DenseStep,
     FixedPointError,
@@ -386,6 +387,13 @@ def test_a_layer_in_the_step_of_another_starts_warm():
     inner.warm = False
     for one, expected in zip(found, differentiated(outer, z), strict=True):
         torch.testing.assert_close(one, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_the_benchmark_counts_fewer_iterations_where_it_starts_warm():
+    found = benchmark.runs(0.8, Picard(), 1e-3, benchmark.SAMPLES, 2)
+    cold, warm = (found[name].counts[0] for name in ("cold", "warm"))
+    assert warm[0] < cold[0] - 1
+    assert warm[1] < cold[1] - 1
 
 
 @pytest.mark.parametrize(
