@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -20,6 +20,7 @@ from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each, kept
 from .solvers import Anderson
 from .state import state_of
+from .warm import CAPACITY, Warm, check_key
 
 __all__ = ["FixedPointLayer"]
 
@@ -41,6 +42,18 @@ class FixedPointLayer(nn.Module):
             in `fixed_point`.
         eval_factor: in eval mode a solve takes so many times max_iterations, and a tolerance that
             many times smaller; the adjoint keeps its own tolerance.
+        warm: whether calls start where the last one with the same key ended, forward and backward;
+            a number: the most keys kept, of which the least recently used goes first; True: 64.
+
+    `layer.warm` is None, or what is kept (`Warm`): set it to True, False or a number at any time;
+    `layer.warm.clear()` forgets all, and it counts hits and misses. It serves calls that come
+    again little changed: a full batch, a minibatch of fixed samples (its index as `key=`), frames
+    of a video. Results then depend on the calls before, within the tolerance; of several fixed
+    points, on them altogether. What a sample failed with is not kept. A solve that ends in its
+    first iteration measures no `contraction` (NaN) and no `error_estimate` (Inf). Plain tensors are
+    kept, three states a key, never a graph; not by state_dict, copies or pickles. Higher orders of
+    derivatives, the adjoint under driver="graph", and calls under torch.func or forward mode start
+    cold and leave nothing.
 
     Raises:
         TypeError, ValueError: an option is not as `fixed_point` says.
@@ -66,6 +79,7 @@ class FixedPointLayer(nn.Module):
     eval_factor: float = 1.0
     last: Solution | None
     _fits: Any = None  # state_shape and a batch size that are no mistake
+    _warm: Warm | None = None
 
     def __init__(
         self,
@@ -81,6 +95,7 @@ class FixedPointLayer(nn.Module):
         per_sample: bool | str = "auto",
         driver: str = "auto",
         eval_factor: float = 1.0,
+        warm: bool | int = False,
     ) -> None:
         super().__init__()
         options = Options(
@@ -98,6 +113,21 @@ class FixedPointLayer(nn.Module):
         for name in _OPTIONS:
             setattr(self, name, getattr(options, name))
         self.last = None
+        self.warm = warm
+
+    @property
+    def warm(self) -> Warm | None:
+        """What is kept between calls; None: each starts cold."""
+        return self._warm
+
+    @warm.setter
+    def warm(self, warm: Warm | bool | int | None) -> None:
+        if warm is None or warm is False:
+            self._warm = None
+        elif warm is not True:
+            self._warm = warm if isinstance(warm, Warm) else Warm(warm)
+        elif self._warm is None:
+            self._warm = Warm(CAPACITY)
 
     def forward(
         self,
@@ -107,6 +137,7 @@ class FixedPointLayer(nn.Module):
         tolerance: Tolerance | None = None,
         max_iterations: Any = None,
         sizes: Tensor | None = None,
+        key: Hashable = None,
         **keywords: Any,
     ) -> Any:
         """The fixed point for these inputs: of x ↦ g(x, *inputs, *params, **keywords).
@@ -114,11 +145,15 @@ class FixedPointLayer(nn.Module):
         Args:
             inputs: tensors [B, ...]; the first is z. None and whatever is no tensor go to g as they
                 are.
-            x0: where to start; None: zeros. Pass `layer.last.x` to start warm.
+            x0: where to start; None: zeros, or with `layer.warm` where the last call ended.
             params: tensors that the batch shares, as in `fixed_point`.
             tolerance: of this call; None: the layer's.
             max_iterations: likewise.
             sizes: valid entries of each padded sample, as in `fixed_point`.
+            key: whose start `layer.warm` takes and keeps: anything hashable, such as the index of a
+                minibatch or ("validation", index). What is kept under it goes when the state's
+                shapes, dtype or device change. None: the last call's with a state like this. A
+                layer called several times a step has a key for each. Without `warm` it is not used.
             keywords: go to g under their names (but for those above): an edge index, a mask, a time
                 step, a module. Tensors in them, in lists, tuples and dicts too, get gradients of
                 every order; g gets them whole, so a NaN in one is every sample's. If one of them
@@ -130,12 +165,15 @@ class FixedPointLayer(nn.Module):
             x̂, shaped like the state; attached to autograd.
 
         Raises:
-            TypeError: no input and no x0 was given.
+            TypeError: no input and no x0 was given; key is a tensor or not hashable.
         """
         tensors = [t for t in inputs if isinstance(t, Tensor)]
         given = None if len(tensors) == len(inputs) and not keywords else keywords
         if given is not None:
             _check_first(inputs)
+        if key is not None:
+            check_key(key)
+        cold = x0 is None
         if x0 is None:
             x0 = self._zeros(tensors, inputs, params, given)
         options = Options(*[getattr(self, name) for name in _OPTIONS])
@@ -147,8 +185,15 @@ class FixedPointLayer(nn.Module):
             options = options._replace(max_iterations=max_iterations)
         if sizes is not None:
             options = options._replace(sizes=sizes)
+        slot = None
+        if self._warm is not None:
+            begin = _apart(self._warm.begin)
+            x0, slot = begin(x0, key, not cold)
+            options = options._replace(memory=slot)
         solution = solve(self.g, x0, inputs, params, options, given)
         self.last = kept(solution)
+        if slot is not None:
+            _apart(slot.keep)(self.last)
         # What is kept, for a warm start and for the backward, is the solver's own: the caller may
         # change the output in place.
         x = solution.x
@@ -257,8 +302,16 @@ class FixedPointLayer(nn.Module):
         return f"solver={self.solver}, max_iterations={self.max_iterations}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the record of the last call."""
-        return {**self.__dict__, "last": None}
+        """Without the record of the last call, and what is kept between calls."""
+        state = {**self.__dict__, "last": None}
+        if self._warm is not None:  # copy.copy would share it
+            state["_warm"] = Warm(self._warm.capacity)
+        return state
+
+
+def _apart(f: Any) -> Any:
+    """F as it is where torch.compile traces: it asks for locks and counts."""
+    return torch.compiler.disable(f) if torch.compiler.is_compiling() else f
 
 
 def _parts(x: Any) -> Any:

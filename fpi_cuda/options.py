@@ -148,6 +148,7 @@ class Options(NamedTuple):
     per_sample: bool | str
     driver: str
     sizes: Tensor | None = None  # of one call, which a layer takes none of
+    memory: Any = None  # likewise: the `warm.Slot` of a layer's call that starts warm
 
     def check(self) -> None:
         """Raise unless every option is in its range."""

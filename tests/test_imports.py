@@ -14,7 +14,7 @@ FLOORS = (
     ("_build", "arguments", "forms", "modules", "options"),
     ("captures",),
     ("backends", "operators", "solution", "state"),
-    ("drivers", "solvers"),
+    ("drivers", "solvers", "warm"),
     ("solve",),
     ("_uncompiled", "adjoint"),
     ("fixed_point", "steps"),

@@ -39,11 +39,11 @@ def support(direction: Any, because: str) -> Support:
 
 
 def _solve(direction: Any, because: str) -> Solved:
-    options, start = direction.problem.options, direction.start
-    evaluate = direction.evaluation()
+    options, evaluate = direction.problem.options, direction.evaluation()
     because = direction.refused or because
     if direction.linear:
         direction.measure()
+    start = direction.start
     x, record = iterate(
         evaluate,
         start,

@@ -78,7 +78,8 @@ def _look(direction: Direction, x: Tensor, record: Record, claimed: Tensor) -> b
 
     y = rows(evaluate(x)).clone()  # g may return the same memory each time
     met = bool((_met(rows(x), y, record, direction.floor) | ~claimed).all())
-    others = torch.zeros_like(x) if direction.linear else direction.start
+    cold = not direction.linear and problem.options.memory is None
+    others = direction.start if cold else torch.zeros_like(x)  # else too near to tell
     digits = (b - 1).bit_length()
     bits: Sequence[int] = range(digits)
     if met and not samples.suspect:

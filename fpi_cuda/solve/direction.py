@@ -33,7 +33,7 @@ class Direction:
         map: the map whose fixed point or whose adjoint is sought.
         need: positions of the tensors whose gradients follow the solve.
         transpose: whether it is an adjoint.
-        linear: whether it is of u = M u + v: from v, relative to ‖v‖, and done where that is zero.
+        linear: whether it is of u = M u + v: relative to ‖v‖, and done where that is zero.
         higher: whether it is part of a derivative of higher order, or a tangent.
         floor: of a linear one ‖v‖, [B]; skip: bool [B], the samples where that is zero, or None.
         seen: what its evaluations find out.

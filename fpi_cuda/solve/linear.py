@@ -83,9 +83,12 @@ class Linear(Direction):
         return scale.to(accumulate_dtype(rows.dtype))
 
     def measure(self) -> None:
-        """Floor, and the samples where it is zero, as v is (of one system: everywhere)."""
+        """Floor, the samples where it is zero, as v is (of one system: everywhere); the start."""
         self.floor = self.scale()
         self.skip = None if bool(self.floor.all()) else self.floor == 0
+        memory = self.problem.options.memory
+        if memory is not None:
+            self.start = memory.adjoint_start(self.v, self.coupled)
 
     def _look(self) -> Form | None:
         if not isinstance(self.map, UserMap):

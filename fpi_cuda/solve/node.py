@@ -263,6 +263,8 @@ def _gradients(
             adjoint = problem.options.adjoint.transposed(problem)
             adjoint = adjoint._replace(map=LinearMap(problem.map, transpose=True))
             _, kept, (c, *grads) = solve(Backward(adjoint, x, v, tensors, need), report)
+            if problem.options.memory is not None:
+                problem.options.memory.keep_adjoint(v, c, report.record)
             return Gradients(grads, c, kept)
 
     return of_kept(problem, keep, x, v, tensors, need, follow)
@@ -300,7 +302,8 @@ def _linear(
     not nest.
     """
     linear = problem.options.adjoint.transposed(problem)
-    linear = linear._replace(map=problem.map.linear(transpose))
+    options = linear.options._replace(memory=None)  # which is of the first adjoint alone
+    linear = linear._replace(map=problem.map.linear(transpose), options=options)
     if not transpose:
         linear = linear._replace(name="tangent")
     at, of_g = problem.map.around(x, tensors)
