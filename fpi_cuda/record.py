@@ -320,7 +320,7 @@ class Account:
 
 @dataclass(eq=False, repr=False)
 class Record(Account):
-    """Per-sample account of one solve. Every tensor has the batch's shape, [B]."""
+    """Per-sample account of one solve. Tensors have the batch's shape, [B]; the trace [T, B]."""
 
     progress: Progress
     batch: torch.Size
@@ -332,6 +332,8 @@ class Record(Account):
     adjoint: Record | None = None  # the backward solve's own record, filled by each backward
     system: int = 1  # samples that are solved as one system
     mixes: bool = False  # whether g is called at mixtures of iterates, too
+    trace: Tensor | None = None  # of an observed solve; and of which iterations, [T]
+    trace_iterations: Tensor | None = None
 
     @property
     def record(self) -> Record:  # type: ignore[override]
