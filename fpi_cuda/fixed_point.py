@@ -88,16 +88,16 @@ def fixed_point(
             ‖g(x) − x‖₂ there; of one that ended before, its solution, and the residual_norm of its
             end. (Where Anderson takes a mixture x back, residual_norm is of the iterate before.)
             It runs without gradients and autocast; what it returns is ignored, what it raises
-            comes out as it is. On CUDA it waits for nothing, and is called up to twice more after
-            the last sample's end. Under torch.vmap mapped dimensions come first. Where "auto"
-            solves again as one system, iteration begins at 1 again.
-        has_aux: g returns (x, aux), aux anything. It is dropped in the iteration; once, after it,
-            g is called at x̂ (`evaluations` counts that), and its aux is `Solution.aux`: attached
-            by plain autograd to x̂, and so by the implicit derivative to all that x̂ depends on,
-            and to the tensors that g reads. A loss on aux has right first derivatives in
-            captured tensors too. Of samples that failed it is g's at their x: what they give x̂'s
-            gradient is masked, what they give aux's is not, so leave them out of the loss by
-            torch.where, and a NaN in their aux reaches tensors that the batch shares all the same.
+            comes out as it is. Nothing waits for a device, where it is called up to twice more
+            after the last sample's end. Mapped dimensions of torch.vmap come first. Where
+            per_sample="auto" solves again as one system, iteration begins at 1 again.
+        has_aux: g returns (x, aux), aux of any kind. The iteration drops it; after it g is called
+            once at x̂ (`evaluations` counts that), and the aux of this call is `Solution.aux`. Plain
+            autograd attaches it to x̂, so to all that x̂ depends on, and to the tensors that g
+            reads, captured ones too: a loss on aux has its first derivatives. At a sample that
+            failed, aux is what g gives at the x returned. Its gradient through x̂ is masked;
+            through g's own call it is not, as in any module: choose by torch.where what the loss
+            takes, and see that aux is finite for the others' sake (0 · NaN in a shared tensor).
         sizes: of a ragged batch that is padded: how many entries of each sample are valid, those of
             all tensors of a tuple together; a tensor [B] of whole numbers, on any device, which the
             slices of torch.vmap share. The others are zero in x0, in g's values, and in the

@@ -28,7 +28,7 @@ Update = Callable[[Tensor, Tensor], None]
 def asked(direction: Any) -> str:
     """Which options make the solve an observed one, for the record; "": none."""
     options = direction.problem.options
-    if direction.adjoint or not (options.trace or options.callback is not None):
+    if not (options.trace or options.callback is not None) or direction.adjoint:
         return ""
     names = ["trace"] * options.trace + ["callback"] * (options.callback is not None)
     return " and ".join(names)

@@ -124,12 +124,14 @@ class UserMap(Map):
             Aux, attached to x and the tensors; None without has_aux.
         """
         binding, aux = self.binding, None
+        if binding is None and not self.has_aux:
+            return None
 
         def at(g: Callable[..., Any], x: Tensor) -> Any:
             return self.taking(g, params)(self.unpack(x), *inputs)
 
         if binding is None:
-            return pair(at(self.g, x))[1] if self.has_aux else None
+            return pair(at(self.g, x))[1]
         transformed = transforming()
         left = "" if transformed else binding.left if self.left is None else self.left
         attributes = left == "attributes"
