@@ -65,6 +65,8 @@ class ImplicitAdjoint(ByValue):
                 solver=self.solver or options.solver,
                 tolerance=self.tolerance or _TOLERANCE,
                 max_iterations=most,
+                trace=False,
+                callback=None,
             ),
             unpack=lambda c: c,
             name="adjoint",

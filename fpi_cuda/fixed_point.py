@@ -30,6 +30,9 @@ def fixed_point(
     on_failure: str = "warn",
     per_sample: bool | str = "auto",
     driver: str = "auto",
+    trace: bool = False,
+    callback: Callable[[int, Any, Tensor], Any] | None = None,
+    has_aux: bool = False,
     sizes: Tensor | None = None,
 ) -> Solution:
     """Solve x̂ = g(x̂, *inputs, *params) for every sample; differentiable to any order.
@@ -77,6 +80,24 @@ def fixed_point(
             eagerly, with a warning. "whole": one kernel, for a g of dense layers (`DenseStep`,
             and `GradientStep` of a `DenseEnergy`), that iterates every sample to its own end.
             "auto": whole where that is possible, else eager.
+        trace: True keeps every sample's residual norm by iteration, `Solution.trace`; the solve is
+            eager.
+        callback: called as callback(iteration, x, residual_norm) after each iteration of the
+            forward solve, which is eager then. iteration counts from 1. x is like x0, a detached
+            copy: of a sample that iterates what g was evaluated at, so that residual_norm, [B], is
+            ‖g(x) − x‖₂ there; of one that ended before, its solution, and the residual_norm of its
+            end. (Where Anderson takes a mixture x back, residual_norm is of the iterate before.)
+            It runs without gradients and autocast; what it returns is ignored, what it raises
+            comes out as it is. Nothing waits for a device, where it is called up to twice more
+            after the last sample's end. Mapped dimensions of torch.vmap come first. Where
+            per_sample="auto" solves again as one system, iteration begins at 1 again.
+        has_aux: g returns (x, aux), aux of any kind. The iteration drops it; after it g is called
+            once at x̂ (`evaluations` counts that), and the aux of this call is `Solution.aux`. Plain
+            autograd attaches it to x̂, so to all that x̂ depends on, and to the tensors that g
+            reads, captured ones too: a loss on aux has its first derivatives. At a sample that
+            failed, aux is what g gives at the x returned. Its gradient through x̂ is masked;
+            through g's own call it is not, as in any module: choose by torch.where what the loss
+            takes, and see that aux is finite for the others' sake (0 · NaN in a shared tensor).
         sizes: of a ragged batch that is padded: how many entries of each sample are valid, those of
             all tensors of a tuple together; a tensor [B] of whole numbers, on any device, which the
             slices of torch.vmap share. The others are zero in x0, in g's values, and in the
@@ -93,7 +114,8 @@ def fixed_point(
         FixedPointError: `on_failure="raise"` and a sample did not converge.
     """
     options = Options(
-        solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver, sizes
+        *(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
+        *(trace, callback, has_aux, sizes),
     )
     return solve(g, x0, inputs, params, options)
 

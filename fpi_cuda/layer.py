@@ -25,7 +25,7 @@ from .warm import CAPACITY, Warm, check_key
 __all__ = ["FixedPointLayer"]
 
 Shape = tuple[int, ...]
-_OPTIONS = tuple(name for name in Options._fields if name not in Options._field_defaults)
+_OPTIONS = tuple(name for name in Options._fields if name != "sizes")  # which each call has
 
 
 class FixedPointLayer(nn.Module):
@@ -38,8 +38,9 @@ class FixedPointLayer(nn.Module):
         state_shape: the shape of one sample's state; a tuple of shapes, plain or named, for a
             tuple state; a function of the first input that returns either (images of any size).
             None: g's own `state_shape` where it has one, else the first input's.
-        solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver: as
-            in `fixed_point`.
+        solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver,
+            trace, callback, has_aux: as in `fixed_point`. With has_aux the layer returns (x̂, aux);
+            `last` has no aux.
         eval_factor: in eval mode a solve takes so many times max_iterations, and a tolerance that
             many times smaller; the adjoint keeps its own tolerance.
         warm: whether calls start where the last one with the same key ended, forward and backward;
@@ -74,6 +75,9 @@ class FixedPointLayer(nn.Module):
     on_failure: str
     per_sample: bool | str
     driver: str
+    trace: bool = False
+    callback: Any = None
+    has_aux: bool = False
     g: Any
     state_shape: Any
     eval_factor: float = 1.0
@@ -94,12 +98,16 @@ class FixedPointLayer(nn.Module):
         on_failure: str = "warn",
         per_sample: bool | str = "auto",
         driver: str = "auto",
+        trace: bool = False,
+        callback: Callable[[int, Any, Tensor], Any] | None = None,
+        has_aux: bool = False,
         eval_factor: float = 1.0,
         warm: bool | int = False,
     ) -> None:
         super().__init__()
         options = Options(
-            solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver
+            *(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
+            *(trace, callback, has_aux),
         )
         options.check()
         if not (isinstance(eval_factor, Real) and 0 < eval_factor < math.inf):
@@ -162,7 +170,7 @@ class FixedPointLayer(nn.Module):
                 ended: pass what belongs to samples by position.
 
         Returns:
-            x̂, shaped like the state; attached to autograd.
+            x̂, shaped like the state; attached to autograd. With has_aux (x̂, aux).
 
         Raises:
             TypeError: no input and no x0 was given; key is a tensor or not hashable.
@@ -197,7 +205,8 @@ class FixedPointLayer(nn.Module):
         # What is kept, for a warm start and for the backward, is the solver's own: the caller may
         # change the output in place.
         x = solution.x
-        return x.clone() if isinstance(x, Tensor) else each(torch.clone, x)
+        x = x.clone() if isinstance(x, Tensor) else each(torch.clone, x)
+        return (x, solution.aux) if self.has_aux else x
 
     def _evaluating(self, options: Options, x0: State) -> Options:
         """The options in eval mode."""
@@ -282,6 +291,8 @@ class FixedPointLayer(nn.Module):
         def takes(x0: State, *inputs: Tensor) -> bool:
             try:
                 gx = g(x0, *inputs)
+                if self.has_aux:
+                    gx = gx[0]
                 return [t.shape for t in _parts(gx)] == [t.shape for t in _parts(x0)]
             except Exception:
                 return False

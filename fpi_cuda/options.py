@@ -147,6 +147,9 @@ class Options(NamedTuple):
     on_failure: str
     per_sample: bool | str
     driver: str
+    trace: bool = False
+    callback: Callable[..., Any] | None = None
+    has_aux: bool = False
     sizes: Tensor | None = None  # of one call, which a layer takes none of
     memory: Any = None  # likewise: the `warm.Slot` of a layer's call that starts warm
 
@@ -163,6 +166,14 @@ class Options(NamedTuple):
         _check_one_of("on_failure", self.on_failure, ("warn", "raise", "return"))
         _check_one_of("per_sample", self.per_sample, ("auto", True, False))
         _check_one_of("driver", self.driver, DRIVERS)
+        if self.trace is not False or self.has_aux is not False:
+            _check_one_of("trace", self.trace, (True, False))
+            _check_one_of("has_aux", self.has_aux, (True, False))
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(
+                "fixed_point: callback must be callable as callback(iteration, x, residual_norm), "
+                f"or None (got {self.callback!r})"
+            )
 
 
 def _check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -324,7 +324,7 @@ class Account:
 
 @dataclass(eq=False, repr=False)
 class Record(Account):
-    """Per-sample account of one solve. Every tensor has the batch's shape, [B]."""
+    """Per-sample account of one solve. Tensors have the batch's shape, [B]; the trace [T, B]."""
 
     progress: Progress
     batch: torch.Size
@@ -337,6 +337,8 @@ class Record(Account):
     tangent: Record | None = None  # likewise, of forward mode
     system: int = 1  # samples that are solved as one system
     mixes: bool = False  # whether g is called at mixtures of iterates, too
+    trace: Tensor | None = None  # of an observed solve; and of which iterations, [T]
+    trace_iterations: Tensor | None = None
 
     @property
     def record(self) -> Record:  # type: ignore[override]

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ._torch import stripped, transforming
+from ._torch import stripped, transforming, tree_map
 from .options import Tolerance
 from .record import Account, Record, Status
 
@@ -69,12 +69,17 @@ class Solution(Account):
         path: which backend and driver ran, and why.
         adjoint: the record of the last backward solve, or None before one.
         tangent: likewise of forward mode.
+        trace: [T, B] where `trace=True` asked for it, else None: each sample's residual_norm by
+            iteration, NaN after its own last one; trace_iterations: int32 [T], which those are.
+        aux: with `has_aux=True` what g returned beside x̂, attached; else None.
 
-    Under `torch.vmap` the record's tensors are plain and carry the mapped dimension first.
+    Under `torch.vmap` the record's tensors are plain and carry the mapped dimension first (a trace
+    behind T).
     """
 
     x: State
     record: Record
+    aux: Any = None
     _again = cast(Any, None)  # of an instance: what calls g once more; see `solve.again`
 
     def __repr__(self) -> str:
@@ -131,20 +136,53 @@ class Solution(Account):
         """The record of the last solve for a tangent."""
         return self.record.tangent
 
+    @property
+    def trace(self) -> Tensor | None:
+        """[T, B], `residual_norm` after each of trace_iterations; NaN where a sample had ended.
+
+        `plt.semilogy(s.trace_iterations, s.trace)` draws a line a sample. Of a long solve 513 to
+        1024 iterations are kept: the first, and every 2nd, 4th, ... after it. Where Anderson took a
+        mixture back (`retreats`), the residual before it stands once more. None: not asked for.
+        """
+        return self.record.trace
+
+    @property
+    def trace_iterations(self) -> Tensor | None:
+        """Int32 [T], the iterations of `trace`, counted from 1."""
+        return self.record.trace_iterations
+
     def detach(self) -> Solution:
-        """The same with x cut from the graph: keeps no graph alive."""
+        """The same with x and the tensors of aux cut from the graph: keeps no graph alive.
+
+        What torch's pytrees do not look into (an object of your own) is left out of aux.
+        """
+        cut = self._without_aux()
+        if self.aux is not None:
+            cut.aux = tree_map(_cut, self.aux)
+        return cut
+
+    def _without_aux(self) -> Solution:
         cut = Solution(each(Tensor.detach, self.x), self.record)
         if self._again is not None:
             cut._again = self._again
         return cut
 
 
+def _cut(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.detach()
+    return leaf if isinstance(leaf, _PLAIN) else None
+
+
+_PLAIN = (bool, int, float, complex, str, bytes)
+
+
 def kept(solution: Solution) -> Solution:
-    """The same for a layer to keep: detached, without the wrappers of torch.func.
+    """The same for a layer to keep: detached, without aux and the wrappers of torch.func.
 
     Those end with their transform. Mapped dimensions come first, as in the record.
     """
-    kept = solution.detach()
+    kept = solution._without_aux()
     if not torch.compiler.is_compiling() and transforming():
         kept.x = each(lambda t: stripped(t, lambda t, dim: t.movedim(dim, 0)), kept.x)
     return kept

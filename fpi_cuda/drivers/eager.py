@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import backends
 from ..layout import Layout
 from ..record import Limits, Progress, Record
+from .observe import Observer, observer
 from .support import Solved, Support
 
 __all__ = [
@@ -44,6 +45,7 @@ def _solve(direction: Any, because: str) -> Solved:
     if direction.linear:
         direction.measure()
     start = direction.start
+    watching = observer(direction)
     x, record = iterate(
         evaluate,
         start,
@@ -56,7 +58,10 @@ def _solve(direction: Any, because: str) -> Solved:
         read=reader(start, direction.limits.max_iterations),
         driver=f"eager ({because})" if because else "eager",
         rows=direction.rows(evaluate),
+        observe=watching,
     )
+    if watching is not None:
+        watching.leave(record)
     record.evaluations = direction.seen.calls
     return Solved(x, record)
 
@@ -105,6 +110,7 @@ def iterate(
     read: Reader | None = None,
     driver: str = "eager",
     rows: str = "whole batch",
+    observe: Observer | None = None,
 ) -> tuple[Tensor, Record]:
     """Iterate every sample to its own end.
 
@@ -120,6 +126,7 @@ def iterate(
         read: None: at once.
         driver: its name, for the record.
         rows: what is iterated, for the record; where samples are left out, it says so.
+        observe: who is shown every update.
 
     Returns:
         The state shaped like x0, and the record with tensors shaped like the batch.
@@ -161,6 +168,8 @@ def iterate(
                 progress.out = wanted.rows(layout.state(progress.out, batch))
                 layout, state = wanted, wanted.state(x, rows_shape)
             update = solver.start(backend, progress, progress.out)
+            if observe is not None:
+                update = observe.around(update, progress, layout, batch)
         update(x, layout.rows(gx))
         before = rest
         active, failed, rest = read(progress.tally)

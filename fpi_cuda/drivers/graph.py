@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .._torch import transforming
 from ..record import Record
 from ..solution import warn
-from . import eager, kind
+from . import eager, kind, observe
 from .capture import RECORDERS
 from .captured import CHANGING, Captured, Changing, Random, Refused, Request
 from .support import Solved, Support
@@ -45,6 +45,10 @@ def support(direction: Any, because: str) -> Support:
         return Support(reason="under a torch.func transform")
     if direction.higher or direction.map.g is None:
         return Support(reason="a derivative of higher order")
+    if watched := observe.asked(direction):
+        lacking = f'driver="graph" is not possible: {watched}: {observe.WHY}'
+        warn(f"{direction.problem.name}: {lacking}", UserWarning)
+        return Support(reason=watched)
     found = find(Request(direction))
     return Support(reason=found) if isinstance(found, str) else Support(lambda *_: found())
 

@@ -15,7 +15,7 @@ from ..forms import DenseForm
 from ..options import Solver
 from ..record import FAILED, ITERATION, Limits, Progress, Record
 from ..solution import warn
-from . import eager
+from . import eager, observe
 from .support import Solved, Support
 
 __all__ = ["refusal", "solve", "support", "tf32_allowed"]
@@ -41,7 +41,9 @@ def support(direction: Any, because: str) -> Support:
         return _NOT_DENSE
     form = direction.form
     lacking: str | None
-    if direction.coupled:
+    if watched := observe.asked(direction):
+        lacking = f"{watched}: {observe.WHY}"
+    elif direction.coupled:
         lacking = "the batch is one system (per_sample=False)"
     elif isinstance(form, DenseForm):
         lacking = refusal(form, x0, options.backend, options.solver)

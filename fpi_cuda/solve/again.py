@@ -71,7 +71,7 @@ class Again:
         self.value = None
         self._g = _weak(g)
         self._modules = {name: _weak(m) for name, m in modules.items()}
-        self._arguments = arguments
+        self._arguments, self._has_aux = arguments, map.has_aux
         if arguments is not None:
             self._arguments = copy.copy(arguments)
             self._arguments.plain = [_weak(v) for v in arguments.plain]
@@ -107,7 +107,8 @@ class Again:
             arguments = copy.copy(arguments)
             arguments.plain = [self._found("an argument of g", v) for v in arguments.plain]
         state, inputs, params = state_of(x), given[: self._n], given[self._n :]
-        map = UserMap(g, len(inputs), len(params), state.pack, state.unpack, arguments)
+        ways = state.pack, state.unpack
+        map = UserMap(g, len(inputs), len(params), *ways, arguments, self._has_aux)
         self._check_own(map)
         context, packed = self._context, state.packed.detach()
         with torch.no_grad(), context.full_precision(), context.autocast():

@@ -21,6 +21,17 @@ from .meta import shapes
 from .problem import Context, Problem, Report
 
 
+class _Shown:
+    """A callback for one solve: a node keeps it, to which what the callback holds may lead."""
+
+    def __init__(self, callback: Callable[..., Any]) -> None:
+        self.callback: Callable[..., Any] | None = callback
+
+    def __call__(self, *shown: Any) -> None:
+        assert self.callback is not None
+        self.callback(*shown)
+
+
 def enter(
     g: Callable[..., Any],
     x0: Any,
@@ -60,11 +71,16 @@ def enter(
         arguments.release()
     if options.driver == "graph":
         drivers.check(options.driver, packed.device)
-    map = UserMap(g, len(inputs), len(params), state.pack, state.unpack, arguments)
+    ways = state.pack, state.unpack
+    map = UserMap(g, len(inputs), len(params), *ways, arguments, options.has_aux)
     if packed.is_meta:
         return shapes(map.taking(g, params), state, inputs, options)
     if params:
         together = together or any(numbers(t) for t in params)
+    shown = None
+    if options.callback is not None:
+        shown = _Shown(options.callback)
+        options = options._replace(callback=shown)
     certified = attribute(g, "certified_lipschitz")
     problem = Problem(
         map=map,
@@ -84,14 +100,19 @@ def enter(
         return Again(given, modules, map, arguments, inputs, params, x, problem.context)
 
     try:
-        x = options.adjoint.attach(problem, packed, (*inputs, *params, *map.own), report)
+        own = map.own
+        x = options.adjoint.attach(problem, packed, (*inputs, *params, *own), report)
     except FixedPointError as error:
         solution = error.solution
         if solution.record is report.record:  # not one of a solve within g
             solution._again = again(solution.x)
         raise
-    map.settle(x, inputs, params, options.driver == "graph")
+    finally:
+        if shown is not None:
+            shown.callback = None
+    aux = map.settle(x, inputs, params, options.driver == "graph", own)
     assert report.record is not None
-    solution = Solution(state.unpack(x), report.record)
+    report.record.evaluations += options.has_aux
+    solution = Solution(state.unpack(x), report.record, aux)
     solution._again = again(solution.x)
     return solution

@@ -70,6 +70,7 @@ class UserMap(Map):
         pack, unpack: between the user's state (a tensor or a tuple) and the solver's one tensor.
         arguments: how g takes its arguments, where those are not tensors by position alone; the
             tensors that it gets whole are the last of the n_params.
+        has_aux: whether g returns (x, aux), of which the map is the first.
     """
 
     def __init__(
@@ -80,13 +81,14 @@ class UserMap(Map):
         pack: Callable[[Any], Tensor],
         unpack: Callable[[Tensor], Any],
         arguments: Arguments | None = None,
+        has_aux: bool = False,
     ) -> None:
-        self.g, self.arguments = g, arguments
+        self.g, self.arguments, self.has_aux = g, arguments, has_aux
         self.n_inputs, self.n_params = n_inputs, n_params
         self.pack, self.unpack = pack, unpack
         self.binding = Binding.of(g)
         self.left: str | None = None  # see `Binding.left`; None: not known yet
-        self.form_dim = attribute(g, "form_dim") or 0
+        self.form_dim = 0 if has_aux else attribute(g, "form_dim") or 0
 
     @property
     def own(self) -> Sequence[Tensor]:
@@ -110,33 +112,61 @@ class UserMap(Map):
         return (lambda x, *inputs: g(x, *inputs, *shared)) if shared else g
 
     def settle(
-        self, x: Tensor, inputs: Sequence[Any], params: Sequence[Any], captured: bool
-    ) -> None:
-        """Call g itself at the solution x, where a call leaves something on its modules.
+        self,
+        x: Tensor,
+        inputs: Sequence[Any],
+        params: Sequence[Any],
+        captured: bool,
+        own: Sequence[Tensor] = (),
+    ) -> Any:
+        """Call g at the solution x, where a call leaves something on its modules, or for aux.
 
         All calls before were made on copies: buffers move once a solve, and attributes that g sets
-        (a router's loss) are those of the solution, attached to it. captured: whether the graph
-        driver was asked for.
+        (a router's loss) are those of the solution, attached to it.
+
+        Args:
+            x: the solution.
+            inputs: as the user gave them.
+            params: likewise.
+            captured: whether the graph driver was asked for.
+            own: `self.own` of this solve, for aux.
+
+        Returns:
+            Aux, attached to x and the tensors; None without has_aux.
         """
-        binding = self.binding
+        binding, aux = self.binding, None
+        if binding is None and not self.has_aux:
+            return None
+
+        def at(g: Callable[..., Any], x: Tensor) -> Any:
+            return self.taking(g, params)(self.unpack(x), *inputs)
+
         if binding is None:
-            return
+            return pair(at(self.g, x))[1]
         transformed = transforming()
         left = "" if transformed else binding.left if self.left is None else self.left
         attributes = left == "attributes"
         if attributes:
             binding.begin()
+        elif self.has_aux:  # on copies, so that no buffer is attached
+            aux = pair(at(binding.bind(own), x))[1]
+            if left:
+                binding.move()
+            left = ""
+            binding.reshard()
         # Else no derivative will bind again.
         binding.close(keep=x.requires_grad or followed())
         if left:
             with contextlib.nullcontext() if attributes else torch.no_grad():
-                g = self.taking(self.g, params)
-                g(self.unpack(x if attributes else x.detach()), *inputs)
+                value = at(self.g, x if attributes else x.detach())
+            if self.has_aux:
+                aux = pair(value)[1]
             binding.reshard()
         if attributes and x.requires_grad and not captured:
             # g's modules hold now what leads to the node, which must not lead to them: Python's
             # collector does not see through it. (Captured graphs are found by the user's g.)
             self.g = binding.g
+        return aux
 
     def form(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
         """g as layers that the library knows, if that is all it is; x is what g would get."""
@@ -148,14 +178,21 @@ class UserMap(Map):
         """g with the user's params appended, and its modules' tensors put in."""
         n, pack, unpack = self.n_params, self.pack, self.unpack
         g = self.taking(self.binding.bind(params[n:]) if self.binding else self.g, params[:n])
+        if self.has_aux:
+            g = _without_aux(g)
         if pack is same:
             return g
 
         def bound(x: Tensor, *inputs: Tensor) -> Tensor:
             parts = unpack(x)
+            gx: Any = None
             try:
-                return pack(g(parts, *inputs))
+                gx = g(parts, *inputs)
+                return pack(gx)
             except (TypeError, AttributeError) as error:
+                if _as_pair(gx) and isinstance(gx[0], (tuple, list)):
+                    error.add_note(f"fixed_point: {_PAIR}")
+                    raise
                 error.add_note(
                     f"fixed_point gives g the state as one tuple of {len(parts)} tensors, like x0; "
                     "where g takes them one by one, write lambda x, *z: g(*x, *z)"
@@ -237,10 +274,38 @@ def users(map: Any) -> Any:
     return map.g if map.arguments is None else map.arguments.around(map.g)
 
 
+_PAIR = "where g returns (x, aux), pass has_aux=True"
+
+
+def _as_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2
+
+
+def pair(value: Any) -> tuple[Any, Any]:
+    """What g returned as (x, aux).
+
+    Raises:
+        TypeError: it is no pair.
+    """
+    if not _as_pair(value):
+        got = f"{len(value)} items" if isinstance(value, (tuple, list)) else type(value).__name__
+        raise TypeError(
+            f"fixed_point: with has_aux=True g must return a tuple of two, (x, aux) (got {got})"
+        )
+    return value[0], value[1]
+
+
+def _without_aux(g: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *given: pair(g(*given))[0]
+
+
 def check_output(gx: Any, x: Tensor) -> Tensor:
     """g's value, or an error that says what it must be."""
     if not isinstance(gx, Tensor):
-        raise TypeError(f"fixed_point: g must return a tensor like x (got {type(gx).__name__})")
+        advice = f"; {_PAIR}" if _as_pair(gx) else ""
+        raise TypeError(
+            f"fixed_point: g must return a tensor like x (got {type(gx).__name__}){advice}"
+        )
     if gx.shape != x.shape:
         raise ValueError(
             f"fixed_point: g must return the shape of x, {tuple(x.shape)} (got {tuple(gx.shape)}); "
