@@ -147,7 +147,9 @@ class Options(NamedTuple):
     on_failure: str
     per_sample: bool | str
     driver: str
-    sizes: Tensor | None = None  # of one call, which a layer takes none of
+    # What a layer has no attribute of its own for, or one that older copies lack.
+    sizes: Tensor | None = None
+    norm_weights: Any = None  # numbers > 0 in the state's structure: ‖x‖² = Σ w_i ‖x_i‖²
 
     def check(self) -> None:
         """Raise unless every option is in its range."""
