@@ -197,21 +197,23 @@ class FixedPointLayer(nn.Module):
             shape = shape(z)
         if shape is None:
             shape = tuple(z.shape[1:])
-        shapes, tree = flatten(shape, _is_shape)
-        if not shapes or not all(map(_is_shape, shapes)):
-            raise TypeError(
-                "FixedPointLayer: state_shape must be the shape of one sample's state, or a tuple, "
-                "list, dict or dataclass of shapes, nested, where a shape is a tuple "
-                f"(got {shape!r}); write state_shape=(n,)"
-            )
+        shapes, tree = [shape], None
+        if not _is_shape(shape):
+            shapes, tree = flatten(shape, _is_shape)
+            if not shapes or not all(map(_is_shape, shapes)):
+                raise TypeError(
+                    "FixedPointLayer: state_shape must be the shape of one sample's state, or a "
+                    "tuple, list, dict or dataclass of shapes, nested, where a shape is a tuple "
+                    f"(got {shape!r}); write state_shape=(n,)"
+                )
         dtype = torch.real(z).dtype if differentiable(z) else torch.get_default_dtype()
         if not z.is_meta and torch.is_autocast_enabled(z.device.type):
             dtype = torch.promote_types(dtype, torch.float32)  # the state stays wide
 
         def zeros(*batch: int, skip: int = 0) -> State:
             d = z.device
-            of = (torch.zeros(*batch, *s[skip:], dtype=dtype, device=d) for s in shapes)
-            return build(tree, of)
+            of = [torch.zeros(*batch, *s[skip:], dtype=dtype, device=d) for s in shapes]
+            return of[0] if tree is None else build(tree, of)
 
         b = z.shape[0]
         if shape is self.state_shape and b > 1 and not torch.compiler.is_compiling():
@@ -270,7 +272,7 @@ class FixedPointLayer(nn.Module):
 
 def _is_shape(v: Any) -> bool:
     """Whether it is the shape of one tensor: a tuple of whole numbers."""
-    return isinstance(v, (tuple, list)) and all(hasattr(n, "__index__") for n in v)
+    return isinstance(v, (tuple, list)) and all([hasattr(n, "__index__") for n in v])
 
 
 def _check_first(inputs: Sequence[Any]) -> None:

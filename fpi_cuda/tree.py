@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -80,17 +80,20 @@ def flatten(value: Any, leaf: Callable[[Any], bool] = is_tensor) -> tuple[list[A
         leaf: what is a leaf whatever its type; else all that has no parts is one.
     """
     leaves: list[Any] = []
+    return leaves, _walk(value, leaf, leaves)
 
-    def walk(value: Any) -> Tree:
-        node = None if leaf(value) else _node(value)
-        if node is None:
-            leaves.append(value)
-            return None
-        parts = node.take(value)
-        assert parts is not None
-        return node._replace(parts=tuple(map(walk, parts)))
 
-    return leaves, walk(value)
+# No function within another calls itself here: such a circle would hold the tensors for long.
+
+
+def _walk(value: Any, leaf: Callable[[Any], bool], leaves: list[Any]) -> Tree:
+    node = None if leaf(value) else _node(value)
+    if node is None:
+        leaves.append(value)
+        return None
+    parts = node.take(value)
+    assert parts is not None
+    return node._replace(parts=tuple([_walk(part, leaf, leaves) for part in parts]))
 
 
 def leaves_like(tree: Tree, value: Any, place: str = "") -> list[Any]:
@@ -117,12 +120,13 @@ def leaves_like(tree: Tree, value: Any, place: str = "") -> list[Any]:
 
 def build(tree: Tree, leaves: Iterable[Any]) -> Any:
     """A value of this structure with these leaves."""
-    rest = iter(leaves)
+    return _build(tree, iter(leaves))
 
-    def of(tree: Tree) -> Any:
-        return next(rest) if tree is None else tree.make([of(part) for part in tree.parts])
 
-    return of(tree)
+def _build(tree: Tree, rest: Iterator[Any]) -> Any:
+    if tree is None:
+        return next(rest)
+    return tree.make([_build(part, rest) for part in tree.parts])
 
 
 def paths(tree: Tree, place: str = "") -> list[str]:
@@ -193,17 +197,21 @@ def _dict(kind: Any, keys: tuple[Any, ...]) -> Node:
 
 def _registered(value: Any) -> Node | None:
     """A node of a type that was registered with torch's pytree; None where it was not."""
-
-    def opened(v: Any) -> tuple[list[Any], Any]:  # by one level
-        return tree_flatten(v, is_leaf=lambda part: part is not v)
-
-    parts, spec = opened(value)
+    parts, spec = _opened(value)
     if len(parts) == 1 and parts[0] is value:
         return None
 
     def take(v: Any) -> Sequence[Any] | None:
-        parts, other = opened(v)
+        parts, other = _opened(v)
         return parts if other == spec else None
 
     names = [f"[{i}]" for i in range(len(parts))]
     return Node(type(value), names, take, lambda parts: tree_unflatten(parts, spec), str(spec))
+
+
+def _opened(value: Any) -> tuple[list[Any], Any]:
+    """Its parts and torch's account of it, by one level; of a leaf, itself."""
+    root = [value]
+    found: tuple[list[Any], Any] = tree_flatten(value, is_leaf=lambda v: v is not root[0])
+    root.clear()  # torch's walk is a circle, and holds what is_leaf does
+    return found

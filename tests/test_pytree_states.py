@@ -1,18 +1,32 @@
 """States of any structure, with one norm over all tensors, against loops over the structure."""
 
 import copy
-import dataclasses
-import functools
+import gc
 import pickle
-from collections import OrderedDict, deque
+import weakref
 from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import unroll
 from helpers_bad_input import raises
-from helpers_derivatives import close, double
+from helpers_derivatives import close
 from helpers_layers import EXACT
+from helpers_states import (
+    DICT,
+    KINDS,
+    NESTED,
+    B,
+    Named,
+    Part,
+    W,
+    Z,
+    alike,
+    loop,
+    loss,
+    solved,
+    solved_as_one_tensor,
+    step,
+)
 from tape import captures, tape_fixture  # noqa: F401
 from torch.autograd import grad
 
@@ -30,89 +44,7 @@ from fpi_cuda.tree import flatten
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-B = 3
-Z, W = double(B, 3, scale=0.5), double(3, 3, seed=1, scale=0.2)
-
-
-@dataclasses.dataclass
-class Part:
-    """Not registered with torch."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    seen: int = dataclasses.field(default=0, init=False)
-
-
-class Named(NamedTuple):
-    u: object
-    part: object
-
-
-# A state of three tensors made in each structure, and these out of it.
-KINDS = {
-    "a tuple": (lambda u, a, b: (u, a, b), lambda x: x),
-    "a dict": (lambda u, a, b: {"u": u, 7: a, "b": b}, lambda x: (x["u"], x[7], x["b"])),
-    "an OrderedDict": (
-        lambda u, a, b: OrderedDict(b=b, u=u, a=a),
-        lambda x: (x["u"], x["a"], x["b"]),
-    ),
-    "a list within a dict": (
-        lambda u, a, b: {"u": [u], "rest": [a, (b,)], "none": ()},
-        lambda x: (x["u"][0], x["rest"][0], x["rest"][1][0]),
-    ),
-    "a dataclass within a named tuple": (
-        lambda u, a, b: Named(u, {"part": Part(a, b)}),
-        lambda x: (x.u, x.part["part"].a, x.part["part"].b),
-    ),
-    "a type that torch's pytree knows": (
-        lambda u, a, b: deque([u, (a, b)]),
-        lambda x: (x[0], *x[1]),
-    ),
-}
 KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-NESTED = KINDS["a dataclass within a named tuple"]
-DICT = KINDS["a dict"]
-
-
-def start(make, b=B, dtype=torch.float64):
-    return make(*(torch.zeros(b, *s, dtype=dtype) for s in ((3,), (2, 2), ())))
-
-
-@functools.cache  # residual_at_x asks for the g of the solve
-def step(kind):
-    """g(x, z, w) that couples the three."""
-    make, of = kind
-
-    def g(x, z, w):
-        u, a, b = of(x)
-        return make(
-            0.5 * torch.tanh(u @ w.mT + z) + 0.1 * b[:, None],
-            0.3 * a.sin() + u[:, :2, None] * 0.2,
-            0.2 * b + 0.3 * (a * z[:, :1, None]).sum((1, 2)),
-        )
-
-    return g
-
-
-def solved(kind, z, w, **options):
-    return fixed_point(step(kind), start(kind[0], len(z)), z, params=(w,), **{**EXACT, **options})
-
-
-def loop(kind, z, w):
-    """Unrolled."""
-    return unroll(step(kind), start(kind[0], len(z)), z, w, steps=60)
-
-
-def loss(kind, x):
-    u, a, b = kind[1](x)
-    return u.sin().sum() + (a.square() * b[:, None, None]).sum() + b.cos().sum()
-
-
-def alike(mine, true):
-    a, b = flatten(mine), flatten(true)
-    assert [type(mine)] == [type(true)] and len(a[0]) == len(b[0])
-    for t, s in zip(a[0], b[0], strict=True):
-        close(t, s)
 
 
 @KIND
@@ -167,136 +99,6 @@ def test_the_record_is_of_one_norm_over_all_tensors(solver, per_sample):
 def leaves(s):
     """Of a solution's x, each with its samples' own dimensions."""
     return [t if t.dim() > 1 else t[:, None] for t in flatten(s.x)[0]]
-
-
-def solved_as_one_tensor(z, w, scales=(1, 1, 1), **options):
-    """The same by hand: x is the three side by side, each times its scale."""
-
-    def split(x):
-        u, a, b = (t / s for t, s in zip(x.split([3, 4, 1], 1), scales, strict=True))
-        return u, a.view(-1, 2, 2), b[:, 0]
-
-    def g(x, z, w):
-        parts = step(KINDS["a tuple"])(split(x), z, w)
-        rows = zip(parts, scales, strict=True)
-        return torch.cat([t.reshape(len(x), -1) * s for t, s in rows], 1)
-
-    return fixed_point(g, torch.zeros(len(z), 8, dtype=z.dtype), z, params=(w,), **options)
-
-
-# --- weights ---------------------------------------------------------------------------------
-
-
-WEIGHTS = {"u": 4.0, 7: 2, "b": 0.3}
-
-
-@pytest.mark.parametrize("solver", [Anderson(), Picard()])
-def test_weights_are_those_of_the_norm(solver):
-    z = Z.clone().requires_grad_()
-    options = {"tolerance": Tolerance(1e-4, 1e-7), "solver": solver}
-    s = solved(DICT, z, W, norm_weights=WEIGHTS, **options)
-    scales = [w**0.5 for w in WEIGHTS.values()]
-    true = solved_as_one_tensor(z, W, scales, **EXACT | options)
-    assert torch.equal(s.iterations, true.iterations)
-    close(s.residual_norm, true.residual_norm)
-    g_of = step(DICT)(s.x, z, W)
-    off = [(g_of[k] - s.x[k]).flatten(1).square().sum(1) for k in ("u", 7)]
-    off.append((g_of["b"] - s.x["b"]).square())
-    norm = sum(w * t for w, t in zip(WEIGHTS.values(), off, strict=True)).sqrt()
-    torch.testing.assert_close(s.residual_at_x, norm.detach(), rtol=1e-6, atol=1e-12)
-    mine = grad(s.x["u"].sum() + s.x["b"].sin().sum(), z)[0]
-    parts = true.x.split([3, 4, 1], 1)
-    close(mine, grad(parts[0].sum() / scales[0] + (parts[2] / scales[2]).sin().sum(), z)[0])
-    assert torch.equal(s.adjoint.iterations, true.adjoint.iterations)
-
-
-def test_a_heavy_tensor_decides_when_a_sample_stops():
-    def g(x):
-        return {"slow": 0.9 * x["slow"] + 1, "fast": 0.1 * x["fast"] + 1}
-
-    def iterations(slow, fast):
-        options = {"solver": Picard(), "tolerance": Tolerance(1e-3), "max_iterations": 500}
-        x0 = {"slow": torch.zeros(2, 3), "fast": torch.zeros(2, 3)}
-        weights = {"fast": fast, "slow": slow}
-        return fixed_point(g, x0, norm_weights=weights, **options).iterations.max()
-
-    found = iterations(1e-8, 1.0), iterations(1.0, 1.0), iterations(1.0, 1e-8)
-    assert found[0] < 8 and 40 < found[1] <= found[2]
-
-
-def test_derivatives_do_not_depend_on_the_weights():
-    z, w = Z.clone().requires_grad_(), W.clone().requires_grad_()
-    weights = Named(100.0, {"part": Part(0.5, 3)})
-    x, true = solved(NESTED, z, w, norm_weights=weights).x, loop(NESTED, z, w)
-    alike(x, true)
-    mine, other = (grad(loss(NESTED, v), (z, w), create_graph=True) for v in (x, true))
-    for a, b in zip(mine, other, strict=True):
-        close(a, b)
-    again = [grad(d[1].square().sum(), z)[0] for d in (mine, other)]
-    close(*again)
-
-
-def test_weights_that_are_powers_of_4_round_nothing():
-    x0 = {k: double(B, 3, seed=i) for i, k in enumerate("ab")}
-    returned, got = [dict(x0)], []
-
-    def g(x):
-        got.append({k: v.clone() for k, v in x.items()})
-        returned.append({k: torch.sin(v) * 0.7 + 0.1 for k, v in x.items()})
-        return returned[-1]
-
-    options = {"solver": Picard(), "tolerance": Tolerance(0, 0), "max_iterations": 5}
-    weights = {"a": 4.0**7, "b": 4.0**-9}
-    s = fixed_point(g, x0, per_sample=True, norm_weights=weights, **options)
-    for a, b in zip(got, returned, strict=False):
-        assert all(torch.equal(a[k], b[k]) for k in "ab")
-    assert all(torch.equal(s.x[k], returned[-1][k]) for k in "ab")
-
-
-def test_a_certificate_of_the_plain_norm_bounds_nothing_where_tensors_weigh_otherwise():
-    class Certified(torch.nn.Module):
-        def certified_lipschitz(self):
-            return 0.5
-
-        def forward(self, x):
-            return tuple(0.5 * t + 1 for t in x)
-
-    x0 = (torch.zeros(2, 3), torch.zeros(2, 1))
-    assert fixed_point(Certified(), x0).error_bound is not None
-    assert fixed_point(Certified(), x0, norm_weights=(1, 2)).error_bound is None
-
-
-@pytest.mark.parametrize(
-    ("weights", "error", "message"),
-    [
-        (
-            {"a": 1.0},
-            TypeError,
-            r"in the structure of x0, a dict of \['a'\], \['b'\] \(got dict of",
-        ),
-        ({"a": 1.0, "b": (1, 2)}, TypeError, r"norm_weights\['b'\] must be a number > 0 \(got tup"),
-        ({"a": 1.0, "b": torch.ones(())}, TypeError, r"norm_weights\['b'\] .*\(got Tensor\)"),
-        ({"a": 1.0, "b": True}, TypeError, r"norm_weights\['b'\] .*\(got bool\)"),
-        (
-            {"a": 0, "b": 1},
-            ValueError,
-            r"norm_weights\['a'\] must be a finite number > 0 .*\(got 0",
-        ),
-        ({"a": -1.0, "b": 1}, ValueError, r"norm_weights\['a'\] .*\(got -1.0\)"),
-        ({"a": float("nan"), "b": 1}, ValueError, r"norm_weights\['a'\] .*\(got nan\)"),
-        ({"a": float("inf"), "b": 1}, ValueError, r"norm_weights\['a'\] .*\(got inf\)"),
-        ({"a": 1e-90, "b": 1}, ValueError, r"torch.float32 holds \(got 1e-90\)"),
-        (2.0, TypeError, r"numbers in the structure of x0, a dict of .* \(got float\)"),
-    ],
-)
-def test_wrong_weights_are_named(weights, error, message):
-    with raises(error, message):
-        fixed_point(lambda x: x, dict.fromkeys("ab", torch.zeros(2, 3)), norm_weights=weights)
-
-
-def test_one_tensor_has_no_weights():
-    with raises(ValueError, r"norm_weights weigh the tensors of a state .* x0 is one tensor"):
-        fixed_point(lambda x: x, torch.zeros(2, 3), norm_weights=2.0)
 
 
 # --- what else a solve does ------------------------------------------------------------------
@@ -377,12 +179,23 @@ def test_a_line_names_the_tensors_and_copies_keep_the_structure():
     assert {k: t.shape for k, t in on_meta.x.items()} == {k: t.shape for k, t in s.x.items()}
 
 
-def test_a_solve_keeps_no_dataclass_of_the_start_alive():
-    """A field that __init__ does not set is made anew, and the fields' tensors are the state's."""
-    x0 = Part(torch.zeros(2, 3), torch.zeros(2, 1))
-    x0.seen = 5
-    x = fixed_point(lambda x: Part(0.5 * x.a + 1, 0.5 * x.b), x0).x
-    assert type(x) is Part and x.seen == 0 and x.a.shape == (2, 3)
+def test_a_dataclass_is_made_anew_and_the_first_one_is_not_kept():
+    x0, given = Part(torch.zeros(2, 3), torch.zeros(2, 1, requires_grad=True)), []
+
+    def g(x, z):
+        given.append(weakref.ref(x.a))
+        return Part(0.5 * x.a + z, 0.5 * x.b)
+
+    x0.seen, held = 5, weakref.ref(x0.a)
+    gc.disable()
+    try:
+        s = fixed_point(g, x0, torch.ones(2, 1, requires_grad=True))
+        assert type(s.x) is Part and s.x.seen == 0  # a field that __init__ does not take
+        del x0
+        assert held() is None and s.x.a.shape == (2, 3)  # no circle waits for the collector
+        assert [r() is None for r in given].count(False) <= 1
+    finally:
+        gc.enable()
 
 
 # --- layers ----------------------------------------------------------------------------------
@@ -411,20 +224,6 @@ def test_a_layer_gives_the_structure_of_its_state_shape(kind, shape):
     one = torch.vmap(lambda z: kind[1](layer(z[None]))[0])(Z)
     torch.testing.assert_close(one[:, 0], kind[1](true)[0].detach(), rtol=1e-2, atol=1e-4)
     assert [t.shape[0] for t in flatten(layer.last.x)[0]] == [B] * 3
-
-
-def test_a_layer_has_weights():
-    layer = FixedPointLayer(
-        lambda x, z: {"a": 0.5 * x["a"] + z, "b": 0.5 * x["b"]},
-        state_shape={"a": (3,), "b": (1,)},
-        norm_weights={"a": 4.0, "b": 1.0},
-    )
-    layer(Z)
-    norms = 2 * (0.5 * layer.last.x["a"] + Z - layer.last.x["a"]).norm(dim=1)
-    torch.testing.assert_close(layer.last.residual_at_x, norms)
-    twin = copy.deepcopy(layer).eval()
-    twin.eval_factor = 2.0
-    assert twin(Z)["a"].shape == (B, 3)
 
 
 def test_steps_get_the_structure():
