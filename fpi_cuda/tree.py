@@ -155,13 +155,7 @@ def _node(value: Any) -> Node | None:
         return _dict(kind, tuple(value))
     node = _registered(value)
     if node is None and dataclasses.is_dataclass(kind):
-        names = [field.name for field in dataclasses.fields(kind) if field.init]
-        return Node(
-            kind,
-            [f".{name}" for name in names],
-            lambda v: [getattr(v, name) for name in names] if type(v) is kind else None,
-            lambda parts: kind(**dict(zip(names, parts, strict=True))),
-        )
+        return _dataclass(kind)
     if node is None and isinstance(value, (tuple, list)):
         return _sequence(tuple if isinstance(value, tuple) else list, len(value))
     return node
@@ -195,6 +189,29 @@ def _dict(kind: Any, keys: tuple[Any, ...]) -> Node:
     return Node(kind, [f"[{key!r}]" for key in keys], take, make)
 
 
+def _dataclass(kind: Any) -> Node:
+    fields = _fields(kind)
+
+    def take(v: Any) -> Sequence[Any] | None:
+        return [getattr(v, field) for field in fields] if type(v) is kind else None
+
+    def make(parts: Sequence[Any]) -> Any:
+        try:
+            return kind(**dict(zip(fields, parts, strict=True)))
+        except TypeError as error:
+            error.add_note(
+                f"A state's {kind.__name__} is made anew by its fields, as keywords. Let __init__ "
+                "take these alone, or register the class with torch's pytree."
+            )
+            raise
+
+    return Node(kind, [f".{field}" for field in fields], take, make)
+
+
+def _fields(of: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(of) if field.init]
+
+
 def _registered(value: Any) -> Node | None:
     """A node of a type that was registered with torch's pytree; None where it was not."""
     parts, spec = _opened(value)
@@ -206,6 +223,8 @@ def _registered(value: Any) -> Node | None:
         return parts if other == spec else None
 
     names = [f"[{i}]" for i in range(len(parts))]
+    if dataclasses.is_dataclass(value) and len(_fields(value)) == len(parts):
+        names = [f".{field}" for field in _fields(value)]
     return Node(type(value), names, take, lambda parts: tree_unflatten(parts, spec), str(spec))
 
 

@@ -1,6 +1,7 @@
 """States of any structure, with one norm over all tensors, against loops over the structure."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 import weakref
@@ -196,6 +197,36 @@ def test_a_dataclass_is_made_anew_and_the_first_one_is_not_kept():
         assert [r() is None for r in given].count(False) <= 1
     finally:
         gc.enable()
+
+
+def test_a_dataclass_that_torch_knows_goes_through_its_transforms():
+    @dataclasses.dataclass
+    class Known:
+        a: torch.Tensor
+        b: torch.Tensor
+
+    torch.utils._pytree.register_dataclass(Known)
+
+    def g(x, z):
+        return Known(0.5 * x.a + z, 0.5 * x.b)
+
+    x0 = Known(torch.zeros(1, 3, dtype=Z.dtype), torch.zeros(1, dtype=Z.dtype))
+    x = torch.vmap(lambda z: fixed_point(g, x0, z[None], **EXACT).x)(Z)
+    assert type(x) is Known
+    close(x.a[:, 0], 2 * Z)
+    with raises(TypeError, r"return a Known of \.a, \.b like x0 \(got tuple\)"):
+        fixed_point(lambda x: (x.a, x.b), x0)
+
+
+def test_a_dataclass_that_its_fields_do_not_make_says_so():
+    @dataclasses.dataclass
+    class Odd:
+        a: torch.Tensor
+        scale: dataclasses.InitVar[int]
+
+    with raises(TypeError, "scale") as caught:
+        fixed_point(lambda x: x, Odd(torch.zeros(2, 3), 3))
+    assert "made anew by its fields" in caught.value.__notes__[0]
 
 
 # --- layers ----------------------------------------------------------------------------------
