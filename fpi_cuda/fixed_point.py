@@ -34,6 +34,7 @@ def fixed_point(
     callback: Callable[[int, Any, Tensor], Any] | None = None,
     has_aux: bool = False,
     sizes: Tensor | None = None,
+    norm_weights: Any = None,
 ) -> Solution:
     """Solve x̂ = g(x̂, *inputs, *params) for every sample; differentiable to any order.
 
@@ -49,15 +50,17 @@ def fixed_point(
     torch.func transform). Parameters that `fully_shard` spreads over processes are gathered once a
     call. torch.compile around g is taken off: compile what is around the layer.
 
-    x is real; what g computes with besides may be complex (gradients by torch's convention).
-
     Args:
         g: a callable or module g(x, *inputs, *params) that returns x's shape, dtype and device.
             It must not write to x (a write raises, but for one through x.data or NumPy, which
             nobody sees), and must give the same value for the same arguments (freeze dropout). x is
             the solver's own buffer: clone it to keep it.
-        x0: where to start, [B, ...], floating; or a tuple of such tensors, of one dtype, with one
-            norm over all of them per sample (g then takes and returns tuples).
+        x0: where to start, [B, ...], floating or complex; or a tuple, list, dict, dataclass or what
+            torch's pytree knows besides, nested, of such tensors of one precision, with one norm
+            over all of them per sample. g takes and returns the same structure (a dict's keys in
+            any order, a plain tuple for a named one; of a list x0, a tuple). A complex number
+            counts as two real ones: norms are of |·|, gradients follow torch's convention,
+            Anderson's weights are real.
         inputs: what g depends on per sample, z: tensors with first dimension B.
         params: tensors that the batch shares, θ.
         solver: `Picard(...)` or `Anderson(...)`.
@@ -99,11 +102,15 @@ def fixed_point(
             through g's own call it is not, as in any module: choose by torch.where what the loss
             takes, and see that aux is finite for the others' sake (0 · NaN in a shared tensor).
         sizes: of a ragged batch that is padded: how many entries of each sample are valid, those of
-            all tensors of a tuple together; a tensor [B] of whole numbers, on any device, which the
-            slices of torch.vmap share. The others are zero in x0, in g's values, and in the
-            loss's gradient. A padded sample then stops, forward and backward, as it would without
-            its padding: atol and the rounding level count its own entries. (Of one system, each
-            sample is judged so.) None: all entries are.
+            all tensors of x0 together, complex ones twice; a tensor [B] of whole numbers, on any
+            device, which the slices of torch.vmap share. The others are zero in x0, in g's values,
+            and in the loss's gradient. A padded sample then stops, forward and backward, as it
+            would without its padding: atol and the rounding level count its own entries. (Of one
+            system, each sample is judged so.) None: all entries are.
+        norm_weights: a number w_i > 0 for each tensor of x0, in its structure: all norms are of
+            ‖x‖² = Σ w_i ‖x_i‖², those of the stop rule, of Anderson's fit and of the record (the
+            adjoint's have 1/w_i, as gradients do). The solver works with √w_i x_i, which float16
+            must hold; powers of 4 round nothing. None: 1 each.
 
     Returns:
         A `Solution`; its x is shaped like x0 and attached to autograd.
@@ -115,7 +122,7 @@ def fixed_point(
     """
     options = Options(
         *(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
-        *(trace, callback, has_aux, sizes),
+        *(trace, callback, has_aux, norm_weights, sizes),
     )
     return solve(g, x0, inputs, params, options)
 

@@ -20,12 +20,12 @@ from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each, kept
 from .solvers import Anderson
 from .state import state_of
+from .tree import build, flatten
 from .warm import CAPACITY, Warm, check_key
 
 __all__ = ["FixedPointLayer"]
 
-Shape = tuple[int, ...]
-_OPTIONS = tuple(name for name in Options._fields if name != "sizes")  # which each call has
+_OPTIONS = tuple(n for n in Options._fields if n not in ("sizes", "memory"))  # of each call
 
 
 class FixedPointLayer(nn.Module):
@@ -35,12 +35,13 @@ class FixedPointLayer(nn.Module):
 
     Args:
         g: a module or callable g(x, *inputs).
-        state_shape: the shape of one sample's state; a tuple of shapes, plain or named, for a
-            tuple state; a function of the first input that returns either (images of any size).
-            None: g's own `state_shape` where it has one, else the first input's.
+        state_shape: the shape of one sample's state; shapes in a tuple, list, dict or dataclass,
+            nested, for a state of that structure; a function of the first input that returns either
+            (images of any size). None: g's own `state_shape` where it has one, else the first
+            input's. The state is real, for a complex input too: pass a complex one as x0.
         solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver,
-            trace, callback, has_aux: as in `fixed_point`. With has_aux the layer returns (x̂, aux);
-            `last` has no aux.
+            trace, callback, has_aux, norm_weights: as in `fixed_point`. With has_aux the layer
+            returns (x̂, aux); `last` has no aux.
         eval_factor: in eval mode a solve takes so many times max_iterations, and a tolerance that
             many times smaller; the adjoint keeps its own tolerance.
         warm: whether calls start where the last one with the same key ended, forward and backward;
@@ -81,6 +82,7 @@ class FixedPointLayer(nn.Module):
     g: Any
     state_shape: Any
     eval_factor: float = 1.0
+    norm_weights: Any = None
     last: Solution | None
     _fits: Any = None  # state_shape and a batch size that are no mistake
     _warm: Warm | None = None
@@ -89,7 +91,7 @@ class FixedPointLayer(nn.Module):
         self,
         g: Callable[..., Any],
         *,
-        state_shape: Shape | tuple[Shape, ...] | Callable[[Tensor], Any] | None = None,
+        state_shape: Any = None,
         solver: Solver = Anderson(),  # noqa: B008 - frozen
         adjoint: ImplicitAdjoint = ImplicitAdjoint(),  # noqa: B008
         tolerance: Tolerance = Tolerance(),  # noqa: B008
@@ -103,11 +105,12 @@ class FixedPointLayer(nn.Module):
         has_aux: bool = False,
         eval_factor: float = 1.0,
         warm: bool | int = False,
+        norm_weights: Any = None,
     ) -> None:
         super().__init__()
         options = Options(
             *(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
-            *(trace, callback, has_aux),
+            *(trace, callback, has_aux, norm_weights),
         )
         options.check()
         if not (isinstance(eval_factor, Real) and 0 < eval_factor < math.inf):
@@ -244,26 +247,27 @@ class FixedPointLayer(nn.Module):
             shape = shape(z)
         if shape is None:
             shape = tuple(z.shape[1:])
-        if not isinstance(shape, (tuple, list)) or any(isinstance(n, float) for n in shape):
-            raise TypeError(
-                "FixedPointLayer: state_shape must be the shape of one sample's state, a tuple "
-                f"(got {shape!r}); write state_shape=(n,)"
-            )
+        shapes, tree = [shape], None
+        if not _is_shape(shape):
+            shapes, tree = flatten(shape, _is_shape)
+            if not shapes or not all(map(_is_shape, shapes)):
+                raise TypeError(
+                    "FixedPointLayer: state_shape must be the shape of one sample's state, or a "
+                    "tuple, list, dict or dataclass of shapes, nested, where a shape is a tuple "
+                    f"(got {shape!r}); write state_shape=(n,)"
+                )
         dtype = torch.real(z).dtype if differentiable(z) else torch.get_default_dtype()
         if not z.is_meta and torch.is_autocast_enabled(z.device.type):
             dtype = torch.promote_types(dtype, torch.float32)  # the state stays wide
 
-        several = len(shape) > 0 and isinstance(shape[0], (tuple, list))
-
         def zeros(*batch: int, skip: int = 0) -> State:
-            if not several:
-                return torch.zeros(*batch, *shape[skip:], dtype=dtype, device=z.device)
-            make, d = getattr(type(shape), "_make", tuple), z.device
-            return make([torch.zeros(*batch, *s[skip:], dtype=dtype, device=d) for s in shape])
+            d = z.device
+            of = [torch.zeros(*batch, *s[skip:], dtype=dtype, device=d) for s in shapes]
+            return of[0] if tree is None else build(tree, of)
 
         b = z.shape[0]
         if shape is self.state_shape and b > 1 and not torch.compiler.is_compiling():
-            doubtful = all(s and s[0] == b for s in (shape if several else [shape]))
+            doubtful = all(s and s[0] == b for s in shapes)
             if doubtful and self._fits != (shape, b):
                 self._check_shape(shape, zeros, inputs, params, keywords)
                 self._fits = shape, b
@@ -293,7 +297,8 @@ class FixedPointLayer(nn.Module):
                 gx = g(x0, *inputs)
                 if self.has_aux:
                     gx = gx[0]
-                return [t.shape for t in _parts(gx)] == [t.shape for t in _parts(x0)]
+                of_gx, of_x0 = flatten(gx)[0], flatten(x0)[0]
+                return [t.shape for t in of_gx] == [t.shape for t in of_x0]
             except Exception:
                 return False
 
@@ -304,7 +309,7 @@ class FixedPointLayer(nn.Module):
             if whole and takes(zeros(b + 1, skip=1), *more):
                 raise ValueError(
                     "FixedPointLayer: state_shape must be the shape of one sample's state, without "
-                    f"the batch (got {tuple(shape)} for a batch of {b}, and g returns that shape "
+                    f"the batch (got {shape!r} for a batch of {b}, and g returns that shape "
                     "for the whole batch); leave its first number out"
                 )
 
@@ -325,8 +330,9 @@ def _apart(f: Any) -> Any:
     return torch.compiler.disable(f) if torch.compiler.is_compiling() else f
 
 
-def _parts(x: Any) -> Any:
-    return (x,) if isinstance(x, Tensor) else x
+def _is_shape(v: Any) -> bool:
+    """Whether it is the shape of one tensor: a tuple of whole numbers."""
+    return isinstance(v, (tuple, list)) and all([hasattr(n, "__index__") for n in v])
 
 
 def _check_first(inputs: Sequence[Any]) -> None:

@@ -150,6 +150,7 @@ class Options(NamedTuple):
     trace: bool = False
     callback: Callable[..., Any] | None = None
     has_aux: bool = False
+    norm_weights: Any = None  # numbers > 0 in the state's structure: ‖x‖² = Σ w_i ‖x_i‖²
     sizes: Tensor | None = None  # of one call, which a layer takes none of
     memory: Any = None  # likewise: the `warm.Slot` of a layer's call that starts warm
 

@@ -15,17 +15,19 @@ from torch import Tensor
 from ._torch import stripped, transforming, tree_map
 from .options import Tolerance
 from .record import Account, Record, Status
+from .tree import build, flatten, paths
 
 __all__ = ["FixedPointError", "FixedPointWarning", "Record", "Solution", "Status", "Tolerance"]
 
-State = Tensor | tuple[Tensor, ...]
+State = Any  # a tensor, or a tuple, list, dict or dataclass of them, nested
 
 
 def each(f: Callable[[Tensor], Tensor], x: State) -> State:
-    """The function of every tensor of a state, in the same type of tuple."""
+    """The function of every tensor of a state, in the same structure."""
     if isinstance(x, Tensor):
         return f(x)
-    return getattr(type(x), "_make", tuple)(f(part) for part in x)
+    leaves, tree = flatten(x)
+    return build(tree, map(f, leaves))
 
 
 class FixedPointWarning(UserWarning):
@@ -60,7 +62,8 @@ class Solution(Account):
             Where the status is NONFINITE: the plain iterate at which g was not finite.
         status: int8 [B], members of `Status`.
         iterations: int32 [B].
-        residual_norm: [B], ‖g(x) − x‖₂ of the iterate whose g is returned.
+        residual_norm: [B], ‖g(x) − x‖₂ of the iterate whose g is returned, over all tensors of x,
+            and weighted where `norm_weights` were given; likewise what else is a norm here.
         residual_at_x: [B], the same of x itself, evaluated when it is asked for.
         retreats: int32 [B], Anderson's mixtures that were taken back.
         contraction, error_estimate: [B]; see `docs/math.md`. `error_bound`: [B] or None.
@@ -83,9 +86,12 @@ class Solution(Account):
     _again = cast(Any, None)  # of an instance: what calls g once more; see `solve.again`
 
     def __repr__(self) -> str:
-        parts = (self.x,) if isinstance(self.x, Tensor) else self.x
-        of = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in parts)
-        return f"Solution(x {of}; {self.record.summary()})"
+        leaves, tree = flatten(self.x)
+        shapes = [f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in leaves]
+        if not isinstance(self.x, (Tensor, tuple)):
+            named = zip(paths(tree), shapes, strict=True)
+            shapes = [f"{place} {shape}" for place, shape in named]
+        return f"Solution(x {', '.join(shapes)}; {self.record.summary()})"
 
     @property
     def evaluations(self) -> int:

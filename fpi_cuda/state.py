@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .tree import Mismatch, Tree, build, flatten, leaves_like, paths, signature
 
 
 class State(NamedTuple):
@@ -15,63 +19,190 @@ class State(NamedTuple):
     packed: Tensor
     pack: Callable[[Any], Tensor]
     unpack: Callable[[Tensor], Any]
-    tuple_state: tuple[tuple[int, ...], ...] = ()  # shapes of a tuple's parts, a sample each
+    structure: Hashable = ()  # of one that is not packed as it is: what tells it from others
 
 
-def state_of(x0: Any) -> State:
-    """The state like x0: a tensor [B, ...], or a tuple of them."""
-    if not isinstance(x0, (tuple, list)):
+def state_of(x0: Any, weights: Any = None) -> State:
+    """The state like x0: a tensor [B, ...], or a tree of them; see `fixed_point`.
+
+    One real tensor is packed as it is. Else the rows of all leaves, [B, n_i], stand side by side, a
+    complex number as two real ones, and those of a leaf with the weight w_i times √w_i: then ‖·‖ of
+    a packed row is the norm asked for, and nobody else needs to know.
+    """
+    if isinstance(x0, Tensor):
         _check_part("x0", x0)
-        return State(x0, same, same)
-    parts = tuple(x0)
-    if not parts:
-        raise ValueError("fixed_point: x0 must hold at least one tensor (got an empty tuple)")
-    for i, part in enumerate(parts):
-        name = f"x0[{i}]"
-        _check_part(name, part)
-        for what in ("dtype", "device"):
-            if getattr(part, what) != getattr(parts[0], what):
-                raise ValueError(
-                    f"fixed_point: {name} must have the {what} of x0[0], "
-                    f"{getattr(parts[0], what)} (got {getattr(part, what)})"
-                )
-        if part.shape[0] != parts[0].shape[0]:
+        if weights is not None:
             raise ValueError(
-                f"fixed_point: {name} must have the batch size of x0[0], {parts[0].shape[0]} "
-                f"(got {part.shape[0]})"
+                "fixed_point: norm_weights weigh the tensors of a state against each other, and x0 "
+                "is one tensor; leave them out (atol alone says what is small)"
             )
-    shapes = tuple(tuple(part.shape[1:]) for part in parts)
-    sizes = [part.shape[1:].numel() for part in parts]
+        if not x0.is_complex():
+            return State(x0, same, same)
+    if type(x0) is list:
+        x0 = tuple(x0)
+    parts, tree = flatten(x0)
+    if tree is None and not isinstance(x0, Tensor):
+        raise TypeError(
+            "fixed_point: x0 must be a tensor or a tuple, list, dict or dataclass of tensors (got "
+            f"{type(x0).__name__})"
+        )
+    if not parts:
+        raise ValueError(
+            f"fixed_point: x0 must hold at least one tensor (got an empty {type(x0).__name__})"
+        )
+    places = paths(tree)
+    _check_parts([f"x0{place}" for place in places], parts)
+    dtype = parts[0].dtype.to_real()
+    scales = [1.0] * len(parts) if weights is None else _scales(tree, places, weights, dtype)
+    leaves = [
+        _Leaf(place, tuple(part.shape[1:]), part.dtype, scale, _size(part))
+        for place, part, scale in zip(places, parts, scales, strict=True)
+    ]
+    sizes = [leaf.size for leaf in leaves]
 
     def pack(x: Any) -> Tensor:
-        check_tuple("fixed_point", x, len(shapes))
-        for i, (part, shape) in enumerate(zip(x, shapes, strict=True)):
-            if not isinstance(part, Tensor):
-                raise TypeError(
-                    f"fixed_point: g must return tensors (got {type(part).__name__} at {i})"
-                )
-            if part.shape[1:] != shape:
-                raise ValueError(
-                    f"fixed_point: g must return shape [B, {', '.join(map(str, shape))}] at {i} "
-                    f"(got {tuple(part.shape)})"
-                )
-            if part.shape[0] != x[0].shape[0]:
+        try:
+            parts = leaves_like(tree, x)
+        except Mismatch as error:
+            at = f" at {error.place}" if error.place else ""
+            raise TypeError(
+                f"fixed_point: g must return {error.node} like x0{at} (got {error.got})"
+            ) from None
+        alone = len(parts) == 1
+        rows = [leaf.row(part, alone) for leaf, part in zip(leaves, parts, strict=True)]
+        for leaf, row in zip(leaves, rows, strict=True):
+            if row.shape[0] != rows[0].shape[0]:
                 raise ValueError(
                     "fixed_point: g must return one batch size, that of x, in all tensors (got "
-                    f"{x[0].shape[0]} at 0 and {part.shape[0]} at {i})"
+                    f"{rows[0].shape[0]} at {places[0]} and {row.shape[0]} at {leaf.place})"
                 )
-        return torch.cat([part.reshape(part.shape[0], part.shape[1:].numel()) for part in x], 1)
-
-    make = getattr(type(x0), "_make", tuple)  # a named tuple stays one
+        return rows[0] if alone else torch.cat(rows, 1)
 
     def unpack(x: Tensor) -> Any:
-        rows = x.shape[0]
-        return make(
-            part.reshape(rows, *shape)
-            for part, shape in zip(x.split(sizes, 1), shapes, strict=True)
+        alone = len(sizes) == 1
+        rows = (x,) if alone else x.split(sizes, 1)
+        return build(tree, [leaf.part(row, alone) for leaf, row in zip(leaves, rows, strict=True)])
+
+    return State(pack(x0), pack, unpack, (signature(tree), tuple(leaves)))
+
+
+class _Leaf(NamedTuple):
+    """One tensor of a state: its place, a sample's shape, its dtype, what scales its row."""
+
+    place: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    scale: float
+    size: int  # real numbers of a sample
+
+    def row(self, part: Any, alone: bool) -> Tensor:
+        """[B, size] of what g returned there; alone: it is all of the state.
+
+        Beside others a row, and its gradient, may begin where in memory no complex number can: a
+        view of it as one, or as pairs of real numbers, would fail.
+        """
+        if not isinstance(part, Tensor):
+            raise TypeError(
+                f"fixed_point: g must return tensors (got {type(part).__name__}{self._at})"
+            )
+        shape = part.shape
+        if not shape or shape[1:] != self.shape:
+            raise ValueError(
+                f"fixed_point: g must return shape [{', '.join(map(str, ('B', *self.shape)))}]"
+                f"{self._at} (got {tuple(shape)})"
+            )
+        if part.dtype != self.dtype:
+            part = self._converted(part)
+        if self.dtype.is_complex and alone:
+            part = torch.view_as_real(part.resolve_conj())
+        elif self.dtype.is_complex:
+            part = torch.stack((part.real, part.imag), -1)
+        row: Tensor = part.reshape(shape[0], self.size)
+        return row if self.scale == 1 else row * self.scale
+
+    def part(self, row: Tensor, alone: bool) -> Tensor:
+        """The tensor of such a row."""
+        if self.scale != 1:
+            row = row / self.scale
+        if not self.dtype.is_complex:
+            return row.reshape(row.shape[0], *self.shape)
+        pairs = row.reshape(row.shape[0], *self.shape, 2)
+        if not alone:
+            return torch.complex(pairs[..., 0], pairs[..., 1])
+        # Cloned, since torch.compile takes no complex view of a real tensor that is flat.
+        return torch.view_as_complex(pairs.clone(memory_format=torch.contiguous_format))
+
+    @property
+    def _at(self) -> str:
+        return f" at {self.place}" if self.place else ""
+
+    def _converted(self, part: Tensor) -> Tensor:
+        real = part.is_floating_point() and self.dtype.is_floating_point
+        if real and not part.is_meta and torch.is_autocast_enabled(part.device.type):
+            return part.to(self.dtype)
+        advice = "convert x0, the inputs or the parameters to one dtype"
+        if self.dtype.is_complex and not part.is_complex():
+            advice = f"write .to({self.dtype})"
+        elif part.is_complex() and not self.dtype.is_complex:
+            advice = f"take its real part, or start from a complex one, x0{self.place} + 0j"
+        raise TypeError(
+            f"fixed_point: g must return x's dtype, {self.dtype}{self._at and ',' + self._at} (got "
+            f"{part.dtype}); {advice}"
         )
 
-    return State(pack(parts), pack, unpack, shapes)
+
+def _size(t: Tensor) -> int:
+    return t.shape[1:].numel() * (2 if t.is_complex() else 1)
+
+
+def _check_parts(names: Sequence[str], parts: Sequence[Any]) -> None:
+    """Raise unless the tensors of x0 make one state."""
+    for name, part in zip(names, parts, strict=True):
+        _check_part(name, part)
+        first = parts[0]
+        real = part.dtype.to_real(), first.dtype.to_real()
+        if real[0] != real[1]:
+            like = f"{real[1]}, or be complex of it" if part.is_complex() else f"{real[1]}"
+            raise ValueError(
+                f"fixed_point: {name} must have the dtype of {names[0]}, {like} (got {part.dtype})"
+                "; a state has one norm in one precision, so convert one of them"
+            )
+        if part.device != first.device:
+            raise ValueError(
+                f"fixed_point: {name} must have the device of {names[0]}, {first.device} (got "
+                f"{part.device})"
+            )
+        if part.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"fixed_point: {name} must have the batch size of {names[0]}, {first.shape[0]} "
+                f"(got {part.shape[0]})"
+            )
+
+
+def _scales(tree: Tree, places: Sequence[str], weights: Any, dtype: torch.dtype) -> Sequence[float]:
+    """The square root of each leaf's weight."""
+    try:
+        given = leaves_like(tree, weights)
+    except Mismatch as error:
+        raise TypeError(
+            "fixed_point: norm_weights must be numbers in the structure of x0, "
+            f"{error.node}{error.place and ' at ' + error.place} (got {error.got})"
+        ) from None
+    least = torch.finfo(dtype).tiny
+    scales = []
+    for place, w in zip(places, given, strict=True):
+        if not isinstance(w, Real) or isinstance(w, bool):
+            raise TypeError(
+                f"fixed_point: norm_weights{place} must be a number > 0 (got {type(w).__name__})"
+            )
+        scale = math.sqrt(w) if 0 < float(w) < math.inf else math.nan
+        if not least <= scale <= 1 / least:
+            raise ValueError(
+                f"fixed_point: norm_weights{place} must be a finite number > 0 whose square root "
+                f"and its inverse {dtype} holds (got {w!r})"
+            )
+        scales.append(scale)
+    return scales
 
 
 def same(x: Tensor) -> Tensor:
@@ -86,19 +217,13 @@ def check_tuple(owner: str, x: Any, n: int) -> None:
         raise TypeError(f"{owner}: g must return a tuple of {n} tensors like x0 (got {got})")
 
 
-_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+_REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = frozenset({*_REAL, torch.complex128, torch.complex64})
 
 
 def _check_part(name: str, part: Any) -> None:
     if not isinstance(part, Tensor):
-        what = "a tensor or a tuple of tensors" if name == "x0" else "a tensor"
-        advice = ""
-        if isinstance(part, dict):
-            advice = (
-                "; write tuple(d.values()), and in g put the dict together and take it apart: "
-                "lambda x, *z: tuple(g(dict(zip(d, x)), *z).values())"
-            )
-        raise TypeError(f"fixed_point: {name} must be {what} (got {type(part).__name__}){advice}")
+        raise TypeError(f"fixed_point: {name} must be a tensor (got {type(part).__name__})")
     if type(part) is not Tensor:
         refuse_sharded(name, part)
     if part.is_nested:
@@ -113,8 +238,9 @@ def _check_part(name: str, part: Any) -> None:
     if part.dtype not in _DTYPES:
         if part.is_complex():
             raise TypeError(
-                f"fixed_point: {name} must be real (got {part.dtype}); start from "
-                f"torch.view_as_real({name}), and take torch.view_as_complex(x) in g"
+                f"fixed_point: {name} must be complex64 or complex128 (got {part.dtype}); write "
+                f"{name}.to(torch.complex64), or start from torch.view_as_real({name}) and take "
+                "torch.view_as_complex(x) in g"
             )
         raise TypeError(
             f"fixed_point: {name} must be float64, float32, float16 or bfloat16 (got "

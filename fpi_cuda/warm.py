@@ -15,6 +15,7 @@ from .captures import followed
 from .norms import row_norms
 from .record import Record, Status, accumulate_dtype
 from .solution import Solution, State, each
+from .tree import flatten, signature
 
 __all__ = ["Slot", "Warm", "check_key"]
 
@@ -59,8 +60,7 @@ class Slot:
         if fine is None:
             self.x = solution.x
             return
-        parts = (solution.x,) if isinstance(solution.x, Tensor) else solution.x
-        for part in parts:
+        for part in flatten(solution.x)[0]:
             fine = fine & part.reshape(len(part), part[:1].numel()).isfinite().all(1)
 
         def kept(part: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class Warm:
             The start; and the slot, None where a transform or forward mode follows the tensors:
             they end with it.
         """
-        if followed() or not isinstance(x0, (Tensor, tuple, list)):
+        if followed():
             return x0, None
         slot = self._slot(_like(x0), key)
         x, slot.x = slot.x, None  # a solve that raises leaves none
@@ -177,8 +177,8 @@ class Warm:
 
 
 def _like(x0: Any) -> Any:
-    parts = (x0,) if isinstance(x0, Tensor) else x0
-    return type(x0), *(tuple(getattr(t, n, None) for n in _WHICH) for t in parts)
+    parts, tree = flatten(x0)
+    return signature(tree), *(tuple(getattr(t, n, None) for n in _WHICH) for t in parts)
 
 
 _WHICH = ("shape", "dtype", "device")

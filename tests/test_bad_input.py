@@ -70,8 +70,8 @@ def test_g_that_changes_its_shape_later_raises_there(change_at, backend):
     [
         (lambda x: x[0], TypeError, "must return a tuple of 2 tensors like x0"),
         (lambda x: (x[0],), TypeError, r"a tuple of 2 tensors like x0 \(got 1 items\)"),
-        (lambda x: (x[0], 1.0), TypeError, r"must return tensors \(got float at 1\)"),
-        (lambda x: (x[0], x[1][:, :1]), ValueError, r"shape \[B, 2\] at 1 \(got \(2, 1\)\)"),
+        (lambda x: (x[0], 1.0), TypeError, r"must return tensors \(got float at \[1\]\)"),
+        (lambda x: (x[0], x[1][:, :1]), ValueError, r"shape \[B, 2\] at \[1\] \(got \(2, 1\)\)"),
         (lambda x: (x[0].double(), x[1].double()), TypeError, "x's dtype"),
     ],
     ids=["bare", "short", "float", "shape", "dtype"],
@@ -163,16 +163,11 @@ def test_an_error_inside_g_passes_unchanged(backend):
             r"\(got torch.int64\); write x0.float\(\)",
         ),
         (torch.zeros(2, 3, dtype=torch.bool), TypeError, r"must be float64, .*\(got torch.bool\)"),
-        (torch.zeros(2, 3, dtype=torch.complex64), TypeError, r"\(got torch.complex64\)"),
         (torch.tensor(1.0), ValueError, "must have a batch dimension first"),
         ((), ValueError, r"must hold at least one tensor \(got an empty tuple\)"),
-        (None, TypeError, r"x0 must be a tensor or a tuple of tensors \(got NoneType\)"),
-        (
-            {"a": torch.zeros(2, 3)},
-            TypeError,
-            r"\(got dict\); write tuple\(d.values\(\)\), and in g",
-        ),
-        ([[1.0, 2.0]], TypeError, r"x0\[0\] must be a tensor \(got list\)"),
+        (None, TypeError, r"x0 must be a tensor or a tuple, .* \(got NoneType\)"),
+        ({"a": [torch.zeros(2, 3), None]}, TypeError, r"x0\['a'\]\[1\] must be .* NoneType"),
+        ([[1.0, 2.0]], TypeError, r"x0\[0\]\[0\] must be a tensor \(got float\)"),
         ((torch.zeros(2, 1), 3.0), TypeError, r"x0\[1\] must be a tensor \(got float\)"),
         (
             (torch.zeros(2, 1), torch.zeros(3, 1)),
@@ -194,7 +189,6 @@ def test_an_error_inside_g_passes_unchanged(backend):
         *(
             "int",
             "bool",
-            "complex",
             "scalar",
             "empty",
             "none",

@@ -1,4 +1,4 @@
-"""Complex inputs, parameters and buffers around a real state, against unrolling in float64."""
+"""Complex states, inputs, parameters and buffers, against unrolling in float64."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from helpers import TIGHT, TIGHT_ADJOINT, unroll
 from torch import nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from fpi_cuda import DenseStep, FixedPointLayer, GradientStep, fixed_point
+from fpi_cuda import DenseStep, FixedPointLayer, GradientStep, Picard, Tolerance, fixed_point
 from fpi_cuda.operators import inner_product, partial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,14 +195,23 @@ def test_p_of_h_is_the_vector_jacobian_product():
     close(mine, grad(u(s), s, v)[0])
 
 
-def test_complex_states_and_values_are_refused_with_a_way_out():
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_complex_values_that_are_wrong_are_refused_with_a_way_out():
     z = torch.zeros(2, 3, dtype=torch.complex64)
-    with pytest.raises(TypeError, match=r"x0 must be real.*complex64.*torch\.view_as_real"):
-        fixed_point(lambda x: 0.5 * x, z)
-    with pytest.raises(TypeError, match=r"x0\[1\] must be real.*torch\.view_as_real"):
-        fixed_point(lambda x: x, (z.real, z))
-    with pytest.raises(TypeError, match=r"g must return x's dtype.*complex64.*torch\.view_as_real"):
+    with pytest.raises(TypeError, match=r"x0 must be .*complex32.*x0\.to\(.*torch\.view_as_real"):
+        fixed_point(lambda x: 0.5 * x, z.to(torch.complex32))
+    with pytest.raises(TypeError, match=r"g must return x's dtype.*complex64.*take its real part"):
         fixed_point(lambda x, z: 0.5 * x + z, z.real, z)
+    with pytest.raises(
+        TypeError, match=r"return x's dtype.*got torch.float32.*\.to\(torch.complex"
+    ):
+        fixed_point(lambda x: x.abs(), z)
+    with pytest.raises(
+        TypeError, match=r"return x's dtype, torch.complex64 \(got torch.complex128"
+    ):
+        fixed_point(lambda x: x.cdouble(), z)
+    with pytest.raises(ValueError, match=r"shape \[B, 3\] \(got \(2, 2\)\)"):
+        fixed_point(lambda x: x[:, :2], z)
     with pytest.raises(ValueError, match=r"real scalar \(got torch.complex64\); take \.real"):
         partial(lambda s: s.sum(), z)
 
@@ -223,3 +232,131 @@ def test_known_layers_of_complex_weights(driver):
     with pytest.raises(RuntimeError, match=r"Complex|complex"):
         fixed_point(step, x, x * 1j, driver=driver)
     assert step(x * 1j, x * 1j).dtype == torch.complex64
+
+
+# --- complex states --------------------------------------------------------------------------
+
+
+def of_z(x, z, w):
+    """Holomorphic in all."""
+    return 0.3 * torch.sin(x @ w + z) + 0.1 * z * x
+
+
+def of_conjugates(x, z, w):
+    return 0.3 * torch.sin(x.conj() @ w + z) + 0.1 * (z.conj() * x.abs().square()).conj()
+
+
+def within(x, z, w):
+    """Beside real tensors; the complex one begins at an odd place of the row."""
+    c = of_conjugates(x["c"], z, w)
+    return {"r": 0.4 * x["r"].cos() + x["c"].abs().square().sum(-1), "c": c + 0.1 * x["r"][:, None]}
+
+
+STATES = {
+    "holomorphic": (of_z, torch.zeros_like),
+    "not holomorphic": (of_conjugates, torch.zeros_like),
+    "beside a real tensor": (
+        within,
+        lambda z: {"r": torch.zeros(len(z), dtype=torch.float64), "c": torch.zeros_like(z)},
+    ),
+}
+STATE = pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+
+
+def both(state):
+    """The solution and the loop's, as functions of z and w that give one tensor."""
+    g, start = state
+
+    def flat(x):
+        return x if isinstance(x, torch.Tensor) else x["c"] + x["r"].sin()[:, None]
+
+    def solve(z, w, **options):
+        given = {"tolerance": TIGHT, "adjoint": TIGHT_ADJOINT, "max_iterations": 500, **options}
+        return flat(fixed_point(g, start(z), z, params=(w,), **given).x)
+
+    return solve, lambda z, w: flat(unroll(g, start(z), z, w, steps=STEPS))
+
+
+@STATE
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_a_complex_state_and_its_derivatives_are_those_of_the_loop(state, per_sample):
+    _, z, w = problem("function")
+    solve, loop = both(state)
+    x = solve(z, w, per_sample=per_sample)
+    assert x.dtype == torch.complex128
+    close(x, loop(z, w))
+    mine, true = orders(x, (z, w)), orders(loop(z, w), (z, w))
+    for a, b in zip(mine, true, strict=True):
+        close(a, b)
+    first = grad(real(solve(z, w, per_sample=per_sample)), (z, w))  # the way without a graph
+    for a, b in zip(first, mine, strict=False):
+        close(a, b)
+
+
+@STATE
+def test_transforms_of_a_complex_state(state):
+    _, z, w = problem("function")
+    z, w = z.detach(), w.detach()
+
+    def of(solve):
+        f = torch.func
+        loss = lambda z, w: real(solve(z, w))  # noqa: E731
+        v = double(4, B, N, seed=3)
+        return [
+            *f.grad(loss, argnums=(0, 1))(z, w),
+            f.vmap(lambda v: f.vjp(lambda w: solve(z, w), w)[1](v)[0])(v),
+            f.grad(lambda w: real(f.grad(loss, argnums=1)(z, w)))(w),
+            f.vmap(f.grad(loss), in_dims=(1, None))(torch.stack([z, 0.5 * z], 1), w),
+            f.vmap(lambda z: f.grad(loss, argnums=1)(z[None], w))(z),
+            grad(solve(z, w_ := w.clone().requires_grad_()), w_, v, is_grads_batched=True)[0],
+        ]
+
+    for a, b in zip(*map(of, both(state)), strict=True):
+        close(a, b)
+
+
+def test_a_complex_states_record_is_of_absolute_values():
+    _, z, w = problem("function")
+    x0 = torch.zeros_like(z).detach().conj()
+    s = fixed_point(of_conjugates, x0, z, params=(w,), tolerance=Tolerance(1e-3), solver=Picard())
+    assert s.residual_norm.dtype == torch.float64 and s.converged.all()
+    off = (of_conjugates(s.x, z, w) - s.x).detach().abs().square().sum(1).sqrt()
+    close(s.residual_at_x, off)
+    assert "x [3, 2] complex128" in repr(s)
+
+
+def test_a_failed_samples_complex_gradient_is_zero():
+    z = torch.tensor([[0.5 + 0.1j], [3 + 30j], [0.2j]], requires_grad=True)
+    s = fixed_point(lambda x, z: z * x + 1, torch.zeros_like(z), z, on_failure="return")
+    assert s.status.tolist()[0] == s.status.tolist()[2] == 0 != s.status[1]
+    (mine,) = grad(s.x.real.sum(), z)
+    true = grad((1 / (1 - z)).real.sum(), z)[0] * (z.detach().abs() < 1)
+    torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-4)
+    assert s.x.dtype == torch.complex64
+
+
+def test_a_layer_solves_for_a_complex_state_from_a_complex_start():
+    _, z, w = problem("function")
+    layer = FixedPointLayer(lambda x, z: of_z(x, z, w.detach()), tolerance=TIGHT)
+    x = layer(z, x0=torch.zeros_like(z))
+    close(x, unroll(of_z, torch.zeros_like(z), z, w, steps=STEPS))
+    layer(z, x0=layer.last.x)
+    assert layer.last.iterations.max() == 1
+
+
+def test_an_energy_of_a_complex_state_descends_along_torchs_gradient():
+    """Its minimiser is z; torch's gradient of |x - z|^2 is 2 (x - z)."""
+    _, z, _ = problem("function")
+    step = GradientStep(lambda x, z: (x - z).abs().square().sum(1), 0.3)
+    x0 = torch.zeros_like(z)
+    close(step(x0 + 1j, z), x0 + 1j - 0.6 * (x0 + 1j - z))
+    x = fixed_point(step, x0, z, tolerance=TIGHT, adjoint=TIGHT_ADJOINT).x
+    close(x, z)
+    close(grad(real(x), z)[0], grad(real(z), z)[0])
+
+
+def test_gradcheck_of_a_complex_state():
+    _, z, w = problem("function")
+    solve, _ = both(STATES["not holomorphic"])
+    assert gradcheck(solve, (z, w), fast_mode=True)
+    assert gradgradcheck(solve, (z, w), fast_mode=True)

@@ -233,7 +233,7 @@ def test_a_state_shape_of_another_type_is_named():
         (
             lambda x: (0.5 * x[0] + Z, 0.5 * x[1]),
             (Z[:1], Z[:1]),
-            r"one batch size, that of x, in all tensors \(got 4 at 0 and 1 at 1\)",
+            r"one batch size, that of x, in all tensors \(got 4 at \[0\] and 1 at \[1\]\)",
         ),
     ],
 )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from collections import deque
 
 import pytest
 import torch
@@ -232,6 +233,20 @@ def test_containers_are_walked():
     assert leaves[0] is a and leaves[1] is b and leaves[2] == 3
     mapped = _torch.tree_map(lambda t: t + 1 if t is a else t, ((a,), {"b": b}))
     assert torch.equal(mapped[0][0], b) and mapped[1]["b"] is b
+
+
+def test_a_registered_container_is_opened_by_one_level():
+    a, b = torch.zeros(1), torch.ones(1)
+    x, y = deque([a, (b,)]), deque([b, (a,)])
+    parts, spec = _torch.tree_flatten(x, is_leaf=lambda v: v is not x)
+    assert parts[0] is a and parts[1] == (b,)
+    again = _torch.tree_unflatten([b, a], spec)
+    assert type(again) is deque and again[0] is b and again[1] is a
+    _, other = _torch.tree_flatten(y, is_leaf=lambda v: v is not y)
+    assert spec == other and isinstance(str(spec), str)
+    assert spec != _torch.tree_flatten(deque([a]))[1]
+    for leaf in (a, None, 3, {1}):
+        assert _torch.tree_flatten(leaf)[0][0] is leaf
 
 
 def test_kernels_are_found_and_transforms_kept_from_an_operator(monkeypatch):

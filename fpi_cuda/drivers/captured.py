@@ -71,7 +71,7 @@ class Request:
         if self.limits.own is not None:
             self.given.append(self.limits.own)
         self.options = (
-            *(direction.linear, problem.tuple_state, self.map.n_inputs, self._m),
+            *(direction.linear, problem.structure, self.map.n_inputs, self._m),
             *(problem.context.autocast_dtype, options.adjoint.failed, options.backend),
             *direction.need,
         )

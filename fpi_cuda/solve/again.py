@@ -17,7 +17,7 @@ from ..arguments import Arguments
 from ..norms import row_norms
 from ..record import accumulate_dtype
 from ..solution import State
-from ..state import state_of
+from ..tree import flatten
 from .maps import UserMap, check_output
 from .problem import Context
 
@@ -76,6 +76,7 @@ class Again:
             self._arguments = copy.copy(arguments)
             self._arguments.plain = [_weak(v) for v in arguments.plain]
         self._n, self._context = len(inputs), context
+        self._pack, self._unpack = map.pack, map.unpack
         given = (*inputs, *params)
         self._given, self._given_then = [weakref.ref(t) for t in given], _writes(given)
         self._x_then = _writes(_parts(x))
@@ -106,11 +107,11 @@ class Again:
         if arguments is not None:
             arguments = copy.copy(arguments)
             arguments.plain = [self._found("an argument of g", v) for v in arguments.plain]
-        state, inputs, params = state_of(x), given[: self._n], given[self._n :]
-        ways = state.pack, state.unpack
+        inputs, params = given[: self._n], given[self._n :]
+        ways = self._pack, self._unpack
         map = UserMap(g, len(inputs), len(params), *ways, arguments, self._has_aux)
         self._check_own(map)
-        context, packed = self._context, state.packed.detach()
+        context, packed = self._context, self._pack(x).detach()
         with torch.no_grad(), context.full_precision(), context.autocast():
             tensors = [t.detach() for t in (*inputs, *params, *map.own)]
             bound = map.bind(tensors[self._n :])
@@ -187,4 +188,4 @@ def _modes(objects: Sequence[Any]) -> list[bool]:
 
 
 def _parts(x: State) -> Sequence[Tensor]:
-    return (x,) if isinstance(x, Tensor) else x
+    return (x,) if isinstance(x, Tensor) else flatten(x)[0]

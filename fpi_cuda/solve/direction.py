@@ -141,8 +141,8 @@ class Direction:
             reason = "under a torch.func transform"
         elif problem.context.autocast_dtype is not None:
             reason = "autocast"
-        elif problem.tuple_state:
-            reason = "a tuple state"
+        elif problem.structure:
+            reason = "a state that is not one real tensor"
         elif dim != x.dim():
             reason = f"a state of {x.dim()} dimensions"
         elif self.map.arguments is not None:

@@ -55,7 +55,7 @@ def enter(
         together: g can't be given a part of the batch: finished samples are frozen, and stay in it.
     """
     options.check()
-    state = state_of(x0)
+    state = state_of(x0, options.norm_weights)
     packed = state.packed
     arguments, given, modules = None, g, {}
     if keywords is not None:
@@ -81,7 +81,7 @@ def enter(
     if options.callback is not None:
         shown = _Shown(options.callback)
         options = options._replace(callback=shown)
-    certified = attribute(g, "certified_lipschitz")
+    certified, weighted = attribute(g, "certified_lipschitz"), options.norm_weights is not None
     problem = Problem(
         map=map,
         options=options,
@@ -89,8 +89,9 @@ def enter(
         context=Context.here(packed.device.type),
         unpack=state.unpack,
         samples=samples_of(options.per_sample, map, packed, together),
-        lipschitz=None if certified is None else float(certified()),
-        tuple_state=state.tuple_state,
+        # A certificate is of the plain norm.
+        lipschitz=None if certified is None or weighted else float(certified()),
+        structure=state.structure,
     )
     report = Report()
 

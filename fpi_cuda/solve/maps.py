@@ -67,7 +67,7 @@ class UserMap(Map):
     Args:
         g: a callable g(x, *inputs, *params).
         n_inputs, n_params: how many of each the user passed; those of g's modules follow.
-        pack, unpack: between the user's state (a tensor or a tuple) and the solver's one tensor.
+        pack, unpack: between the user's state (a tree of tensors) and the solver's one tensor.
         arguments: how g takes its arguments, where those are not tensors by position alone; the
             tensors that it gets whole are the last of the n_params.
         has_aux: whether g returns (x, aux), of which the map is the first.
@@ -190,13 +190,14 @@ class UserMap(Map):
                 gx = g(parts, *inputs)
                 return pack(gx)
             except (TypeError, AttributeError) as error:
-                if _as_pair(gx) and isinstance(gx[0], (tuple, list)):
+                if _as_pair(gx) and not isinstance(gx[0], Tensor):
                     error.add_note(f"fixed_point: {_PAIR}")
                     raise
-                error.add_note(
-                    f"fixed_point gives g the state as one tuple of {len(parts)} tensors, like x0; "
-                    "where g takes them one by one, write lambda x, *z: g(*x, *z)"
-                )
+                if isinstance(parts, tuple):
+                    error.add_note(
+                        f"fixed_point gives g the state as one tuple of {len(parts)} tensors, like "
+                        "x0; where g takes them one by one, write lambda x, *z: g(*x, *z)"
+                    )
                 raise
 
         return bound
@@ -321,7 +322,7 @@ def check_output(gx: Any, x: Tensor) -> Tensor:
             return gx.to(x.dtype)
         advice = "convert x0, the inputs or the parameters to one dtype"
         if gx.is_complex():
-            advice = "return torch.view_as_real of it, and start from torch.view_as_real(x0)"
+            advice = "take its real part, or start from a complex state, x0 + 0j"
         raise TypeError(
             f"fixed_point: g must return x's dtype, {x.dtype} (got {gx.dtype}); {advice}"
         )

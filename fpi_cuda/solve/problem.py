@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
     name: str = "fixed_point"
     advice: str = "pass it in `inputs` (per sample) or `params` (shared)"  # a closure tensor
     lipschitz: float | None = None
-    tuple_state: tuple[tuple[int, ...], ...] = ()  # shapes of its parts
+    structure: Hashable = ()  # of a state that is packed: what tells it from others
 
     def mapped(self, dims: Sequence[int | None]) -> Problem:
         """The problem over one more batch dimension, where torch.vmap maps it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..arguments import Arguments
 from ..forms import Form, form_of
 from ..operators import partial
+from ..tree import build, flatten
 
 __all__ = ["GradientStep", "NeuralStep"]
 
@@ -65,7 +67,8 @@ class GradientStep(_Around):
     gradient is taken by P, so z and the energy's parameters may depend on x outside.
 
     Args:
-        energy: f(x, *inputs, **keywords) returning [B], the energy of each sample. A module's
+        energy: f(x, *inputs, **keywords) returning [B], the energy of each sample; x is a tensor,
+            or a tree of them like the state (a tuple of one: that tensor). A module's
             parameters are found; a plain function must capture no tensor that needs gradients.
         step_size: γ > 0, a number or an nn.Parameter. For an energy whose gradient is L-Lipschitz
             and m-strongly monotone, γ < 2/L makes g a contraction.
@@ -89,20 +92,20 @@ class GradientStep(_Around):
         return form_of(self.energy, "gradient_form", self.step_size, x, *inputs)
 
     def forward(self, x: Any, *inputs: Any, **keywords: Any) -> Any:
-        """x − γ ∂f/∂x, shaped like x."""
-        parts = x if isinstance(x, tuple) else (x,)
+        """x − γ ∂f/∂x, shaped like x; of a complex x with torch's gradient, 2 ∂f/∂x̄."""
+        parts, tree = flatten(x)
         n = len(parts)
-        make = getattr(type(x), "_make", tuple)  # the energy too gets a named tuple as one
+        bare = tree is None or (n == 1 and type(x) is tuple)  # the energy gets the tensor itself
         arguments, tensors = None, inputs
         if keywords or not all(isinstance(t, Tensor) for t in inputs):
             arguments = Arguments(inputs, keywords)
             tensors = (*arguments.inputs, *arguments.shared)
             arguments.release()
-        state = make if n > 1 or make is not tuple else itemgetter(0)
+        state = itemgetter(0) if bare else functools.partial(build, tree)
         total = _Total(self.energy, n, state, arguments)
         gradients = partial(total, *parts, *tensors, which=tuple(range(n)))
         moved = (t - self.step_size * d for t, d in zip(parts, gradients, strict=True))
-        return make(moved) if isinstance(x, tuple) else next(moved)
+        return build(tree, moved)
 
 
 class _Total(nn.Module):
