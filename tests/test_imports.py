@@ -13,6 +13,7 @@ FLOORS = (
     ("_check", "_moved", "_torch", "_version", "layout", "norms", "record"),
     ("_build", "arguments", "forms", "modules", "options", "tree"),
     ("captures",),
+    ("derivatives",),
     ("backends", "operators", "solution", "state"),
     ("drivers", "solvers", "warm"),
     ("solve",),
