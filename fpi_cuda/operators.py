@@ -230,21 +230,31 @@ class _Partial(Function):
         ctx.r, ctx.which, ctx.tape, *s = inputs
         ctx.save_for_backward(*s)
         ctx.save_for_forward(*s)
+        ctx.set_materialize_grads(False)  # zeros would be taken for what moves
 
     @staticmethod
-    def backward(ctx: Any, *delta: Tensor) -> tuple[Any, ...]:
-        if any(_torch.legacy_batched(d) for d in delta):
-            return over_legacy_batch(lambda *d: _Partial.backward(ctx, *d), *delta)
-        s, r, which, tape = ctx.saved_tensors, ctx.r, ctx.which, ctx.tape
+    def backward(ctx: Any, *came: Tensor | None) -> tuple[Any, ...]:
+        at = [k for k, d in enumerate(came) if d is not None]
+        delta: list[Any] = [came[k] for k in at]
+        if any(map(_torch.legacy_batched, delta)):
+
+            def batched(*delta: Tensor) -> tuple[Any, ...]:
+                found = dict(zip(at, delta, strict=True))
+                return _Partial.backward(ctx, *map(found.get, range(len(came))))
+
+            return over_legacy_batch(batched, *delta)
+        s, r, tape, which = ctx.saved_tensors, ctx.r, ctx.tape, [ctx.which[k] for k in at]
         n = len(delta)
-        need = [i for i in range(len(s)) if ctx.needs_input_grad[3 + i]]
+        need = [i for i in range(len(s)) if n and ctx.needs_input_grad[3 + i]]
         out: list[Tensor | None] = [None] * len(s)
+        if not need:
+            return (None, None, None, *out)
 
         grads: Sequence[Tensor | None]
         if _torch.transforming() or tape.leaves is None:
             grads = along(r, which, delta, need, s)
         elif not differentiated((*delta, *s)):
-            grads = _through(tape, delta, need)
+            grads = _through(tape, at, delta, need)
         elif not torch.is_grad_enabled():  # by the tangents alone: they need no tape
             grads = along(r, which, delta, need, s)
         else:
@@ -252,7 +262,7 @@ class _Partial(Function):
                 leaves = [free(d) for d in delta]
                 terms = [
                     dot(d, g)
-                    for d, g in zip(leaves, tape.outputs, strict=True)
+                    for d, g in zip(leaves, [tape.outputs[k] for k in at], strict=True)
                     if g is not None and g.requires_grad
                 ]
                 y = total(terms) if terms else torch.real(delta[0].new_zeros(()))
@@ -275,30 +285,32 @@ class _Partial(Function):
     def vmap(
         info: Any, in_dims: Any, r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        # Every argument gets a slice of its own: a shared one's derivative is per slice too.
-        batched = [
-            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
-            for t, d in zip(s, in_dims[3:], strict=True)
-        ]
+        # Each slice has a derivative of its own, by what the slices share too.
+        dims = [0 if d is not None or i in which else None for i, d in enumerate(in_dims[3:])]
+        given = list(s)
+        for i, d in enumerate(in_dims[3:]):
+            if d is not None:
+                given[i] = s[i].movedim(d, 0)
+            elif i in which:
+                given[i] = s[i].expand(info.batch_size, *s[i].shape)
 
-        def total(*q: Tensor) -> Tensor:
-            return torch.vmap(r)(*q).sum()
+        def slices(*q: Tensor) -> Tensor:
+            return torch.vmap(r, in_dims=tuple(dims))(*q).sum()
 
-        return partial_bound(total, which, *batched), (0,) * len(which)
+        return partial_bound(slices, which, *given), (0,) * len(which)
 
 
 _torch.bind_no_defaults(_Partial)
 
 
-def _through(tape: _Tape, delta: Sequence[Tensor], need: Sequence[int]) -> list[Tensor | None]:
-    """The vector-Jacobian product of P through its own graph: no call of r."""
+def _through(
+    tape: _Tape, at: Sequence[int], delta: Sequence[Tensor], need: Sequence[int]
+) -> list[Tensor | None]:
+    """The vector-Jacobian product of P's values `at` through its own graph: no call of r."""
     assert tape.leaves is not None
-    pairs = [
-        (g, d)
-        for g, d in zip(tape.outputs, delta, strict=True)
-        if g is not None and g.requires_grad
-    ]
-    if not pairs or not need:
+    found = zip([tape.outputs[k] for k in at], delta, strict=True)
+    pairs = [(g, d) for g, d in found if g is not None and g.requires_grad]
+    if not pairs:
         return [None] * len(need)
     outputs, weights = zip(*pairs, strict=True)
     wanted = [tape.leaves[i] for i in need]
