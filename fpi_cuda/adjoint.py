@@ -19,7 +19,7 @@ _TOLERANCE = Tolerance()
 
 @dataclass(frozen=True, eq=False)
 class ImplicitAdjoint(ByValue):
-    """How the backward fixed-point iteration is solved (paper eq. 9).
+    """How the backward fixed-point iteration is solved (paper eq. 9), and that of a tangent.
 
     Args:
         solver: None: the forward's.
