@@ -3,6 +3,7 @@
 What these tests are about is torch: `make matrix` runs them under each that is supported.
 """
 
+import contextlib
 import inspect
 import re
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import Function, forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpi_cuda import _torch
@@ -64,6 +66,57 @@ def test_no_level_of_forward_mode_is_open_in_a_nodes_forward():
         Node.apply(torch.ones(2))
         seen.append(_torch.forward_mode())
     assert seen == [False, True]
+
+
+@pytest.mark.parametrize("switched_on", [True, False])
+def test_forward_mode_is_off_in_a_nodes_rule_for_tangents_until_it_is_switched_on(switched_on):
+    """The second derivative of x³ by two levels: 0 where the inner rule loses the outer tangent."""
+
+    class Cube(Function):
+        @staticmethod
+        def forward(x):
+            return x**3
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def jvp(ctx, dx):
+            (x,) = ctx.saved_tensors
+            x = forward_ad.unpack_dual(x).primal
+            with _torch.following() if switched_on else contextlib.nullcontext():
+                return 3 * x * x * dx
+
+    def tangent(f):
+        return lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
+
+    x = torch.tensor(2.0)
+    assert tangent(Cube.apply)(x) == 12
+    assert tangent(tangent(Cube.apply))(x) == (12 if switched_on else 0)
+
+
+def test_a_function_is_one_call_in_a_graph_that_is_recorded():
+    def looking(x):
+        seen.append(_torch.recording())
+        return x * (2 if x.sum() > 0 else 3), x + 1  # recorded as it runs, this would raise
+
+    def f(x):
+        assert _torch.recording()
+        y, z = _torch.as_one_call(looking, x)
+        with _torch.unrecorded():
+            assert y.sum() == 4
+        return y * z
+
+    seen = []
+    assert not _torch.recording()
+    graph = make_fx(f)(torch.ones(2))
+    names = [getattr(n.target, "__name__", "") for n in graph.graph.nodes]
+    assert names.count("solve") == 1
+    assert not any("sum" in name or "add" in name for name in names)
+    assert graph(-torch.ones(2)).tolist() == [0, 0]
+    assert graph(2 * torch.ones(2)).tolist() == [12, 12]
+    assert seen == [False] * 3
 
 
 def test_what_wraps_a_tensor_is_seen_and_taken_off():
