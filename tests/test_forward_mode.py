@@ -255,16 +255,17 @@ def test_slices_of_tangents_stop_at_their_own_end():
 
 # --- calls of g and solves ---------------------------------------------------------------------
 
-# More calls of g than the plain solve's.
+# More calls of g than the plain solve's 21: one to see what g captures, for each tangent one by P,
+# one to linearise g, and one more where finished samples are left out.
 CALLS = {
     "jvp": 4,
-    "jacfwd_w": 4,
+    "jacfwd_w": 3,
     "dual": 4,
-    "tangents": 4,
-    "jvp jvp": 12,
-    "hessian": 12,
-    "grad_w jvp": 12,
-    "jvp jvp jvp": 40,
+    "tangents": 3,
+    "jvp jvp": 11,
+    "hessian": 8,
+    "grad_w jvp": 11,
+    "jvp jvp jvp": 27,
 }
 SOLVES = {"jvp": 2, "jacfwd_w": 2, "dual": 2, "jvp jvp": 4, "hessian": 4, "jvp jvp jvp": 8}
 
@@ -278,7 +279,7 @@ def test_derivatives_call_g_few_times_more_than_the_solve(nesting):
     plain, g.calls = g.calls, 0
     nested(nesting, f)(Z, w)
     assert plain >= 20
-    assert g.calls <= plain + CALLS[nesting]
+    assert g.calls == plain + CALLS[nesting]
 
 
 @pytest.mark.parametrize("nesting", SOLVES)
