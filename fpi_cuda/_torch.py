@@ -81,9 +81,13 @@ def following() -> contextlib.AbstractContextManager[Any]:
 # be. The tools of its recorder are documented nowhere.
 
 
+# What proxy_tensor.get_proxy_mode() asks, at a tenth of its cost: each solve asks.
+_get_dispatch_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
+
+
 def recording() -> bool:
     """Whether a graph is being recorded here."""
-    return proxy_tensor.get_proxy_mode() is not None
+    return _get_dispatch_mode(_PROXY) is not None
 
 
 def unrecorded() -> contextlib.AbstractContextManager[Any]:

@@ -261,7 +261,8 @@ def _gradients(
             if differentiated((v, x, *tensors)):
                 return _higher(problem, report, x, v, tensors, need)
             adjoint = problem.options.adjoint.transposed(problem)
-            adjoint = adjoint._replace(map=LinearMap(problem.map, transpose=True))
+            if isinstance(problem.map, LinearMap):  # whose gradients are had from its own graph
+                adjoint = adjoint._replace(map=LinearMap(problem.map, transpose=True))
             _, kept, (c, *grads) = solve(Backward(adjoint, x, v, tensors, need), report)
             if problem.options.memory is not None:
                 problem.options.memory.keep_adjoint(v, c, report.record)
