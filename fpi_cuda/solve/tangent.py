@@ -61,8 +61,8 @@ def tangent_of_kept(
     n = problem.map.n_inputs
     x, *inputs = stand_in(keep, (x, *tensors[:n]))
     tensors = [*inputs, *tensors[n:]]
-    r = masked(push(problem, x, tensors, moved, d), keep)
-    t = masked(solve(problem, x, r, tensors), keep)
+    r = masked(push(problem, x, tensors, moved, d), keep)  # zero there, and so is the tangent
+    t = solve(problem, x, r, tensors)
     return t if alive is None else torch.where(alive, t, 0)
 
 
