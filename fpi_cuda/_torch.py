@@ -77,6 +77,23 @@ def following() -> contextlib.AbstractContextManager[Any]:
     return forward_ad._set_fwd_grad_enabled(True)
 
 
+# What autograd saves goes through hooks that the caller has set (checkpoints, save_on_cpu). No public
+# name says whether there are any.
+_hooks_on_saved = torch._C._autograd._top_saved_tensors_default_hooks
+_NO_HOOKS = contextlib.nullcontext()
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+def unhooked() -> contextlib.AbstractContextManager[Any]:
+    """No hooks for a graph that ends where it was made: a checkpoint's would run all of it again."""
+    if _hooks_on_saved(True) is None:
+        return _NO_HOOKS
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
 # torch.func.linearize records what runs as a graph, which a loop whose length depends on data can't
 # be. The tools of its recorder are documented nowhere.
 

@@ -123,7 +123,7 @@ def inner_product(v: Sequence[Tensor], u: Callable[..., Sequence[Tensor]]) -> Sc
 
 def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """P where nothing is to be differentiated again: no graph outlives the call."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _torch.unhooked():
         q = [free(t) if i in which else t.detach() for i, t in enumerate(s)]
         tape = _Tape(False, q, r(*q))
         _check_scalar(tape, r)
@@ -139,7 +139,7 @@ def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor
 
 def partial_bound(r: Scalar, which: Sequence[int], *s: Tensor) -> tuple[Tensor, ...]:
     """`partial` for an r whose every tensor is in s, without its checks of s."""
-    tape = _Tape(keep=torch.is_grad_enabled())
+    tape = _Tape(keep=torch.is_grad_enabled() and not _linear_in(r, which))
     out = _Partial.apply(r, tuple(which), tape, *s)  # type: ignore[no-untyped-call]
     if _torch.transforming():  # it knows nothing of the levels around, and may outlive them
         tape.drop()
@@ -165,13 +165,31 @@ def _weighted(r: Scalar, left: Sequence[int]) -> Scalar:
     def eta(*q: Tensor) -> Tensor:
         return total(dot(a, b) for a, b in zip(q[:n], gradients(r, left, q[n:]), strict=True))
 
-    return taking(eta, [n + i for i in (*left, *getattr(r, "taken", ()))])
+    kept = [group for group in getattr(r, "linear", ()) if not set(group) & set(left)]
+    groups = [range(n), *[[n + i for i in group] for group in kept]]
+    return linear_in(taking(eta, [n + i for i in (*left, *getattr(r, "taken", ()))]), groups)
 
 
 def taking(r: Scalar, positions: Sequence[int]) -> Scalar:
     """R, which itself takes derivatives by its arguments at these positions."""
     r.taken = tuple(positions)  # type: ignore[attr-defined]
     return r
+
+
+def linear_in(r: Scalar, groups: Sequence[Sequence[int]]) -> Scalar:
+    """R, which is linear in its arguments at the positions of each group, taken together.
+
+    Its derivative by them needs no second one to be differentiated itself: torch's formulas for
+    third derivatives are wrong for some norms (layer_norm, and batch_norm in training).
+    """
+    r.linear = groups  # type: ignore[attr-defined]
+    return r
+
+
+def _linear_in(r: Scalar, which: Sequence[int]) -> Sequence[int]:
+    """The group of positions that holds these, in which r is linear; empty: there is none."""
+    groups = getattr(r, "linear", ())
+    return next((group for group in groups if set(which) <= set(group)), ())
 
 
 class _Tape:
@@ -196,7 +214,7 @@ class _Partial(Function):
     def forward(r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor) -> tuple[Tensor, ...]:
         if _torch.recording():
             return _torch.as_one_call(functools.partial(partial_bound, r, which), *s)  # type: ignore[no-any-return]
-        with torch.enable_grad():
+        with torch.enable_grad(), _torch.unhooked():
             if tape.leaves is None:
                 # No more than what derivatives are taken by: what g writes to (running statistics)
                 # can't have one.
@@ -228,20 +246,32 @@ class _Partial(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.r, ctx.which, ctx.tape, *s = inputs
+        ctx.set_materialize_grads(False)  # what does not move is not differentiated by
         ctx.save_for_backward(*s)
         ctx.save_for_forward(*s)
 
     @staticmethod
-    def backward(ctx: Any, *delta: Tensor) -> tuple[Any, ...]:
-        if any(_torch.legacy_batched(d) for d in delta):
-            return over_legacy_batch(lambda *d: _Partial.backward(ctx, *d), *delta)
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
         s, r, which, tape = ctx.saved_tensors, ctx.r, ctx.which, ctx.tape
+        delta = [
+            torch.zeros_like(s[i]) if d is None else d for i, d in zip(which, given, strict=True)
+        ]
+        if any(map(_torch.legacy_batched, delta)):
+            return over_legacy_batch(lambda *d: _Partial.backward(ctx, *d), *delta)
         n = len(delta)
         need = [i for i in range(len(s)) if ctx.needs_input_grad[3 + i]]
         out: list[Tensor | None] = [None] * len(s)
 
         grads: Sequence[Tensor | None]
-        if _torch.transforming() or tape.leaves is None:
+        group = _linear_in(r, which)
+        if group:  # Σ ⟨δ, ∂r/∂s⟩ is r at δ: one derivative less
+            put = dict(zip(which, delta, strict=True))
+            there = [
+                put.get(i, torch.zeros_like(t)) if i in group else t for i, t in enumerate(s)
+            ]
+            need = [i for i in need if i not in group]
+            grads = partial_bound(r, need, *there)
+        elif _torch.transforming() or tape.leaves is None:
             grads = along(r, which, delta, need, s)
         elif not differentiated((*delta, *s)):
             grads = _through(tape, delta, need)

@@ -258,7 +258,9 @@ def _gradients(
         problem: Problem, x: Tensor, v: Tensor, tensors: Sequence[Tensor], _: Tensor | None
     ) -> Gradients:
         with problem.context.full_precision():
-            if differentiated((v, x, *tensors)):
+            # A tangent's adjoint is by g's own linearisation: that of J t would differentiate J.
+            tangent = isinstance(problem.map, LinearMap) and not problem.map.transpose
+            if tangent or differentiated((v, x, *tensors)):
                 return _higher(problem, report, x, v, tensors, need)
             adjoint = problem.options.adjoint.transposed(problem)
             adjoint = adjoint._replace(map=LinearMap(problem.map, transpose=True))
