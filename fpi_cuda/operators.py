@@ -123,8 +123,8 @@ def inner_product(v: Sequence[Tensor], u: Callable[..., Sequence[Tensor]]) -> Sc
 
 def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """P where nothing is to be differentiated again: no graph outlives the call."""
-    with torch.enable_grad(), _torch.unhooked():
-        q = [free(t) if i in which else t.detach() for i, t in enumerate(s)]
+    with _torch.no_inference(), torch.enable_grad(), _torch.unhooked():
+        q = [free(t) if i in which else _torch.normal(t.detach()) for i, t in enumerate(s)]
         tape = _Tape(False, q, r(*q))
         _check_scalar(tape, r)
     assert tape.y is not None
@@ -214,13 +214,14 @@ class _Partial(Function):
     def forward(r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor) -> tuple[Tensor, ...]:
         if _torch.recording():
             return _torch.as_one_call(functools.partial(partial_bound, r, which), *s)  # type: ignore[no-any-return]
-        with torch.enable_grad(), _torch.unhooked():
+        with _torch.no_inference(), torch.enable_grad(), _torch.unhooked():
             if tape.leaves is None:
                 # No more than what derivatives are taken by: what g writes to (running statistics)
                 # can't have one.
                 by = {*which, *getattr(r, "taken", ())}
                 tape.leaves = [
-                    free(t) if t.requires_grad or i in by else t.detach() for i, t in enumerate(s)
+                    free(t) if t.requires_grad or i in by else _torch.normal(t.detach())
+                    for i, t in enumerate(s)
                 ]
                 tape.y = r(*tape.leaves)
                 _check_scalar(tape, r)
@@ -252,12 +253,20 @@ class _Partial(Function):
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
-        s, r, which, tape = ctx.saved_tensors, ctx.r, ctx.which, ctx.tape
-        delta = [
-            torch.zeros_like(s[i]) if d is None else d for i, d in zip(which, given, strict=True)
-        ]
-        if any(map(_torch.legacy_batched, delta)):
-            return over_legacy_batch(lambda *d: _Partial.backward(ctx, *d), *delta)
+        with _torch.no_inference():
+            s = list(map(_torch.normal, ctx.saved_tensors))
+            delta = [
+                torch.zeros_like(s[i]) if d is None else _torch.normal(d)
+                for i, d in zip(ctx.which, given, strict=True)
+            ]
+            if any(map(_torch.legacy_batched, delta)):
+                return over_legacy_batch(lambda *d: _Partial.gradients(ctx, s, d), *delta)
+            return _Partial.gradients(ctx, s, delta)
+
+    @staticmethod
+    def gradients(ctx: Any, s: Sequence[Tensor], delta: Sequence[Tensor]) -> tuple[Any, ...]:
+        """What backward gives, outside inference mode."""
+        r, which, tape = ctx.r, ctx.which, ctx.tape
         n = len(delta)
         need = [i for i in range(len(s)) if ctx.needs_input_grad[3 + i]]
         out: list[Tensor | None] = [None] * len(s)
@@ -266,9 +275,7 @@ class _Partial(Function):
         group = _linear_in(r, which)
         if group:  # Σ ⟨δ, ∂r/∂s⟩ is r at δ: one derivative less
             put = dict(zip(which, delta, strict=True))
-            there = [
-                put.get(i, torch.zeros_like(t)) if i in group else t for i, t in enumerate(s)
-            ]
+            there = [put.get(i, torch.zeros_like(t)) if i in group else t for i, t in enumerate(s)]
             need = [i for i in need if i not in group]
             grads = partial_bound(r, need, *there)
         elif _torch.transforming() or tape.leaves is None:

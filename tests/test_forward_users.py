@@ -3,16 +3,22 @@
 import pytest
 import torch
 from helpers_derivatives import double, tight
-from helpers_forward import direction, dual, joined, near, tangent_of
+from helpers_forward import direction, dual, joined, near, nested, tangent_of
+from helpers_forward_problems import problem, truth
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from fpi_cuda import Anderson, FixedPointLayer, GradientStep, fixed_point
+from fpi_cuda import Anderson, DenseStep, FixedPointLayer, GradientStep, fixed_point
+from fpi_cuda.operators import partial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NATIVE = tight("native", Anderson())
 Z = double(3, 4)
+
+
+def energy(x, z):
+    return 0.5 * (x - z).square().sum(-1) + torch.cos(x).sum(-1) / 4
 
 
 # --- norms ---------------------------------------------------------------------------------------
@@ -72,20 +78,20 @@ def test_the_tangents_gradient_reaches_a_norms_parameters(norm):
     """By dual tensors, which leave running statistics alone."""
     step = Normed(NORMS[norm]())
     layer = FixedPointLayer(step, **NATIVE)
-    wanted = list(layer.parameters())
+    named = list(layer.named_parameters())
+    wanted = [p for _, p in named]
     with torch.autograd.forward_ad.dual_level():
         value = tangent_of(layer(dual(Z))).sin().sum()
         found = joined(torch.autograd.grad(value, wanted))
     ways = [direction(p, 3) for p in wanted]
 
     def moved(by):
-        with torch.no_grad():
-            for p, way in zip(wanted, ways, strict=True):
-                p += by * way
-            value = jvp(layer, (Z,), (direction(Z),))[1].sin().sum()
-            for p, way in zip(wanted, ways, strict=True):
-                p -= by * way
-        return value
+        moved = {k: p.detach() + by * way for (k, p), way in zip(named, ways, strict=True)}
+
+        def along(z):
+            return functional_call(layer, moved, (z,))
+
+        return jvp(along, (Z,), (direction(Z),))[1].sin().sum()
 
     difference = (8 * (moved(1e-4) - moved(-1e-4)) - moved(2e-4) + moved(-2e-4)) / 12e-4
     near(found @ joined(ways), difference, 1e-6)
@@ -94,31 +100,27 @@ def test_the_tangents_gradient_reaches_a_norms_parameters(norm):
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_around_a_solve_does_not_run_it_again_for_its_own_graphs():
-    def energy(x, z):
-        return 0.5 * (x - z).square().sum(-1) + torch.cos(x).sum(-1) / 4
+@pytest.mark.parametrize("g", [lambda x, z: 0.5 * torch.tanh(x) + z, GradientStep(energy, 0.6)])
+def test_a_checkpoint_around_a_solve_does_not_run_it_again_for_its_own_graphs(g):
+    layer, calls = FixedPointLayer(g, **NATIVE), []
 
-    layers = FixedPointLayer(lambda x, z: 0.5 * torch.tanh(x) + z, **NATIVE), FixedPointLayer(
-        GradientStep(energy, 0.6), **NATIVE
-    )
-    for layer in layers:
-        calls = []
+    def counted(z):
+        calls.append(0)
+        return layer(z)
 
-        def counted(z, layer=layer, calls=calls):
-            calls.append(0)
-            return layer(z)
+    def kept(z):
+        return checkpoint(counted, z, use_reentrant=False)
 
-        def kept(z, counted=counted):
-            return checkpoint(counted, z, use_reentrant=False)
+    def value(z):
+        return jvp(layer, (z,), (direction(Z),))[1]
 
-        z = Z.clone().requires_grad_()
-        found = jvp(kept, (z,), (direction(Z),))[1]
-        near(found, jvp(layer, (Z,), (direction(Z),))[1])
-        with torch.autograd.forward_ad.dual_level():
-            found = tangent_of(kept(dual(z)))
-            assert len(calls) == 2
-            slope = torch.autograd.grad(found.sin().sum(), z)[0]
-        near(slope, grad(lambda z: jvp(layer, (z,), (direction(Z),))[1].sin().sum())(Z))
+    z = Z.clone().requires_grad_()
+    near(jvp(kept, (z,), (direction(Z),))[1], value(Z))
+    with torch.autograd.forward_ad.dual_level():
+        found = tangent_of(kept(dual(z)))
+        assert len(calls) == 2
+        slope = torch.autograd.grad(found.sin().sum(), z)[0]
+    near(slope, grad(lambda z: value(z).sin().sum())(Z))
 
 
 # --- nothing -------------------------------------------------------------------------------------
@@ -132,3 +134,46 @@ def test_mapped_tangents_and_gradients_of_nothing_are_empty(shape):
     z = double(*shape)
     assert vmap(lambda z: jvp(f, (z,), (z,))[1])(z).shape == shape
     assert vmap(grad(lambda z: f(z).sum()))(z).shape == shape
+
+
+# --- inference mode ------------------------------------------------------------------------------
+
+
+def test_p_and_steps_by_p_are_right_in_inference_mode():
+    layer = FixedPointLayer(GradientStep(energy, 0.6), **NATIVE)
+    with torch.no_grad():
+        expected = layer(Z)
+    with torch.inference_mode():
+        made_there = Z.clone()
+        for z in (Z, made_there):
+            near(partial(lambda z: (z**3).sum(), z)[0], 3 * Z**2)
+            near(layer(z), expected)
+    near(layer(made_there), expected)
+    near(jvp(layer, (made_there,), (direction(Z),))[1], jvp(layer, (Z,), (direction(Z),))[1])
+
+
+@pytest.mark.parametrize(
+    "nesting", ["jvp", "jvp jvp", "hessian", "grad_w jvp", "grad_w", "vmap jvp"]
+)
+@pytest.mark.parametrize("name", ["opaque", "two dense layers"])
+def test_derivatives_are_right_in_inference_mode(name, nesting):
+    """As torch.func's are, of plain operators."""
+    solved, _, z, w = problem(name)
+    with torch.inference_mode():
+        near(nested(nesting, solved(NATIVE))(z.clone(), w.clone()), truth(name, nesting))
+
+
+# --- a step alone --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_exact_step_outside_a_solve_has_tangents(bias):
+    step = DenseStep(4, 3, exact=True, bias=bias).double()
+    x, z, named = Z, double(3, 3, seed=5), dict(step.named_parameters())
+    given = x, z, {k: p.detach() for k, p in named.items()}
+    tangents = direction(x), direction(z), {k: direction(p) for k, p in named.items()}
+    true = jvp(lambda x, z, p: functional_call(step, p, (x, z)), given, tangents)[1]
+    with torch.autograd.forward_ad.dual_level():
+        x, z = dual(x), dual(z)
+        found = functional_call(step, {k: dual(p) for k, p in given[2].items()}, (x, z))
+        near(tangent_of(found), true)

@@ -9,6 +9,7 @@ and every mixture of modes. g is linearised once a solve; only products with tha
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -114,7 +115,9 @@ class FixedPoint(Function):
             return _torch.as_one_call(lambda x0, *t: again(x0, None, *t), x0, *tensors)  # type: ignore[no-any-return]
         if call.given is None:
             plain = [t.detach() for t in tensors]
-            x, keep, _ = solve(direction_of(problem, x0.detach(), plain), call.report)
+            linear = isinstance(problem.map, LinearMap)  # which needs a graph of its own
+            with _torch.no_inference() if linear else contextlib.nullcontext():
+                x, keep, _ = solve(direction_of(problem, x0.detach(), plain), call.report)
         else:
             x, keep = call.given
             call.given = None  # the node keeps the call, and x is about to keep the node
@@ -134,14 +137,20 @@ class FixedPoint(Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, _: Any) -> tuple[Any, ...]:
+        with _torch.no_inference():
+            return FixedPoint.gradients(ctx, v if v is None else _torch.normal(v))
+
+    @staticmethod
+    def gradients(ctx: Any, v: Tensor | None) -> tuple[Any, ...]:
+        """What backward gives, outside inference mode."""
         problem: Problem = ctx.call.problem
-        x, keep, *tensors = ctx.saved_tensors
+        x, keep, *tensors = map(_torch.normal, ctx.saved_tensors)
         out: list[Tensor | None] = [None] * len(tensors)
         if v is None:
             return (*_NOTHING, None, *out)
         if _torch.legacy_batched(v):  # autograd.grad(is_grads_batched=True)
             over = one_by_one if ctx.closure else over_legacy_batch
-            batched = over(lambda v: FixedPoint.backward(ctx, v, None), v)
+            batched = over(lambda v: FixedPoint.gradients(ctx, v), v)
             if ctx.redirected is not None:  # to the gradients of one cotangent
                 ctx.redirected.end()
             return batched
