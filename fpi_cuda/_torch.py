@@ -87,10 +87,17 @@ _excluded, _AUTOGRAD = (
 def no_inference() -> contextlib.AbstractContextManager[Any]:
     """Inference mode switched off, the other modes as they are: no graph is recorded in it.
 
-    torch.is_inference_mode_enabled() does not tell where torch.func's transforms run within it.
     What was made in it is to be passed through `normal` in there.
     """
-    return _normal_mode() if _excluded(_AUTOGRAD) else _NOTHING
+    return _normal_mode() if graphless() else _NOTHING
+
+
+def graphless() -> bool:
+    """Whether no graph is recorded here, whatever the grad mode.
+
+    torch.is_inference_mode_enabled() does not tell where torch.func's transforms run within it.
+    """
+    return _excluded(_AUTOGRAD)
 
 
 @contextlib.contextmanager

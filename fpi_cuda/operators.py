@@ -253,20 +253,22 @@ class _Partial(Function):
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
+        if not _torch.graphless():
+            return _Partial.gradients(ctx, ctx.saved_tensors, given)
         with _torch.no_inference():
-            s = list(map(_torch.normal, ctx.saved_tensors))
-            delta = [
-                torch.zeros_like(s[i]) if d is None else _torch.normal(d)
-                for i, d in zip(ctx.which, given, strict=True)
-            ]
-            if any(map(_torch.legacy_batched, delta)):
-                return over_legacy_batch(lambda *d: _Partial.gradients(ctx, s, d), *delta)
-            return _Partial.gradients(ctx, s, delta)
+            saved = list(map(_torch.normal, ctx.saved_tensors))
+            there = [d if d is None else _torch.normal(d) for d in given]
+            return _Partial.gradients(ctx, saved, there)
 
     @staticmethod
-    def gradients(ctx: Any, s: Sequence[Tensor], delta: Sequence[Tensor]) -> tuple[Any, ...]:
+    def gradients(ctx: Any, s: Sequence[Tensor], given: Sequence[Tensor | None]) -> tuple[Any, ...]:
         """What backward gives, outside inference mode."""
         r, which, tape = ctx.r, ctx.which, ctx.tape
+        delta = [
+            torch.zeros_like(s[i]) if d is None else d for i, d in zip(which, given, strict=True)
+        ]
+        if any(map(_torch.legacy_batched, delta)):
+            return over_legacy_batch(lambda *d: _Partial.gradients(ctx, s, d), *delta)
         n = len(delta)
         need = [i for i in range(len(s)) if ctx.needs_input_grad[3 + i]]
         out: list[Tensor | None] = [None] * len(s)

@@ -9,7 +9,6 @@ and every mixture of modes. g is linearised once a solve; only products with tha
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -115,9 +114,12 @@ class FixedPoint(Function):
             return _torch.as_one_call(lambda x0, *t: again(x0, None, *t), x0, *tensors)  # type: ignore[no-any-return]
         if call.given is None:
             plain = [t.detach() for t in tensors]
-            linear = isinstance(problem.map, LinearMap)  # which needs a graph of its own
-            with _torch.no_inference() if linear else contextlib.nullcontext():
-                x, keep, _ = solve(direction_of(problem, x0.detach(), plain), call.report)
+            start = x0.detach()
+            if _torch.graphless() and isinstance(problem.map, LinearMap):  # has a graph of its own
+                with _torch.no_inference():
+                    x, keep, _ = solve(direction_of(problem, start, plain), call.report)
+            else:
+                x, keep, _ = solve(direction_of(problem, start, plain), call.report)
         else:
             x, keep = call.given
             call.given = None  # the node keeps the call, and x is about to keep the node
@@ -137,20 +139,23 @@ class FixedPoint(Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, _: Any) -> tuple[Any, ...]:
+        if not _torch.graphless():
+            return FixedPoint.gradients(ctx, v, ctx.saved_tensors)
         with _torch.no_inference():
-            return FixedPoint.gradients(ctx, v if v is None else _torch.normal(v))
+            saved = list(map(_torch.normal, ctx.saved_tensors))
+            return FixedPoint.gradients(ctx, v if v is None else _torch.normal(v), saved)
 
     @staticmethod
-    def gradients(ctx: Any, v: Tensor | None) -> tuple[Any, ...]:
+    def gradients(ctx: Any, v: Tensor | None, saved: Sequence[Tensor]) -> tuple[Any, ...]:
         """What backward gives, outside inference mode."""
         problem: Problem = ctx.call.problem
-        x, keep, *tensors = map(_torch.normal, ctx.saved_tensors)
+        x, keep, *tensors = saved
         out: list[Tensor | None] = [None] * len(tensors)
         if v is None:
             return (*_NOTHING, None, *out)
         if _torch.legacy_batched(v):  # autograd.grad(is_grads_batched=True)
             over = one_by_one if ctx.closure else over_legacy_batch
-            batched = over(lambda v: FixedPoint.gradients(ctx, v), v)
+            batched = over(lambda v: FixedPoint.gradients(ctx, v, saved), v)
             if ctx.redirected is not None:  # to the gradients of one cotangent
                 ctx.redirected.end()
             return batched

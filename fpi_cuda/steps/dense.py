@@ -89,7 +89,7 @@ class _ExactLinear(Function):
     @staticmethod
     def jvp(ctx: object, dz: Tensor, d_weight: Tensor, d_bias: Tensor | None) -> Tensor:
         z, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        moved = dz @ weight.mT + z @ d_weight.mT
+        moved: Tensor = dz @ weight.mT + z @ d_weight.mT
         return moved if d_bias is None else moved + d_bias
 
 
