@@ -123,7 +123,25 @@ def inner_product(v: Sequence[Tensor], u: Callable[..., Sequence[Tensor]]) -> Sc
 
 def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """P where nothing is to be differentiated again: no graph outlives the call."""
-    with _torch.no_inference(), torch.enable_grad(), _torch.unhooked():
+    if not _torch.graphless():
+        return _by_graph(r, which, s)
+    try:
+        with _torch.no_inference():
+            return _by_graph(r, which, s)
+    except RuntimeError:
+        # A graph can't save what r holds of inference mode (a model that was made there), but
+        # torch.func's can. It is no first choice: it takes no older autograd.Function.
+        def scalar(*q: Tensor) -> Tensor:
+            tape = _Tape(False, [*q], r(*q))
+            _check_scalar(tape, r)
+            assert tape.y is not None
+            return tape.y
+
+        return torch.func.grad(scalar, tuple(which))(*s) if which else ()
+
+
+def _by_graph(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    with torch.enable_grad(), _torch.unhooked():
         q = [free(t) if i in which else _torch.normal(t.detach()) for i, t in enumerate(s)]
         tape = _Tape(False, q, r(*q))
         _check_scalar(tape, r)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import unroll
 from helpers_derivatives import double, tight
 from helpers_forward import direction, dual, joined, near, nested, tangent_of
 from helpers_forward_problems import problem, truth
@@ -148,6 +149,7 @@ def test_p_and_steps_by_p_are_right_in_inference_mode():
         for z in (Z, made_there):
             near(partial(lambda z: (z**3).sum(), z)[0], 3 * Z**2)
             near(layer(z), expected)
+        near(partial(lambda z: (z * made_there.sin()).sum(), Z)[0], Z.sin())  # captures it
     near(layer(made_there), expected)
     near(jvp(layer, (made_there,), (direction(Z),))[1], jvp(layer, (Z,), (direction(Z),))[1])
 
@@ -161,6 +163,17 @@ def test_derivatives_are_right_in_inference_mode(name, nesting):
     solved, _, z, w = problem(name)
     with torch.inference_mode():
         near(nested(nesting, solved(NATIVE))(z.clone(), w.clone()), truth(name, nesting))
+
+
+def test_a_model_made_in_inference_mode_has_tangents_there():
+    with torch.inference_mode():
+
+        def loop(z):
+            return unroll(step, torch.zeros_like(z), z, steps=60)
+
+        step = Normed(nn.Identity())
+        layer = FixedPointLayer(step, **NATIVE)
+        near(jvp(layer, (Z,), (direction(Z),))[1], jvp(loop, (Z,), (direction(Z),))[1])
 
 
 # --- a step alone --------------------------------------------------------------------------------

@@ -57,6 +57,9 @@ def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Repo
     """The problem solved from x0; x̂ attached to the tensors, and to g's closure tensors once."""
     if followed():
         map, said = problem.map, problem.advice
+        if any(t.is_inference() for t in tensors):  # parameters of a model that was made there
+            with _torch.no_inference():
+                tensors = [_torch.normal(t) for t in tensors]
 
         def refuse(*given: Tensor) -> None:
             refuse_captures(f"{problem.name}: g", map, given, said, users(map))
