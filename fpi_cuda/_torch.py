@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +75,58 @@ def following() -> contextlib.AbstractContextManager[Any]:
     Plain operators in the rule would lose the tangents of the levels around it, in silence.
     """
     return forward_ad._set_fwd_grad_enabled(True)
+
+
+_NOTHING = contextlib.nullcontext()
+_excluded, _AUTOGRAD = (
+    torch._C._dispatch_tls_is_dispatch_key_excluded,
+    torch._C.DispatchKey.AutogradFunctionality,
+)
+
+
+def no_inference() -> contextlib.AbstractContextManager[Any]:
+    """Inference mode switched off, the other modes as they are: no graph is recorded in it.
+
+    What was made in it is to be passed through `normal` in there.
+    """
+    return _normal_mode() if graphless() else _NOTHING
+
+
+def graphless() -> bool:
+    """Whether no graph is recorded here, whatever the grad mode.
+
+    torch.is_inference_mode_enabled() does not tell where torch.func's transforms run within it.
+    """
+    return _excluded(_AUTOGRAD)
+
+
+@contextlib.contextmanager
+def _normal_mode() -> Iterator[None]:
+    grad, forward = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+    off = torch.inference_mode(False)  # first: it changes the other two
+    with off, torch.set_grad_enabled(grad), forward_ad._set_fwd_grad_enabled(forward):
+        yield
+
+
+def normal(t: Tensor) -> Tensor:
+    """The tensor, or a copy that a graph may save, where it was made in inference mode."""
+    return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
+
+
+# What autograd saves goes through hooks that the caller has set (checkpoints, save_on_cpu). No
+# public name says whether there are any.
+_hooks_on_saved = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+def unhooked() -> contextlib.AbstractContextManager[Any]:
+    """No hooks for a graph that ends where it was made: a checkpoint's would run all again."""
+    if _hooks_on_saved(True) is None:
+        return _NOTHING
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
 
 
 # torch.func.linearize records what runs as a graph, which a loop whose length depends on data can't

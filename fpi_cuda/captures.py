@@ -49,7 +49,7 @@ def refuse_captures(
     Raises:
         RuntimeError: it does.
     """
-    plain = [_torch.stripped(t, lambda t, dim: t.select(dim, 0)).detach() for t in tensors]
+    plain = [_torch.stripped(t, _one_slice).detach() for t in tensors]
     try:
         y = f(*plain)
     except Exception as error:
@@ -60,6 +60,11 @@ def refuse_captures(
         raise
     if isinstance(y, Tensor) and (_torch.wrapped(y) or y.requires_grad or _torch.forward_mode()):
         _Witness.apply(y, _Who(owner, advice, g), _torch.transforming())  # type: ignore[no-untyped-call]
+
+
+def _one_slice(t: Tensor, dim: int) -> Tensor:
+    shape = t.shape[:dim] + t.shape[dim + 1 :]
+    return t.select(dim, 0) if t.shape[dim] else t.new_zeros(shape)
 
 
 class _Who:

@@ -35,10 +35,10 @@ def tangents_by(
         tangents: one a tensor, None where it does not move.
         saved: they carry the tangents of the level at work, which are taken off.
     """
-    with _torch.following():
+    with _torch.no_inference(), _torch.following():
         moved = [i for i, t in enumerate(tangents) if t is not None]
-        given: list[Any] = [tangents[i] for i in moved]
-        plain = primals(saved)
+        given: list[Any] = [_torch.normal(t) for t in tangents if t is not None]
+        plain = primals(list(map(_torch.normal, saved)))
         if any(map(_torch.legacy_batched, given)):
             return over_legacy_batch(lambda *d: rule(d, moved, plain), *given)
         return rule(given, moved, plain)
@@ -108,7 +108,7 @@ def needs_gradients(t: Tensor) -> bool:
 
 def free(t: Tensor) -> Tensor:
     """The tensor as a variable of an independent graph; where gradients are on."""
-    t = t.detach()
+    t = _torch.normal(t.detach())
     return for_modules([t.requires_grad_()])[0] if differentiable(t) else t
 
 

@@ -123,8 +123,26 @@ def inner_product(v: Sequence[Tensor], u: Callable[..., Sequence[Tensor]]) -> Sc
 
 def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """P where nothing is to be differentiated again: no graph outlives the call."""
-    with torch.enable_grad():
-        q = [free(t) if i in which else t.detach() for i, t in enumerate(s)]
+    if not _torch.graphless():
+        return _by_graph(r, which, s)
+    try:
+        with _torch.no_inference():
+            return _by_graph(r, which, s)
+    except RuntimeError:
+        # A graph can't save what r holds of inference mode (a model that was made there), but
+        # torch.func's can. It is no first choice: it takes no older autograd.Function.
+        def scalar(*q: Tensor) -> Tensor:
+            tape = _Tape(False, [*q], r(*q))
+            _check_scalar(tape, r)
+            assert tape.y is not None
+            return tape.y
+
+        return torch.func.grad(scalar, tuple(which))(*s) if which else ()
+
+
+def _by_graph(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    with torch.enable_grad(), _torch.unhooked():
+        q = [free(t) if i in which else _torch.normal(t.detach()) for i, t in enumerate(s)]
         tape = _Tape(False, q, r(*q))
         _check_scalar(tape, r)
     assert tape.y is not None
@@ -139,7 +157,7 @@ def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor
 
 def partial_bound(r: Scalar, which: Sequence[int], *s: Tensor) -> tuple[Tensor, ...]:
     """`partial` for an r whose every tensor is in s, without its checks of s."""
-    tape = _Tape(keep=torch.is_grad_enabled())
+    tape = _Tape(keep=torch.is_grad_enabled() and not _linear_in(r, which))
     out = _Partial.apply(r, tuple(which), tape, *s)  # type: ignore[no-untyped-call]
     if _torch.transforming():  # it knows nothing of the levels around, and may outlive them
         tape.drop()
@@ -165,13 +183,31 @@ def _weighted(r: Scalar, left: Sequence[int]) -> Scalar:
     def eta(*q: Tensor) -> Tensor:
         return total(dot(a, b) for a, b in zip(q[:n], gradients(r, left, q[n:]), strict=True))
 
-    return taking(eta, [n + i for i in (*left, *getattr(r, "taken", ()))])
+    kept = [group for group in getattr(r, "linear", ()) if not set(group) & set(left)]
+    groups = [range(n), *[[n + i for i in group] for group in kept]]
+    return linear_in(taking(eta, [n + i for i in (*left, *getattr(r, "taken", ()))]), groups)
 
 
 def taking(r: Scalar, positions: Sequence[int]) -> Scalar:
     """R, which itself takes derivatives by its arguments at these positions."""
     r.taken = tuple(positions)  # type: ignore[attr-defined]
     return r
+
+
+def linear_in(r: Scalar, groups: Sequence[Sequence[int]]) -> Scalar:
+    """R, which is linear in its arguments at the positions of each group, taken together.
+
+    Its derivative by them needs no second one to be differentiated itself: torch's formulas for
+    third derivatives are wrong for some norms (layer_norm, and batch_norm in training).
+    """
+    r.linear = groups  # type: ignore[attr-defined]
+    return r
+
+
+def _linear_in(r: Scalar, which: Sequence[int]) -> Sequence[int]:
+    """The group of positions that holds these, in which r is linear; empty: there is none."""
+    groups = getattr(r, "linear", ())
+    return next((group for group in groups if set(which) <= set(group)), ())
 
 
 class _Tape:
@@ -196,13 +232,14 @@ class _Partial(Function):
     def forward(r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor) -> tuple[Tensor, ...]:
         if _torch.recording():
             return _torch.as_one_call(functools.partial(partial_bound, r, which), *s)  # type: ignore[no-any-return]
-        with torch.enable_grad():
+        with _torch.no_inference(), torch.enable_grad(), _torch.unhooked():
             if tape.leaves is None:
                 # No more than what derivatives are taken by: what g writes to (running statistics)
                 # can't have one.
                 by = {*which, *getattr(r, "taken", ())}
                 tape.leaves = [
-                    free(t) if t.requires_grad or i in by else t.detach() for i, t in enumerate(s)
+                    free(t) if t.requires_grad or i in by else _torch.normal(t.detach())
+                    for i, t in enumerate(s)
                 ]
                 tape.y = r(*tape.leaves)
                 _check_scalar(tape, r)
@@ -234,16 +271,26 @@ class _Partial(Function):
 
     @staticmethod
     def backward(ctx: Any, *came: Tensor | None) -> tuple[Any, ...]:
+        if not _torch.graphless():
+            return _Partial.gradients(ctx, ctx.saved_tensors, came)
+        with _torch.no_inference():
+            saved = list(map(_torch.normal, ctx.saved_tensors))
+            there = [d if d is None else _torch.normal(d) for d in came]
+            return _Partial.gradients(ctx, saved, there)
+
+    @staticmethod
+    def gradients(ctx: Any, s: Sequence[Tensor], came: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """What backward gives, outside inference mode."""
         at = [k for k, d in enumerate(came) if d is not None]
         delta: list[Any] = [came[k] for k in at]
         if any(map(_torch.legacy_batched, delta)):
 
             def batched(*delta: Tensor) -> tuple[Any, ...]:
                 found = dict(zip(at, delta, strict=True))
-                return _Partial.backward(ctx, *map(found.get, range(len(came))))
+                return _Partial.gradients(ctx, s, list(map(found.get, range(len(came)))))
 
             return over_legacy_batch(batched, *delta)
-        s, r, tape, which = ctx.saved_tensors, ctx.r, ctx.tape, [ctx.which[k] for k in at]
+        r, tape, which = ctx.r, ctx.tape, [ctx.which[k] for k in at]
         n = len(delta)
         need = [i for i in range(len(s)) if n and ctx.needs_input_grad[3 + i]]
         out: list[Tensor | None] = [None] * len(s)
@@ -251,7 +298,13 @@ class _Partial(Function):
             return (None, None, None, *out)
 
         grads: Sequence[Tensor | None]
-        if _torch.transforming() or tape.leaves is None:
+        group = _linear_in(r, which)
+        if group:  # Σ ⟨δ, ∂r/∂s⟩ is r at δ: one derivative less
+            put = dict(zip(which, delta, strict=True))
+            there = [put.get(i, torch.zeros_like(t)) if i in group else t for i, t in enumerate(s)]
+            need = [i for i in need if i not in group]
+            grads = partial_bound(r, need, *there)
+        elif _torch.transforming() or tape.leaves is None:
             grads = along(r, which, delta, need, s)
         elif not differentiated((*delta, *s)):
             grads = _through(tape, at, delta, need)

@@ -466,3 +466,52 @@ def test_cuda_has_what_captures_need(name):
 
 def test_names_of_cuda_are_found_in_the_source():
     assert "_cuda_clearCublasWorkspaces" in CUDA_ONLY
+
+
+def test_inference_mode_is_seen_within_transforms_and_can_be_switched_off():
+    """Where torch.is_inference_mode_enabled() says no, and yet no graph is recorded."""
+
+    class Node(Function):
+        @staticmethod
+        def forward(x):
+            seen.append(_torch.graphless())
+            with _torch.no_inference(), torch.enable_grad():
+                y = _torch.normal(x.detach()).requires_grad_()
+                (slope,) = torch.autograd.grad(y**3, y, torch.ones_like(y))
+                assert not torch._C._is_fwd_grad_enabled()
+            return slope
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def jvp(ctx, t):
+            return t
+
+    seen, x = [], torch.full((2,), 2.0)
+    assert not _torch.graphless()
+    with torch.inference_mode():
+        for given in (x, x.clone()):
+            found = torch.func.jvp(Node.apply, (given,), (given,))[0]
+            assert found.tolist() == [12.0, 12.0]
+            with _torch.no_inference():
+                assert not torch.is_inference_mode_enabled()
+                assert not torch.is_grad_enabled()
+    assert seen == [True, True]
+    assert _torch.normal(x) is x
+
+
+def test_hooks_on_what_autograd_saves_are_seen_and_can_be_left_out():
+    def refuse(t):
+        raise AssertionError("a hook ran")
+
+    x = torch.ones(2, requires_grad=True)
+    assert _torch.unhooked() is _torch.no_inference()
+    with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+        with pytest.raises(AssertionError):
+            x**2
+        with _torch.unhooked():
+            y = x**2
+    y.sum().backward()
+    assert x.grad.tolist() == [2.0, 2.0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._torch import of_vmap, recording, unrecorded
 from ..derivatives import Scalar
-from ..operators import partial_bound, taking
+from ..operators import linear_in, partial_bound, taking
 from .maps import LinearMap, Map, VmappedMap
 from .problem import Problem
 from .rows import stood, with_row
@@ -134,9 +134,9 @@ def pairing(problem: Problem) -> Scalar:
 
     def h(x: Tensor, c: Tensor, *tensors: Tensor) -> Tensor:
         with problem.context.autocast():
-            return torch.sum(c * problem.map(x, *tensors))
+            return problem.map.paired(c, x, *tensors)
 
-    return taking(h, [2 + i for i in problem.map.taken])
+    return linear_in(taking(h, [2 + i for i in problem.map.taken]), [[1]])
 
 
 def _by_slices(

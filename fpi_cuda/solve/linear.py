@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import normal
 from ..derivatives import for_modules
 from ..drivers.eager import Evaluation
 from ..forms import Form
@@ -58,7 +59,7 @@ class Linear(Direction):
         self.x, self.v, self.need, self.higher, self.compacting = x, v, need, higher, compacting
         self._given = problem, x, v, tensors, need
         self.given = [v, x, *tensors[:n]]
-        leaves = [t.detach() for t in tensors]  # without their graph
+        leaves = [normal(t.detach()) for t in tensors]  # without their graph
         self._wanted = [leaves[i].requires_grad_() for i in need]
         self._inputs, self._params = leaves[:n], leaves[n:]
         self._y: Tensor | None = None  # g(x̂), attached to the leaves

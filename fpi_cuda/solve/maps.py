@@ -55,6 +55,10 @@ class Map:
         """Where its linearisation is taken, and with which tensors, for a fixed point x of it."""
         return x, tensors
 
+    def paired(self, c: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
+        """⟨c, the map at x⟩."""
+        return torch.sum(c * self(x, *tensors))
+
     def __call__(self, x: Tensor, *tensors: Tensor) -> Tensor:
         """The map at x; tensors are the inputs, then the params."""
         n = self.n_inputs
@@ -228,6 +232,14 @@ class LinearMap(Map):
     def around(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """See `Map`."""
         return tensors[0], tensors[2:]
+
+    def paired(self, c: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
+        """⟨c, M u + v⟩ at u = x as ⟨Mᵀ c, u⟩ + ⟨c, v⟩: Mᵀ takes one derivative, M two."""
+        if self.transpose:
+            return super().paired(c, x, *tensors)
+        at, v, *of_g = tensors
+        mc = self.linear(True)(c, at, torch.zeros_like(v), *of_g)
+        return torch.sum(mc * x) + torch.sum(c * v)
 
     def bind(self, params: Sequence[Tensor]) -> Bound:
         """The affine map at these params."""

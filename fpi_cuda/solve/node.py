@@ -57,6 +57,9 @@ def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Repo
     """The problem solved from x0; x̂ attached to the tensors, and to g's closure tensors once."""
     if followed():
         map, said = problem.map, problem.advice
+        if any(t.is_inference() for t in tensors):  # parameters of a model that was made there
+            with _torch.no_inference():
+                tensors = [_torch.normal(t) for t in tensors]
 
         def refuse(*given: Tensor) -> None:
             refuse_captures(f"{problem.name}: g", map, given, said, users(map))
@@ -114,7 +117,12 @@ class FixedPoint(Function):
             return _torch.as_one_call(lambda x0, *t: again(x0, None, *t), x0, *tensors)  # type: ignore[no-any-return]
         if call.given is None:
             plain = [t.detach() for t in tensors]
-            x, keep, _ = solve(direction_of(problem, x0.detach(), plain), call.report)
+            start = x0.detach()
+            if _torch.graphless() and isinstance(problem.map, LinearMap):  # has a graph of its own
+                with _torch.no_inference():
+                    x, keep, _ = solve(direction_of(problem, start, plain), call.report)
+            else:
+                x, keep, _ = solve(direction_of(problem, start, plain), call.report)
         else:
             x, keep = call.given
             call.given = None  # the node keeps the call, and x is about to keep the node
@@ -134,14 +142,23 @@ class FixedPoint(Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, _: Any) -> tuple[Any, ...]:
+        if not _torch.graphless():
+            return FixedPoint.gradients(ctx, v, ctx.saved_tensors)
+        with _torch.no_inference():
+            saved = list(map(_torch.normal, ctx.saved_tensors))
+            return FixedPoint.gradients(ctx, v if v is None else _torch.normal(v), saved)
+
+    @staticmethod
+    def gradients(ctx: Any, v: Tensor | None, saved: Sequence[Tensor]) -> tuple[Any, ...]:
+        """What backward gives, outside inference mode."""
         problem: Problem = ctx.call.problem
-        x, keep, *tensors = ctx.saved_tensors
+        x, keep, *tensors = saved
         out: list[Tensor | None] = [None] * len(tensors)
         if v is None:
             return (*_NOTHING, None, *out)
         if _torch.legacy_batched(v):  # autograd.grad(is_grads_batched=True)
             over = one_by_one if ctx.closure else over_legacy_batch
-            batched = over(lambda v: FixedPoint.backward(ctx, v, None), v)
+            batched = over(lambda v: FixedPoint.gradients(ctx, v, saved), v)
             if ctx.redirected is not None:  # to the gradients of one cotangent
                 ctx.redirected.end()
             return batched
@@ -258,7 +275,9 @@ def _gradients(
         problem: Problem, x: Tensor, v: Tensor, tensors: Sequence[Tensor], _: Tensor | None
     ) -> Gradients:
         with problem.context.full_precision():
-            if differentiated((v, x, *tensors)):
+            # A tangent's adjoint is by g's own linearisation: that of J t would differentiate J.
+            tangent = isinstance(problem.map, LinearMap) and not problem.map.transpose
+            if tangent or differentiated((v, x, *tensors)):
                 return _higher(problem, report, x, v, tensors, need)
             adjoint = problem.options.adjoint.transposed(problem)
             if isinstance(problem.map, LinearMap):  # whose gradients are had from its own graph

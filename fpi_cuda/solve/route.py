@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._torch import unhooked
 from ..drivers.support import Solved
 from ..record import DERIVATIVE, INCOMING, TANGENT, Record, Status
 from ..solution import FixedPointError, FixedPointWarning, Solution, warn
@@ -24,7 +25,7 @@ def solve(direction: Direction, report: Report) -> Outcome:
     """The direction's problem; once more as one system where its samples depend on each other."""
     problem = direction.problem
     # set_grad_enabled costs half of what no_grad does, here and wherever a solve changes the mode.
-    with torch.set_grad_enabled(False), problem.context.full_precision():
+    with torch.set_grad_enabled(False), problem.context.full_precision(), unhooked():
         solved = _run(direction)
         known = problem.samples.certain or direction.coupled
         if not known and wrong(direction, solved, report):

@@ -24,8 +24,11 @@ __all__ = ["stood", "with_row"]
 
 def with_row(keep: Tensor, t: Tensor) -> Tensor:
     """T, [B, ...], with a kept sample's row for those that are not, as a constant."""
+    if not len(keep):
+        return t
     row = keep.to(torch.uint8).argmax().view(1)
-    return torch.where(keep.view(-1, *(1,) * (t.dim() - 1)), t, t.detach().index_select(0, row))
+    rows = keep.view(len(keep), *(1,) * (t.dim() - 1))
+    return torch.where(rows, t, t.detach().index_select(0, row))
 
 
 def stood(problem: Problem, keep: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Problem:

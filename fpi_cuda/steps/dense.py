@@ -78,12 +78,19 @@ class _ExactLinear(Function):
     @staticmethod
     def setup_context(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])  # type: ignore[attr-defined]
+        ctx.save_for_forward(*inputs[:2])  # type: ignore[attr-defined]
 
     @staticmethod
     def backward(ctx: object, c: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         z, weight = ctx.saved_tensors  # type: ignore[attr-defined]
         has_bias = ctx.needs_input_grad[2]  # type: ignore[attr-defined]
         return c @ weight, c.mT @ z, c.sum(0) if has_bias else None
+
+    @staticmethod
+    def jvp(ctx: object, dz: Tensor, d_weight: Tensor, d_bias: Tensor | None) -> Tensor:
+        z, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        moved: Tensor = dz @ weight.mT + z @ d_weight.mT
+        return moved if d_bias is None else moved + d_bias
 
 
 class DenseStep(_Inputs):
