@@ -8,7 +8,7 @@ from helpers import contraction, unroll
 from helpers_derivatives import double, tight
 from helpers_forward import direction, dual, joined, near, nested, tangent_of
 from torch.autograd import forward_ad
-from torch.func import hessian, jacfwd, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jvp, vmap
 
 from fpi_cuda import (
     Anderson,
@@ -45,6 +45,11 @@ def repelled(x, z, w):
     return torch.where(at_zero, 4 * x, torch.tanh(x @ w.mT)) + z
 
 
+def scaled(x, z, w):
+    """Where z is NaN so is the derivative by all else."""
+    return 0.4 * torch.tanh(x @ w.mT + 1) * z
+
+
 def with_bad(value):
     z = double(3, 3, seed=6)
     z[BAD] = value
@@ -54,6 +59,7 @@ def with_bad(value):
 WAYS = {
     "infinite": (half, with_bad(math.inf)),
     "NaN": (half, with_bad(math.nan)),
+    "NaN derivative": (scaled, with_bad(math.nan)),
     "diverges": (growing, with_bad(9.0)),
     "tangent diverges": (repelled, with_bad(0.0)),
 }
@@ -122,6 +128,22 @@ def test_one_slice_of_vmap_fails_and_the_others_do_not():
     twice = vmap(along(lambda z, w: along(solving(half))(z)))(zs)
     near(twice[0], along(lambda z, w: along(plain)(z))(zs[0]))
     near(twice[1], along(lambda z, w: along(of_the_good(half))(z))(zs[1]))
+
+
+def test_a_slice_of_vmap_whose_samples_all_fail_spoils_no_other():
+    zs = torch.stack([with_bad(0.3), torch.full((3, 3), math.nan, dtype=torch.float64)])
+
+    def of_w(f):
+        tangent = lambda w, z: jvp(lambda w: f(z, w), (w,), (direction(w),))[1]  # noqa: E731
+        return lambda z, w: grad(lambda w: tangent(w, z).sin().sum())(w)
+
+    found = vmap(of_w(solving(scaled)), in_dims=(0, None))(zs, W)
+    plain = lambda z, w: unroll(scaled, torch.zeros_like(z), z, w, steps=40)  # noqa: E731
+    near(found[0], of_w(plain)(zs[0], W))
+    assert not found[1].any()
+    # By what the slices share, too.
+    shared = of_w(lambda zs, w: vmap(solving(scaled), in_dims=(0, None))(zs, w)[:1])
+    near(shared(zs, W), found[0])
 
 
 def test_one_tangent_of_several_that_is_not_finite_spoils_no_other():

@@ -158,6 +158,13 @@ def test_a_captured_tensor_that_needs_gradients_has_its_part_in_the_tangents_gra
         )
 
 
+def test_a_tangent_past_a_captured_tensor_that_needs_gradients_names_it():
+    (w,) = leaves(W)
+    for name in ("jvp_z", "dual_z"):
+        with pytest.raises(RuntimeError, match=r"^fixed_point: g captures .* \(w of shape"):
+            nested(name, closure)(Z, w)
+
+
 def test_a_captured_tensor_that_needs_gradients_is_no_matter_without_them():
     (w,) = leaves(W)
     for name in ("jvp_z", "dual_z"):
