@@ -208,7 +208,7 @@ class FixedPointLayer(nn.Module):
         # What is kept, for a warm start and for the backward, is the solver's own: the caller may
         # change the output in place.
         x = solution.x
-        x = x.clone() if isinstance(x, Tensor) else each(torch.clone, x)
+        x = x.clone() if isinstance(x, Tensor) else each(lambda t: t.clone(), x)
         return (x, solution.aux) if self.has_aux else x
 
     def _evaluating(self, options: Options, x0: State) -> Options:

@@ -277,6 +277,25 @@ def test_steps_get_the_structure():
     close(FixedPointLayer(NeuralStep(Net()), **EXACT)(Z)["a"], 2 * Z)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, of objects with tensors
+def test_a_compiled_layer_is_attached_where_the_compiler_does_not_know_the_state():
+    def g(x, z):
+        p = x["p"]
+        return {"u": 0.5 * torch.tanh(x["u"]) + z, "p": Part(0.5 * p.a + x["u"][:, :2], 0.2 * p.b)}
+
+    layer = FixedPointLayer(g, state_shape={"u": (3,), "p": Part((2,), ())}, **EXACT)
+
+    def loss(z):
+        x = layer(z)
+        return x["u"].sin().sum() + x["p"].a.cos().sum()
+
+    mine, true = (Z.clone().requires_grad_() for _ in range(2))
+    torch.compile(loss, backend="eager")(mine).backward()
+    loss(true).backward()
+    close(mine.grad, true.grad)
+    assert not layer.last.x["u"].requires_grad
+
+
 def test_a_state_shape_of_a_structure_that_holds_the_batch_is_named():
     layer = FixedPointLayer(
         lambda x, z: {"a": 0.5 * x["a"] + z}, state_shape={"a": (B, 3)}, per_sample=True

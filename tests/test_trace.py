@@ -12,6 +12,7 @@ from helpers import contraction, row_tanh
 from helpers_coupled import chain
 from helpers_derivatives import double
 from helpers_drivers import Affine, Tardy, uneven
+from helpers_states import Part
 from tape import problem, tape_fixture  # noqa: F401
 
 from fpi_cuda import (
@@ -170,6 +171,21 @@ def test_the_state_is_shown_as_g_gets_it_mapped_dimensions_first():
     moved = torch.cat([t - s for t, s in zip(g(state, z), state, strict=True)], 2)
     torch.testing.assert_close(norms(moved, 2), residual)
     assert x.a.shape == (3, 5, 2)
+
+
+def test_a_class_that_torch_does_not_know_is_shown_under_vmap_too():
+    z, shown = double(2, 5, 3), Shown()
+
+    def solve(z):
+        start = {"p": Part(torch.zeros_like(z), z.new_zeros(len(z)))}
+        g = lambda x, z: {"p": Part(0.5 * torch.tanh(x["p"].a) + z, 0.3 * x["p"].b + z.sum(1))}  # noqa: E731
+        return fixed_point(g, start, z, callback=shown, per_sample=True).x["p"].b
+
+    torch.vmap(solve)(z)
+    _, state, _ = shown[-1]
+    assert type(state["p"]) is Part
+    assert state["p"].a.shape == (2, 5, 3)
+    assert state["p"].b.shape == (2, 5)
 
 
 def test_channels_last_states_are_shown_in_their_own_order():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..layout import Layout
 from ..record import ACTIVE, RESIDUAL, STATUS, Progress, Record
+from ..tree import build, flatten
 
 __all__ = ["MOST_KEPT", "WHY", "Observer", "asked", "observer"]
 
@@ -39,10 +40,30 @@ def observer(direction: Any) -> Observer | None:
     if not asked(direction):
         return None
     problem = direction.problem
-    unpack, options = problem.unpack, problem.options
-    for _ in range(problem.batch_dims - 1):  # what torch.vmap maps comes first
-        unpack = torch.vmap(unpack)
-    return Observer(options.trace, options.callback, unpack)
+    options, mapped = problem.options, problem.batch_dims - 1
+    return Observer(options.trace, options.callback, _mapped(problem.unpack, mapped))
+
+
+def _mapped(unpack: Callable[[Tensor], Any], dims: int) -> Callable[[Tensor], Any]:
+    """The same of a tensor with so many more dimensions, what torch.vmap maps, first."""
+    if not dims:
+        return unpack
+    trees = []
+
+    def leaves(x: Tensor) -> list[Tensor]:  # torch.vmap may not know the state's classes
+        parts, tree = flatten(unpack(x))
+        trees[:] = [tree]
+        return parts
+
+    of: Callable[[Tensor], list[Tensor]] = leaves
+    for _ in range(dims):
+        of = torch.vmap(of)
+
+    def state(x: Tensor) -> Any:
+        parts = of(x)
+        return build(trees[0], parts)
+
+    return state
 
 
 class Observer:
