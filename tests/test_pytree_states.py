@@ -344,6 +344,7 @@ X0 = {"a": torch.zeros(2, 3), "b": [torch.zeros(2, 2), torch.zeros(2)]}
             r"\['a'\] .*complex64\); take its real part",
         ),
         (lambda x: {**x, "a": x["a"][:1]}, ValueError, r"got 1 at \['a'\] and 2 at \['b'\]\[0\]"),
+        (lambda x: {**x, "a": x["a"].to("meta")}, ValueError, r"got meta at \['a'\] and cpu at"),
     ],
 )
 def test_a_value_of_another_structure_is_named_by_its_place(g, error, message):
@@ -386,6 +387,7 @@ def test_another_named_tuple_or_dataclass_is_another_structure():
             ValueError,
             r"x0\['v'\] must have the batch size of x0\[",
         ),
+        ({"u": torch.tensor(1.0)}, ValueError, r"write x0\['u'\]\.reshape\(1, 1\)"),
         ({X0["a"]}, TypeError, r"tuple, list, dict or dataclass of tensors \(got set\)"),
     ],
 )
