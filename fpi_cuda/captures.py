@@ -16,7 +16,7 @@ from torch.autograd import Function, forward_ad
 from . import _torch
 from .modules import reached
 
-__all__ = ["carries_tangent", "followed", "primals", "refuse_captures"]
+__all__ = ["carries_tangent", "followed", "note_captures", "primals", "refuse_captures"]
 
 
 def followed() -> bool:
@@ -60,6 +60,16 @@ def refuse_captures(
         raise
     if isinstance(y, Tensor) and (_torch.wrapped(y) or y.requires_grad or _torch.forward_mode()):
         _Witness.apply(y, _Who(owner, advice, g), _torch.transforming())  # type: ignore[no-untyped-call]
+
+
+def note_captures(error: Exception, owner: str, advice: str, g: Any) -> None:
+    """Name in the error's notes what g captures that a transform wraps, if anything.
+
+    Of what is no part of g's value (its aux) nothing would be lost; but in a node it can't be read.
+    """
+    names = reached(g, _torch.wrapped)
+    if names and names not in "".join(getattr(error, "__notes__", ())):
+        error.add_note(f"{owner} captures a tensor that torch.func follows{names}: {advice}")
 
 
 class _Who:

@@ -320,6 +320,21 @@ def test_derivatives_of_higher_order_are_not_observed():
     assert len(shown) == before
 
 
+def test_a_solve_that_linearize_runs_again_shows_nothing():
+    z, shown = double(2, 3), Shown()
+
+    def f(z):
+        return fixed_point(lambda x, z: 0.5 * x + z, torch.zeros_like(z), z, callback=shown).x.sin()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempted to insert")  # torch's own
+        _, along = torch.func.linearize(f, z)
+        seen = len(shown)
+        found = along(z)
+    torch.testing.assert_close(found, 2 * z * (2 * z).cos(), rtol=1e-5, atol=1e-6)
+    assert len(shown) == seen
+
+
 def test_what_a_callback_raises_comes_out_as_it_is():
     class Enough(Exception):
         pass

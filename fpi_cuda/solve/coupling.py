@@ -30,8 +30,8 @@ def wrong(direction: Direction, solved: Solved, report: Report) -> bool:
 
     What is looked at is g on the batch of all results. Where a CONVERGED sample's residual is not
     within the tolerance there, and twice a kind in any case, g's values for some samples are
-    compared with those beside other neighbours: what the solve started from, or zeros (a linear one:
-    zeros). A linear one is looked at where its forward solve was.
+    compared with those beside other neighbours: what the solve started from, or zeros (of a linear
+    one always). A linear one is looked at where its forward solve was.
     """
     samples, record = direction.problem.samples, solved.record
     due = report.of_looked if direction.linear else samples.due()
