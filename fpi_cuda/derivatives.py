@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ def gradients(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> Sequence[
     # Not torch.func: autograd.Functions in r may be such as it does not take.
     y, wanted = r(*s), [s[i] for i in which]  # variables: see `taking`
     if not y.requires_grad:
+        check_recording()
         return [torch.zeros_like(t) for t in wanted]
     found = torch.autograd.grad(y, wanted, create_graph=True, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
@@ -59,6 +61,7 @@ def gradients(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> Sequence[
 def vjp(y: Tensor, x: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
     """(∂y/∂x)ᵀ v, zero where y does not depend on x; the graph of y stays."""
     if not y.requires_grad:
+        check_recording()
         return torch.zeros_like(x)
     (out,) = torch.autograd.grad(
         y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True
@@ -106,9 +109,37 @@ def needs_gradients(t: Tensor) -> bool:
     return t.requires_grad
 
 
+def graph() -> contextlib.AbstractContextManager[Any]:
+    """Where autograd records: torch.enable_grad, which in torch.inference_mode does nothing."""
+    if torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return torch.enable_grad()
+
+
+def check_recording() -> None:
+    """Raise unless autograd records, which is why nothing depends on a variable.
+
+    Raises:
+        RuntimeError: a transform of torch.func runs in torch.inference_mode, which is let through
+            by half: grad mode can be switched on there, to no effect.
+    """
+    with graph():
+        recorded = (torch.zeros((), requires_grad=True) * 1).requires_grad
+    if not recorded:
+        raise RuntimeError(
+            "fpi_cuda: torch.func must not take derivatives in torch.inference_mode, where those "
+            "of g are lost; write torch.no_grad()"
+        )
+
+
+def plain(t: Tensor) -> Tensor:
+    """The tensor without its graph; a copy where an independent graph could not save it."""
+    return t.clone() if t.is_inference() else t.detach()
+
+
 def free(t: Tensor) -> Tensor:
-    """The tensor as a variable of an independent graph; where gradients are on."""
-    t = t.detach()
+    """The tensor as a variable of an independent graph; within `graph`."""
+    t = plain(t)
     return for_modules([t.requires_grad_()])[0] if differentiable(t) else t
 
 

@@ -38,11 +38,11 @@ def fixed_point(
 ) -> Solution:
     """Solve x̂ = g(x̂, *inputs, *params) for every sample; differentiable to any order.
 
-    The derivative is implicit (paper eq. 6-11): memory does not grow with the iterations. It is
-    there in reverse and forward mode, mixed as you like (torch.autograd, forward_ad, torch.func), by
-    formulas of g for reverse mode alone; a tangent costs one more solve, as a gradient does. It flows
-    to `inputs`, to `params`, and to parameters and buffers of the modules that g calls; never to
-    x0, on which the fixed point does not depend.
+    The derivative is implicit (paper eq. 6-11): memory does not grow with the iterations. Reverse
+    and forward mode mix as you like (torch.autograd, forward_ad, torch.func); g needs formulas for
+    reverse mode only. A tangent costs one more solve, as a gradient does. Derivatives are by
+    `inputs`, `params`, and parameters and buffers of the modules that g calls; never by x0, on
+    which the fixed point does not depend.
 
     Those modules are g itself or found through what it closes over, defaults, globals that it
     reads, bound methods, functools.partial, containers and attributes; not among the globals of

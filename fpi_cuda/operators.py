@@ -14,14 +14,17 @@ from . import _torch
 from .captures import followed, refuse_captures
 from .derivatives import (
     Scalar,
+    check_recording,
     closes_over,
     differentiable,
     differentiated,
     dot,
     free,
+    graph,
     gradients,
     needs_gradients,
     over_legacy_batch,
+    plain,
     tangents_by,
     total,
 )
@@ -123,8 +126,8 @@ def inner_product(v: Sequence[Tensor], u: Callable[..., Sequence[Tensor]]) -> Sc
 
 def _value(r: Scalar, which: Sequence[int], s: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """P where nothing is to be differentiated again: no graph outlives the call."""
-    with torch.enable_grad():
-        q = [free(t) if i in which else t.detach() for i, t in enumerate(s)]
+    with graph():
+        q = [free(t) if i in which else plain(t) for i, t in enumerate(s)]
         tape = _Tape(False, q, r(*q))
         _check_scalar(tape, r)
     assert tape.y is not None
@@ -196,13 +199,13 @@ class _Partial(Function):
     def forward(r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor) -> tuple[Tensor, ...]:
         if _torch.recording():
             return _torch.as_one_call(functools.partial(partial_bound, r, which), *s)  # type: ignore[no-any-return]
-        with torch.enable_grad():
+        with graph():
             if tape.leaves is None:
                 # No more than what derivatives are taken by: what g writes to (running statistics)
                 # can't have one.
                 by = {*which, *getattr(r, "taken", ())}
                 tape.leaves = [
-                    free(t) if t.requires_grad or i in by else t.detach() for i, t in enumerate(s)
+                    free(t) if t.requires_grad or i in by else plain(t) for i, t in enumerate(s)
                 ]
                 tape.y = r(*tape.leaves)
                 _check_scalar(tape, r)
@@ -216,6 +219,7 @@ class _Partial(Function):
                     )
                 )
             else:
+                check_recording()
                 tape.outputs = [None] * len(wanted)
         out = tuple(
             torch.zeros_like(s[i]) if g is None else g.detach()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..derivatives import free, vjp
+from ..derivatives import free, graph, vjp
 from ..norms import row_norms
 
 Step = Callable[..., Tensor]
@@ -44,7 +44,7 @@ def jacobian_norm(
         [0.5, 0.5]
     """
     v, transposed = _linearise(g, x, inputs, v, iterations)
-    with torch.enable_grad():
+    with graph():
         for _ in range(iterations):
             v = unit(v).requires_grad_()
             u = transposed(v, True)
@@ -151,9 +151,9 @@ def _linearise(
         )
     if iterations < 1:
         raise ValueError(f"∂g/∂x: iterations must be >= 1 (got {iterations!r})")
-    with torch.enable_grad():
+    with graph():
         x = free(x)
-        gx = g(x, *inputs)
+        gx = g(x, *[t.clone() if t.is_inference() else t for t in inputs])
     if not isinstance(gx, Tensor):
         raise TypeError(f"∂g/∂x: g must return a tensor (got {type(gx).__name__})")
     if gx.shape != x.shape:
