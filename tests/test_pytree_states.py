@@ -33,6 +33,7 @@ from torch.autograd import grad
 
 from fpi_cuda import (
     Anderson,
+    FixedPointError,
     FixedPointLayer,
     GradientStep,
     NeuralStep,
@@ -116,6 +117,20 @@ def test_failed_samples_have_no_gradient():
     assert s.status.tolist() == [Status.CONVERGED, Status.DIVERGED, Status.CONVERGED]
     (mine,) = grad(s.x["p"].b.sum(), z)  # b = 2 a, a = 1 / (1 - z)
     close(mine, torch.where(z < 1, 2 / (1 - z) ** 2, 0))
+
+
+def test_an_error_under_vmap_has_the_state_mapped():
+    def solve(z):
+        start = {"p": Part(torch.zeros_like(z), z.new_zeros(len(z)))}
+        g = lambda x, z: {"p": Part(2 * x["p"].a + z, x["p"].b + 1)}  # noqa: E731
+        return fixed_point(g, start, z, max_iterations=3, on_failure="raise").x["p"].b
+
+    with pytest.raises(FixedPointError, match=f"{2 * B} of {2 * B} samples") as raised:
+        torch.vmap(solve)(torch.stack([Z, Z.sin()]))
+    part = raised.value.solution.x["p"]
+    assert type(part) is Part
+    assert part.a.shape == (2, B, 3)
+    assert part.b.shape == (2, B)
 
 
 def test_padded_samples_stop_as_without_padding():

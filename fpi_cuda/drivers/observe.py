@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..layout import Layout
 from ..record import ACTIVE, RESIDUAL, STATUS, Progress, Record
-from ..tree import build, flatten
 
 __all__ = ["MOST_KEPT", "WHY", "Observer", "asked", "observer"]
 
@@ -40,30 +39,8 @@ def observer(direction: Any) -> Observer | None:
     if not asked(direction):
         return None
     problem = direction.problem
-    options, mapped = problem.options, problem.batch_dims - 1
-    return Observer(options.trace, options.callback, _mapped(problem.unpack, mapped))
-
-
-def _mapped(unpack: Callable[[Tensor], Any], dims: int) -> Callable[[Tensor], Any]:
-    """The same of a tensor with so many more dimensions, what torch.vmap maps, first."""
-    if not dims:
-        return unpack
-    trees = []
-
-    def leaves(x: Tensor) -> list[Tensor]:  # torch.vmap may not know the state's classes
-        parts, tree = flatten(unpack(x))
-        trees[:] = [tree]
-        return parts
-
-    of: Callable[[Tensor], list[Tensor]] = leaves
-    for _ in range(dims):
-        of = torch.vmap(of)
-
-    def state(x: Tensor) -> Any:
-        parts = of(x)
-        return build(trees[0], parts)
-
-    return state
+    options = problem.options
+    return Observer(options.trace, options.callback, problem.state)
 
 
 class Observer:
