@@ -111,8 +111,8 @@ def fixed_point(
             system, each sample is judged so.) None: all entries are.
         norm_weights: a number w_i > 0 for each tensor of x0, in its structure: all norms are of
             ‖x‖² = Σ w_i ‖x_i‖², those of the stop rule, of Anderson's fit and of the record (the
-            adjoint's have 1/w_i, as gradients do). The solver works with √w_i x_i, which float16
-            must hold; powers of 4 round nothing. None: 1 each.
+            adjoint's have 1/w_i, as gradients do). The solver works with √w_i x_i: atol is of these
+            values, and float16 must hold them; powers of 4 round nothing. None: 1 each.
 
     Returns:
         A `Solution`; its x is shaped like x0 and attached to autograd.
