@@ -16,7 +16,7 @@ from torch.autograd import Function, forward_ad
 from . import _torch
 from .modules import reached
 
-__all__ = ["carries_tangent", "followed", "primals", "refuse_captures"]
+__all__ = ["carries_tangent", "followed", "note_captures", "primals", "refuse_captures"]
 
 
 def followed() -> bool:
@@ -65,6 +65,16 @@ def refuse_captures(
 def _one_slice(t: Tensor, dim: int) -> Tensor:
     shape = t.shape[:dim] + t.shape[dim + 1 :]
     return t.select(dim, 0) if t.shape[dim] else t.new_zeros(shape)
+
+
+def note_captures(error: Exception, owner: str, advice: str, g: Any) -> None:
+    """Name in the error's notes what g captures that a transform wraps, if anything.
+
+    Of what is no part of g's value (its aux) nothing would be lost; but in a node it can't be read.
+    """
+    names = reached(g, _torch.wrapped)
+    if names and names not in "".join(getattr(error, "__notes__", ())):
+        error.add_note(f"{owner} captures a tensor that torch.func follows{names}: {advice}")
 
 
 class _Who:

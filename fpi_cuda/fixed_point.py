@@ -38,11 +38,11 @@ def fixed_point(
 ) -> Solution:
     """Solve x̂ = g(x̂, *inputs, *params) for every sample; differentiable to any order.
 
-    The derivative is implicit (paper eq. 6-11): memory does not grow with the iterations. It is
-    there in reverse and forward mode, mixed as you like (torch.autograd, forward_ad, torch.func),
-    by g's formulas for reverse mode alone; a tangent costs one more solve, as a gradient does. It
-    flows to `inputs`, to `params`, and to parameters and buffers of the modules that g calls; never
-    to x0, on which the fixed point does not depend.
+    The derivative is implicit (paper eq. 6-11): memory does not grow with the iterations. Reverse
+    and forward mode mix as you like (torch.autograd, forward_ad, torch.func); g needs formulas for
+    reverse mode only. A tangent costs one more solve, as a gradient does. Derivatives are by
+    `inputs`, `params`, and parameters and buffers of the modules that g calls; never by x0, on
+    which the fixed point does not depend.
 
     Those modules are g itself or found through what it closes over, defaults, globals that it
     reads, bound methods, functools.partial, containers and attributes; not among the globals of
@@ -111,8 +111,8 @@ def fixed_point(
             system, each sample is judged so.) None: all entries are.
         norm_weights: a number w_i > 0 for each tensor of x0, in its structure: all norms are of
             ‖x‖² = Σ w_i ‖x_i‖², those of the stop rule, of Anderson's fit and of the record (the
-            adjoint's have 1/w_i, as gradients do). The solver works with √w_i x_i, which float16
-            must hold; powers of 4 round nothing. None: 1 each.
+            adjoint's have 1/w_i, as gradients do). The solver works with √w_i x_i: atol is of these
+            values, and float16 must hold them; powers of 4 round nothing. None: 1 each.
 
     Returns:
         A `Solution`; its x is shaped like x0 and attached to autograd.

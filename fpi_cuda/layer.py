@@ -51,11 +51,12 @@ class FixedPointLayer(nn.Module):
     `layer.warm.clear()` forgets all, and it counts hits and misses. It serves calls that come
     again little changed: a full batch, a minibatch of fixed samples (its index as `key=`), frames
     of a video. Results then depend on the calls before, within the tolerance; of several fixed
-    points, on them altogether. What a sample failed with is not kept. A solve that ends in its
-    first iteration measures no `contraction` (NaN) and no `error_estimate` (Inf). Plain tensors are
-    kept, three states a key, never a graph; not by state_dict, copies or pickles. Higher orders of
-    derivatives, the adjoint under driver="graph", and calls under torch.func or forward mode start
-    cold and leave nothing.
+    points, on them altogether. A sample that diverged, or was not finite, starts cold next time. A
+    solve that ends in its first iteration measures no `contraction` (NaN) and no `error_estimate`
+    (Inf). Plain tensors are kept, three states a key, never a graph; not by state_dict, copies or
+    pickles. A start that is given stays, so a complex state, which needs one, is warm in its
+    adjoint alone: give x0=layer.last.x. Higher orders of derivatives, the adjoint under
+    driver="graph", and calls under torch.func or forward mode start cold and leave nothing.
 
     Raises:
         TypeError, ValueError: an option is not as `fixed_point` says.
@@ -208,7 +209,7 @@ class FixedPointLayer(nn.Module):
         # What is kept, for a warm start and for the backward, is the solver's own: the caller may
         # change the output in place.
         x = solution.x
-        x = x.clone() if isinstance(x, Tensor) else each(torch.clone, x)
+        x = x.clone() if isinstance(x, Tensor) else each(lambda t: t.clone(), x)
         return (x, solution.aux) if self.has_aux else x
 
     def _evaluating(self, options: Options, x0: State) -> Options:

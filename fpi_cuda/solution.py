@@ -23,7 +23,11 @@ State = Any  # a tensor, or a tuple, list, dict or dataclass of them, nested
 
 
 def each(f: Callable[[Tensor], Tensor], x: State) -> State:
-    """The function of every tensor of a state, in the same structure."""
+    """The function of every tensor of a state, in the same structure.
+
+    f is written in Python: of torch's own functions torch.compile takes one for another, where its
+    graph breaks in here.
+    """
     if isinstance(x, Tensor):
         return f(x)
     leaves, tree = flatten(x)
@@ -168,7 +172,7 @@ class Solution(Account):
         return cut
 
     def _without_aux(self) -> Solution:
-        cut = Solution(each(Tensor.detach, self.x), self.record)
+        cut = Solution(each(lambda t: t.detach(), self.x), self.record)
         if self._again is not None:
             cut._again = self._again
         return cut

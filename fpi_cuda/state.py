@@ -76,6 +76,11 @@ def state_of(x0: Any, weights: Any = None) -> State:
                     "fixed_point: g must return one batch size, that of x, in all tensors (got "
                     f"{rows[0].shape[0]} at {places[0]} and {row.shape[0]} at {leaf.place})"
                 )
+            if row.device != rows[0].device:
+                raise ValueError(
+                    "fixed_point: g must return all tensors on x's device (got "
+                    f"{rows[0].device} at {places[0]} and {row.device} at {leaf.place})"
+                )
         return rows[0] if alone else torch.cat(rows, 1)
 
     def unpack(x: Tensor) -> Any:
@@ -250,7 +255,7 @@ def _check_part(name: str, part: Any) -> None:
     if part.dim() == 0:
         raise ValueError(
             f"fixed_point: {name} must have a batch dimension first (got a scalar); write "
-            "x0.reshape(1, 1)"
+            f"{name}.reshape(1, 1)"
         )
 
 

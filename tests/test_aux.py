@@ -120,6 +120,25 @@ def test_torch_func_follows_aux(transform):
     torch.testing.assert_close(ways[0](z, w), ways[1](z, w), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("of", [torch.vmap, lambda f: torch.func.jacfwd(torch.func.grad(f))])
+def test_a_captured_tensor_that_aux_alone_reads_is_named_where_torch_fails(of):
+    z = torch.ones(2, 3)
+
+    def f(w):
+        def g(x, z):
+            return 0.5 * x + z, (w * x).sum()
+
+        def of_z(z):
+            return fixed_point(g, torch.zeros_like(z), z, has_aux=True).aux
+
+        return torch.func.grad(of_z)(z).sum()
+
+    with pytest.raises(RuntimeError) as raised:
+        of(f)(torch.ones(2) if of is torch.vmap else torch.tensor(1.0))
+    (note,) = raised.value.__notes__
+    assert "captures a tensor that torch.func follows (w of shape ())" in note
+
+
 def test_it_is_one_call_more_and_counted(backend):
     z, w = problem()
     calls = []

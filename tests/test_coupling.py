@@ -86,9 +86,9 @@ def test_a_number_that_changes_is_looked_at_at_once():
 
 @pytest.mark.parametrize("driver", ["eager", "graph"])
 def test_a_gradient_that_is_coupled_where_x_is_not_shows_it(driver, tape):
-    """The forward solve starts at the solution: no residual there tells."""
+    """The forward solve starts at its solution, zero: nothing there tells."""
     z, w = given("consensus")
-    z.requires_grad_()
+    z = torch.zeros_like(z).requires_grad_()
     true = loop(consensus, z, w)
     options = {"params": (w,), "driver": driver, **EXACT}
     x = fixed_point(consensus, true.detach(), z, **options).x
@@ -339,6 +339,21 @@ def test_a_first_solve_that_tells_nothing_is_not_the_one_that_counts(shift, back
         fixed_point(g, 0 * z, 0 * z, backend=backend)
     with pytest.warns(UserWarning, match=FOUND):
         fixed_point(g, 0 * z, z, backend=backend)
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-6])
+def test_a_start_at_the_solution_hides_nothing(off, backend):
+    """As where x0 is what the last call returned."""
+    z = torch.ones(24, 3)
+
+    def g(x, z):
+        return 0.1 * torch.tanh(x.roll(1, 0)) + 0.3 * x + z
+
+    start = torch.zeros_like(z)
+    for _ in range(60):
+        start = g(start, z)
+    with pytest.warns(UserWarning, match=FOUND):
+        fixed_point(g, start + off, z, backend=backend)
 
 
 def test_nothing_that_g_is_made_of_is_kept():

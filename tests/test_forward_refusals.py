@@ -11,7 +11,7 @@ from helpers_forward import TRANSFORMS, direction, dual, joined, leaves, near, n
 from helpers_forward_problems import Shifted, looped, opaque, solved
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import jacrev, jvp, linearize, vmap
+from torch.func import hessian, jacrev, jvp, linearize, vmap
 
 from fpi_cuda import Anderson, FixedPointLayer, GradientStep, fixed_point
 from fpi_cuda.operators import partial
@@ -295,3 +295,35 @@ def test_linearize_of_a_module_and_of_p_is_right_or_refused():
         return partial(lambda z: (z**3).sum(), z)[0]
 
     right_or_refused(lambda: linearize(slope, Z)[1](dz), lambda: 6 * Z * dz, "linearize")
+
+
+# --- inference mode ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: jvp(f, (Z,), (direction(Z),))[1],
+        lambda f: jvp(lambda z: jvp(f, (z,), (Z,))[1], (Z,), (direction(Z),))[1],
+        lambda f: jacrev(f)(Z),
+        lambda f: hessian(lambda z: f(z).sin().sum())(Z),
+        lambda f: vmap(lambda z: jvp(f, (z,), (z,))[1])(Z[:, None]),
+    ],
+    ids=["jvp", "jvp jvp", "jacrev", "hessian", "vmap jvp"],
+)
+@pytest.mark.parametrize("kind", ["g", "energy", "P"])
+def test_what_torch_func_takes_in_inference_mode_is_right_or_refused(kind, transform):
+    def mine(z):
+        if kind == "P":
+            return partial(lambda z: (z**3).sum(), z)[0]
+        g = GradientStep(Energy(), 0.5) if kind == "energy" else functools.partial(opaque, w=W)
+        return fixed_point(g, torch.zeros_like(z), z, **NATIVE).x
+
+    expected = transform(mine)
+    with torch.inference_mode():
+        right_or_refused(lambda: transform(mine), lambda: expected, "inference_mode")
+
+
+class Energy(nn.Module):
+    def forward(self, x, z):
+        return 0.5 * (x - z).square().sum(1) + 0.1 * x.pow(4).sum(1)

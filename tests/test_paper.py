@@ -263,3 +263,17 @@ def test_memory_of_the_graph_does_not_grow_with_the_iterations(backend):
     assert sizes[0] == sizes[1]
     assert sizes[0] <= 2 * z.numel() + w.numel() + 3
     assert math.isfinite(sizes[0])
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["z from outside", "z of the mode"])
+def test_an_energy_has_its_gradient_in_inference_mode(inside, backend):
+    """Where torch.enable_grad does nothing: zeros would come out, called CONVERGED."""
+    z = torch.randn(3, 6, dtype=torch.float64)
+    layer = FixedPointLayer(GradientStep(Energy(6, 6).double(), 0.3), backend=backend)
+    with torch.no_grad():
+        expected = layer(z)
+    with torch.inference_mode():
+        z = z * 1 if inside else z
+        assert torch.equal(layer(z), expected)
+        (slope,) = partial(lambda x: x.sin().sum(), z)
+        torch.testing.assert_close(slope, z.cos())

@@ -33,6 +33,7 @@ from torch.autograd import grad
 
 from fpi_cuda import (
     Anderson,
+    FixedPointError,
     FixedPointLayer,
     GradientStep,
     NeuralStep,
@@ -116,6 +117,20 @@ def test_failed_samples_have_no_gradient():
     assert s.status.tolist() == [Status.CONVERGED, Status.DIVERGED, Status.CONVERGED]
     (mine,) = grad(s.x["p"].b.sum(), z)  # b = 2 a, a = 1 / (1 - z)
     close(mine, torch.where(z < 1, 2 / (1 - z) ** 2, 0))
+
+
+def test_an_error_under_vmap_has_the_state_mapped():
+    def solve(z):
+        start = {"p": Part(torch.zeros_like(z), z.new_zeros(len(z)))}
+        g = lambda x, z: {"p": Part(2 * x["p"].a + z, x["p"].b + 1)}  # noqa: E731
+        return fixed_point(g, start, z, max_iterations=3, on_failure="raise").x["p"].b
+
+    with pytest.raises(FixedPointError, match=f"{2 * B} of {2 * B} samples") as raised:
+        torch.vmap(solve)(torch.stack([Z, Z.sin()]))
+    part = raised.value.solution.x["p"]
+    assert type(part) is Part
+    assert part.a.shape == (2, B, 3)
+    assert part.b.shape == (2, B)
 
 
 def test_padded_samples_stop_as_without_padding():
@@ -277,6 +292,25 @@ def test_steps_get_the_structure():
     close(FixedPointLayer(NeuralStep(Net()), **EXACT)(Z)["a"], 2 * Z)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, of objects with tensors
+def test_a_compiled_layer_is_attached_where_the_compiler_does_not_know_the_state():
+    def g(x, z):
+        p = x["p"]
+        return {"u": 0.5 * torch.tanh(x["u"]) + z, "p": Part(0.5 * p.a + x["u"][:, :2], 0.2 * p.b)}
+
+    layer = FixedPointLayer(g, state_shape={"u": (3,), "p": Part((2,), ())}, **EXACT)
+
+    def loss(z):
+        x = layer(z)
+        return x["u"].sin().sum() + x["p"].a.cos().sum()
+
+    mine, true = (Z.clone().requires_grad_() for _ in range(2))
+    torch.compile(loss, backend="eager")(mine).backward()
+    loss(true).backward()
+    close(mine.grad, true.grad)
+    assert not layer.last.x["u"].requires_grad
+
+
 def test_a_state_shape_of_a_structure_that_holds_the_batch_is_named():
     layer = FixedPointLayer(
         lambda x, z: {"a": 0.5 * x["a"] + z}, state_shape={"a": (B, 3)}, per_sample=True
@@ -325,6 +359,7 @@ X0 = {"a": torch.zeros(2, 3), "b": [torch.zeros(2, 2), torch.zeros(2)]}
             r"\['a'\] .*complex64\); take its real part",
         ),
         (lambda x: {**x, "a": x["a"][:1]}, ValueError, r"got 1 at \['a'\] and 2 at \['b'\]\[0\]"),
+        (lambda x: {**x, "a": x["a"].to("meta")}, ValueError, r"got meta at \['a'\] and cpu at"),
     ],
 )
 def test_a_value_of_another_structure_is_named_by_its_place(g, error, message):
@@ -367,6 +402,7 @@ def test_another_named_tuple_or_dataclass_is_another_structure():
             ValueError,
             r"x0\['v'\] must have the batch size of x0\[",
         ),
+        ({"u": torch.tensor(1.0)}, ValueError, r"write x0\['u'\]\.reshape\(1, 1\)"),
         ({X0["a"]}, TypeError, r"tuple, list, dict or dataclass of tensors \(got set\)"),
     ],
 )

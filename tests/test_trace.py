@@ -12,6 +12,7 @@ from helpers import contraction, row_tanh
 from helpers_coupled import chain
 from helpers_derivatives import double
 from helpers_drivers import Affine, Tardy, uneven
+from helpers_states import Part
 from tape import problem, tape_fixture  # noqa: F401
 
 from fpi_cuda import (
@@ -172,6 +173,21 @@ def test_the_state_is_shown_as_g_gets_it_mapped_dimensions_first():
     assert x.a.shape == (3, 5, 2)
 
 
+def test_a_class_that_torch_does_not_know_is_shown_under_vmap_too():
+    z, shown = double(2, 5, 3), Shown()
+
+    def solve(z):
+        start = {"p": Part(torch.zeros_like(z), z.new_zeros(len(z)))}
+        g = lambda x, z: {"p": Part(0.5 * torch.tanh(x["p"].a) + z, 0.3 * x["p"].b + z.sum(1))}  # noqa: E731
+        return fixed_point(g, start, z, callback=shown, per_sample=True).x["p"].b
+
+    torch.vmap(solve)(z)
+    _, state, _ = shown[-1]
+    assert type(state["p"]) is Part
+    assert state["p"].a.shape == (2, 5, 3)
+    assert state["p"].b.shape == (2, 5)
+
+
 def test_channels_last_states_are_shown_in_their_own_order():
     x0 = torch.zeros(3, 4, 5, 2).double().to(memory_format=torch.channels_last)
     z, shown = double(3, 4, 5, 2).to(memory_format=torch.channels_last), Shown()
@@ -302,6 +318,21 @@ def test_derivatives_of_higher_order_are_not_observed():
     (second,) = torch.autograd.grad(first.square().sum(), z)
     assert second.isfinite().all()
     assert len(shown) == before
+
+
+def test_a_solve_that_linearize_runs_again_shows_nothing():
+    z, shown = double(2, 3), Shown()
+
+    def f(z):
+        return fixed_point(lambda x, z: 0.5 * x + z, torch.zeros_like(z), z, callback=shown).x.sin()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempted to insert")  # torch's own
+        _, along = torch.func.linearize(f, z)
+        seen = len(shown)
+        found = along(z)
+    torch.testing.assert_close(found, 2 * z * (2 * z).cos(), rtol=1e-5, atol=1e-6)
+    assert len(shown) == seen
 
 
 def test_what_a_callback_raises_comes_out_as_it_is():

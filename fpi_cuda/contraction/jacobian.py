@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._torch import no_inference, normal
 from ..derivatives import free, vjp
 from ..norms import row_norms
 
@@ -44,7 +45,7 @@ def jacobian_norm(
         [0.5, 0.5]
     """
     v, transposed = _linearise(g, x, inputs, v, iterations)
-    with torch.enable_grad():
+    with no_inference(), torch.enable_grad():
         for _ in range(iterations):
             v = unit(v).requires_grad_()
             u = transposed(v, True)
@@ -151,9 +152,9 @@ def _linearise(
         )
     if iterations < 1:
         raise ValueError(f"∂g/∂x: iterations must be >= 1 (got {iterations!r})")
-    with torch.enable_grad():
+    with no_inference(), torch.enable_grad():
         x = free(x)
-        gx = g(x, *inputs)
+        gx = g(x, *map(normal, inputs))
     if not isinstance(gx, Tensor):
         raise TypeError(f"∂g/∂x: g must return a tensor (got {type(gx).__name__})")
     if gx.shape != x.shape:

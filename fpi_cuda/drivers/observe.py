@@ -39,10 +39,8 @@ def observer(direction: Any) -> Observer | None:
     if not asked(direction):
         return None
     problem = direction.problem
-    unpack, options = problem.unpack, problem.options
-    for _ in range(problem.batch_dims - 1):  # what torch.vmap maps comes first
-        unpack = torch.vmap(unpack)
-    return Observer(options.trace, options.callback, unpack)
+    options = problem.options
+    return Observer(options.trace, options.callback, problem.state)
 
 
 class Observer:

@@ -30,8 +30,8 @@ def wrong(direction: Direction, solved: Solved, report: Report) -> bool:
 
     What is looked at is g on the batch of all results. Where a CONVERGED sample's residual is not
     within the tolerance there, and twice a kind in any case, g's values for some samples are
-    compared with those beside other neighbours: what the solve started from (a linear one: zeros).
-    A linear one is looked at where its forward solve was.
+    compared with those beside other neighbours: what the solve started from, or zeros (of a linear
+    one always). A linear one is looked at where its forward solve was.
     """
     samples, record = direction.problem.samples, solved.record
     due = report.of_looked if direction.linear else samples.due()
@@ -78,8 +78,11 @@ def _look(direction: Direction, x: Tensor, record: Record, claimed: Tensor) -> b
 
     y = rows(evaluate(x)).clone()  # g may return the same memory each time
     met = bool((_met(rows(x), y, record, direction.floor) | ~claimed).all())
-    cold = not direction.linear and problem.options.memory is None
-    others = direction.start if cold else torch.zeros_like(x)  # else too near to tell
+    others = torch.zeros_like(x)
+    if not direction.linear:  # zeros, too, where a sample started too near to its end to tell
+        start = direction.start
+        near = row_norms(rows(x - start)) < row_norms(rows(x)) / 8
+        others = torch.where(near.view(*x.shape[:dims], *(1,) * (x.dim() - dims)), others, start)
     digits = (b - 1).bit_length()
     bits: Sequence[int] = range(digits)
     if met and not samples.suspect:

@@ -202,6 +202,8 @@ class UserMap(Map):
                         f"fixed_point gives g the state as one tuple of {len(parts)} tensors, like "
                         "x0; where g takes them one by one, write lambda x, *z: g(*x, *z)"
                     )
+                elif not isinstance(parts, Tensor):
+                    error.add_note(f"fixed_point gives g a {type(parts).__name__} like x0")
                 raise
 
         return bound

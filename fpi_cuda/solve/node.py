@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _torch
-from ..captures import followed, refuse_captures
+from ..captures import followed, note_captures, refuse_captures
 from ..derivatives import differentiated, needs_gradients, over_legacy_batch, tangents_by
 from ..drivers import graph
 from ..modules import reached
@@ -66,8 +66,9 @@ def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Repo
 
         try:
             x, keep = FixedPoint.apply(_Call(problem, report), x0, None, *tensors)  # type: ignore[no-untyped-call]
-        except Exception:  # a captured tensor that vmap maps makes errors that do not name it
+        except Exception as error:  # of a captured tensor that vmap maps they do not name it
             refuse(x0, *tensors)
+            note_captures(error, f"{problem.name}: g", said, users(map))
             raise
         refuse(x, *tensors)
     elif problem.context.grad_enabled and any(t.requires_grad for t in tensors):
@@ -327,7 +328,11 @@ def _linear(
     if not transpose:
         linear = linear._replace(name="tangent")
     at, of_g = problem.map.around(x, tensors)
-    return FixedPoint.apply(_Call(linear, report), v, None, at, v, *of_g)  # type: ignore[no-untyped-call,no-any-return]
+    try:
+        return FixedPoint.apply(_Call(linear, report), v, None, at, v, *of_g)  # type: ignore[no-untyped-call,no-any-return]
+    except Exception as error:
+        note_captures(error, f"{problem.name}: g", problem.advice, users(problem.map))
+        raise
 
 
 def _captured(problem: Problem) -> RuntimeError:

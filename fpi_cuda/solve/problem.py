@@ -12,6 +12,7 @@ from torch import Tensor
 from ..drivers.support import Driver
 from ..options import Options
 from ..record import Record
+from ..tree import Tree, build, flatten
 from .independence import Samples
 from .maps import Map
 
@@ -69,6 +70,23 @@ class Problem(NamedTuple):
     def mapped(self, dims: Sequence[int | None]) -> Problem:
         """The problem over one more batch dimension, where torch.vmap maps it."""
         return self._replace(map=self.map.mapped(dims), batch_dims=self.batch_dims + 1)
+
+    def state(self, x: Tensor) -> Any:
+        """The user's state of x, [*batch, *sample]; what torch.vmap maps comes first in it too."""
+        if self.batch_dims == 1:
+            return self.unpack(x)
+        trees: list[Tree] = []
+
+        def leaves(x: Tensor) -> list[Tensor]:  # torch.vmap may not know the state's classes
+            parts, tree = flatten(self.unpack(x))
+            trees[:] = [tree]
+            return parts
+
+        of: Callable[[Tensor], list[Tensor]] = leaves
+        for _ in range(self.batch_dims - 1):
+            of = torch.vmap(of)
+        parts = of(x)
+        return build(trees[0], parts)
 
 
 class Report:

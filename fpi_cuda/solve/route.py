@@ -104,7 +104,7 @@ def _complain(direction: Direction, x: Tensor, record: Record) -> None:
     else:
         message = f"{problem.name}: {record.failures(nonfinite=_nonfinite(direction, record))}"
     if on_failure == "raise":
-        raise FixedPointError(message, Solution(problem.unpack(x), record))
+        raise FixedPointError(message, Solution(problem.state(x), record))
     warn(message, FixedPointWarning)
 
 
