@@ -47,23 +47,20 @@ def tangent_of_kept(
     As for gradients, a kept sample stands in for them where g is linearised: of a derivative that
     is not finite nothing is left, in this or in a higher order.
     """
-    alive: Tensor | None = None
-    if of_vmap(keep):  # no host can look
+    if of_vmap(keep):  # no host can look: if none is kept, nothing is to be differentiated
         alive = keep.any()
+        x, *tensors = (torch.where(alive, t, t.detach()) for t in (x, *tensors))
     elif every(keep):
         return solve(problem, x, push(problem, x, tensors, moved, d), tensors)
     elif every(~keep):
         return torch.where(keep.new_zeros(()), x, 0)  # attached all the same
     if problem.batch_dims > 1:  # samples of one slice stand in for its own alone
         return _by_slices(problem, keep, x, tensors, moved, d, solve)
-    if alive is not None:
-        x, *tensors = (torch.where(alive, t, t.detach()) for t in (x, *tensors))
     n = problem.map.n_inputs
     x, *inputs = stand_in(keep, (x, *tensors[:n]))
     tensors = [*inputs, *tensors[n:]]
-    r = masked(push(problem, x, tensors, moved, d), keep)  # zero there, and so is the tangent
-    t = solve(problem, x, r, tensors)
-    return t if alive is None else torch.where(alive, t, 0)
+    r = masked(push(problem, x, tensors, moved, d), keep)
+    return solve(problem, x, r, tensors)  # zero where r is
 
 
 def _by_slices(
