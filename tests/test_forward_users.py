@@ -8,6 +8,7 @@ from helpers_forward import direction, dual, joined, near, nested, tangent_of
 from helpers_forward_problems import problem, truth
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fpi_cuda import Anderson, DenseStep, FixedPointLayer, GradientStep, fixed_point
@@ -190,3 +191,22 @@ def test_an_exact_step_outside_a_solve_has_tangents(bias):
         x, z = dual(x), dual(z)
         found = functional_call(step, {k: dual(p) for k, p in given[2].items()}, (x, z))
         near(tangent_of(found), true)
+
+
+def test_an_operator_without_second_derivatives_is_explained():
+    """Attention, as a transformer in eval mode has it: one of torch's kernels can't go on."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(4, 2, batch_first=True).double().eval()
+
+    def g(x, z):
+        return 0.2 * attention(x, x, x, need_weights=False)[0] + z
+
+    z = double(2, 3, 4)
+    layer = FixedPointLayer(g, **NATIVE)
+    plain = lambda z: unroll(g, torch.zeros_like(z), z, steps=40)  # noqa: E731
+    with sdpa_kernel(SDPBackend.MATH):
+        near(jvp(layer, (z,), (z,))[1], jvp(plain, (z,), (z,))[1])
+    try:
+        jvp(layer, (z,), (z,))
+    except RuntimeError as error:
+        assert any("SDPBackend.MATH" in note for note in error.__notes__)

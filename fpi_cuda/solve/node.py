@@ -200,7 +200,12 @@ class FixedPoint(Function):
             with problem.context.full_precision():
                 return (tangent_of_kept(problem, keep, x, tensors, moved, d, tangent),)
 
-        return tangents_by(rule, tangents[FIRST:], ctx.saved_tensors)[0], None
+        try:
+            return tangents_by(rule, tangents[FIRST:], ctx.saved_tensors)[0], None
+        except RuntimeError as error:
+            if "is not implemented" in str(error):
+                error.add_note(_TWICE)
+            raise
 
     @staticmethod
     def vmap(
@@ -221,6 +226,10 @@ class FixedPoint(Function):
         return out, (0, 0)
 
 
+_TWICE = (
+    "fpi_cuda takes tangents by reverse mode twice, so g needs second derivatives in reverse mode. "
+    "(Fused attention has none: run within torch.nn.attention.sdpa_kernel(SDPBackend.MATH).)"
+)
 FIRST = 3  # tensors of the map follow so many inputs of the node
 _NOTHING = (None,) * (FIRST - 1)  # the gradients of those before `attached`
 
