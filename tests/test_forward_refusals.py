@@ -7,7 +7,17 @@ import pytest
 import torch
 from helpers import contraction
 from helpers_derivatives import double, tight
-from helpers_forward import TRANSFORMS, direction, dual, joined, leaves, near, nested, tangent_of
+from helpers_forward import (
+    TRANSFORMS,
+    direction,
+    dual,
+    func_in_inference_mode,
+    joined,
+    leaves,
+    near,
+    nested,
+    tangent_of,
+)
 from helpers_forward_problems import Shifted, looped, opaque, solved
 from torch import nn
 from torch.autograd import forward_ad
@@ -300,6 +310,7 @@ def test_linearize_of_a_module_and_of_p_is_right_or_refused():
 # --- inference mode ----------------------------------------------------------------------------
 
 
+@func_in_inference_mode
 @pytest.mark.parametrize(
     "transform",
     [
