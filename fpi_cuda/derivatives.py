@@ -71,8 +71,7 @@ def pulled(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
     So g needs formulas for reverse mode only.
     """
-    w: Any = torch.zeros_like(y, requires_grad=True)
-    w.is_dual = True  # for `closes_over`: what is linear in w has a derivative that is free of it
+    w = torch.zeros_like(y, requires_grad=True)
     return vjp(y, x, w, create_graph=True), w
 
 
@@ -149,7 +148,7 @@ def closes_over(y: Tensor, leaves: Sequence[Tensor]) -> bool:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known and not hasattr(variable, "is_dual"):
+        if variable is not None and id(variable) not in known:
             return True
         stack.extend(edge[0] for edge in node.next_functions)
     return y.grad_fn is None and y.requires_grad and id(y) not in known

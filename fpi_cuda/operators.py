@@ -308,8 +308,6 @@ class _Partial(Function):
             grads = along(r, which, delta, need, s)
         elif not differentiated((*delta, *s)):
             grads = _through(tape, at, delta, need)
-        elif not torch.is_grad_enabled():  # by the tangents alone: they need no tape
-            grads = along(r, which, delta, need, s)
         else:
             with torch.enable_grad():
                 leaves = [free(d) for d in delta]
