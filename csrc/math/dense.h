@@ -3,8 +3,8 @@
 //   one layer    g(x) = φ(α t + t Wᵀ + u)
 //   two layers   g(x) = φ(α t + h Wᵀ + u),   h = φ₁(t W₁ᵀ + u₁)
 //
-// with t = s ∘ x, or t = x where there is no s, and d ∘ (…) + u in place of φ(… + u) in a layer that
-// has a d. The tangent of such a step is another one, and so is its adjoint, of the transposed
+// with t = s ∘ x, or t = x where there is no s, and d ∘ (…) + u in place of φ(… + u) in a layer
+// that has a d. The tangent of such a step is another one, and so is its adjoint, of the transposed
 // weights: see fpi_cuda/forms/dense.py.
 #pragma once
 

@@ -58,14 +58,15 @@ template <typename T>
 void dense_solve(const Request& r) {
   const int64_t n = r.integer("n"), hidden = r.integer("hidden"), last = hidden < 0 ? n : hidden;
   const auto layer = [&](const std::string& prefix, int64_t in, int64_t out) {
-    return DenseLayer<T>{.weight = r.array<T>(prefix + "weight"),
-                         .in = in,
-                         .out = out,
-                         .in_stride = 1,
-                         .out_stride = in,
-                         .u = per_sample<T>(r, prefix + "u", out),
-                         .scale = {r.array<T>(prefix.empty() ? "output_scale" : "hidden_scale"), out},
-                         .activation = static_cast<Activation>(r.integer(prefix + "activation"))};
+    return DenseLayer<T>{
+        .weight = r.array<T>(prefix + "weight"),
+        .in = in,
+        .out = out,
+        .in_stride = 1,
+        .out_stride = in,
+        .u = per_sample<T>(r, prefix + "u", out),
+        .scale = {r.array<T>(prefix.empty() ? "output_scale" : "hidden_scale"), out},
+        .activation = static_cast<Activation>(r.integer(prefix + "activation"))};
   };
   const DenseStep<T> dense = {.n = n,
                               .scale = {r.array<T>("scale"), n},

@@ -44,24 +44,24 @@ __attribute__((noinline)) void finish(const DenseLayer<T>& layer, accumulate_t<T
   const Acc* kept = rows.kept == nullptr ? nullptr : rows.kept[r];
   Out* out = rows.out[r];
   const int64_t left = layer.out - first, whole = vectors * kLanes<Acc>;
-  for_vectors<T>(left < whole ? left : whole, [&](int64_t i, auto load,
-                                                  auto store) __attribute__((always_inline)) {
-    const int64_t o = first + i;
-    Vector<Acc> value = sums[i / kLanes<Acc>];
-    if (u != nullptr && scale == nullptr) {
-      value += load(u + o);
-    }
-    if (kept != nullptr) {
-      value += residual * load(kept + o);
-    }
-    if (scale == nullptr) {
-      value = activate<kActivation>(value);
-    } else {
-      value *= load(scale + o);
-      value = u == nullptr ? value : value + load(u + o);
-    }
-    store(out + o, value);
-  });
+  for_vectors<T>(left < whole ? left : whole,
+                 [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+                   const int64_t o = first + i;
+                   Vector<Acc> value = sums[i / kLanes<Acc>];
+                   if (u != nullptr && scale == nullptr) {
+                     value += load(u + o);
+                   }
+                   if (kept != nullptr) {
+                     value += residual * load(kept + o);
+                   }
+                   if (scale == nullptr) {
+                     value = activate<kActivation>(value);
+                   } else {
+                     value *= load(scale + o);
+                     value = u == nullptr ? value : value + load(u + o);
+                   }
+                   store(out + o, value);
+                 });
 }
 
 // The layer at the rows: α t is added to what it multiplies and u, before the activation.
