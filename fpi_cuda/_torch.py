@@ -66,7 +66,12 @@ def forward_mode() -> bool:
 
     A tensor that carries a tangent may be hidden in g, so looking at the arguments is not enough.
     """
-    return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    return forward_level() and torch._C._is_fwd_grad_enabled()
+
+
+def forward_level() -> bool:
+    """The same, whether or not forward mode is switched on."""
+    return forward_ad._current_level >= 0
 
 
 def following() -> contextlib.AbstractContextManager[Any]:

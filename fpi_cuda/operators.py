@@ -266,7 +266,8 @@ class _Partial(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.r, ctx.which, ctx.tape, *s = inputs
         ctx.save_for_backward(*s)
-        ctx.save_for_forward(*s)
+        if _torch.forward_level():
+            ctx.save_for_forward(*s)
         ctx.set_materialize_grads(False)  # zeros would be taken for what moves
 
     @staticmethod

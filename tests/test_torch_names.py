@@ -85,6 +85,7 @@ def test_forward_mode_is_off_in_a_nodes_rule_for_tangents_until_it_is_switched_o
         def jvp(ctx, dx):
             (x,) = ctx.saved_tensors
             x = forward_ad.unpack_dual(x).primal
+            assert _torch.forward_level() and not _torch.forward_mode()
             with _torch.following() if switched_on else contextlib.nullcontext():
                 return 3 * x * x * dx
 
@@ -92,6 +93,7 @@ def test_forward_mode_is_off_in_a_nodes_rule_for_tangents_until_it_is_switched_o
         return lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
 
     x = torch.tensor(2.0)
+    assert not _torch.forward_level()
     assert tangent(Cube.apply)(x) == 12
     assert tangent(tangent(Cube.apply))(x) == (12 if switched_on else 0)
 

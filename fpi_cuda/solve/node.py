@@ -119,7 +119,7 @@ class FixedPoint(Function):
         if call.given is None:
             plain = [t.detach() for t in tensors]
             start = x0.detach()
-            if _torch.graphless() and isinstance(problem.map, LinearMap):  # has a graph of its own
+            if isinstance(problem.map, LinearMap) and _torch.graphless():  # it makes a graph
                 with _torch.no_inference():
                     x, keep, _ = solve(direction_of(problem, start, plain), call.report)
             else:
@@ -139,7 +139,8 @@ class FixedPoint(Function):
         ctx.mark_non_differentiable(keep)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, keep, *tensors)
-        ctx.save_for_forward(x, keep, *tensors)
+        if _torch.forward_level():
+            ctx.save_for_forward(x, keep, *tensors)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, _: Any) -> tuple[Any, ...]:
