@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fpi_cuda import (
     Anderson,
@@ -76,7 +77,7 @@ FACTOR = 5  # x̂'s error is rate/(1 − rate) times the residual; a gradient's 
 
 
 def dense_solve(place: Place) -> Iterator[Check]:
-    """Dense steps solved whole, and their gradients."""
+    """Dense steps solved whole, their gradients and tangents."""
     for shape, (b, n, hidden) in (TINY_DENSE if place.tiny else DENSE).items():
         for kind in KINDS:
             if (shape, kind) == ("wide", "float64"):
@@ -112,11 +113,20 @@ def solved(step: nn.Module, z: Tensor, **options: Any) -> tuple[FixedPointLayer,
     return layer, {"x": x.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
+def tangent(step: nn.Module, z: Tensor, **options: Any) -> tuple[FixedPointLayer, Tensor]:
+    """That of x̂ along sin z."""
+    layer = FixedPointLayer(step, on_failure="return", **options)
+    with torch.no_grad(), forward_ad.dual_level():
+        x = layer(forward_ad.make_dual(z, z.sin()))
+        return layer, forward_ad.unpack_dual(x).tangent
+
+
 @functools.cache
 def dense_reference(b: int, n: int, hidden: int | None, dtype: torch.dtype) -> dict[str, Tensor]:
     step = dense_step(n, hidden, dtype).double()
     z = normal(b, b, 5).to(dtype).double()
-    return solved(step, z, solver=Picard(), backend="reference", **TIGHT)[1]
+    options = {"solver": Picard(), "backend": "reference", **TIGHT}
+    return solved(step, z, **options)[1] | {"tangent": tangent(step, z, **options)[1]}
 
 
 def dense(
@@ -128,14 +138,16 @@ def dense(
     z = normal(b, b, 5).to(dtype).to(place.device)
     tf32 = kind == "tf32" and place.cuda
     with products_in("tf32") if tf32 else nullcontext():
-        layer, found = solved(step, z, solver=SOLVERS[solver], **tolerances(rtol))
-    for path in (layer.last.path, layer.last.adjoint.path):
+        options = {"solver": SOLVERS[solver], **tolerances(rtol)}
+        layer, found = solved(step, z, **options)
+        forward, found["tangent"] = tangent(step, z, **options)
+    for path in (layer.last.path, layer.last.adjoint.path, forward.last.tangent.path):
         require(path == f"native, whole{', tf32' * tf32}", f"solved otherwise: {path}")
     ended = int(layer.last.converged.sum())
     yield Error("samples that did not converge", len(z) - ended, 0.0)
     # The weights' gradients are sums over samples whose roundings have no order.
     for what, value in found.items():
-        yield compare(what, value, exact[what], FACTOR * rtol, rows=what == "x")
+        yield compare(what, value, exact[what], FACTOR * rtol, rows=what in ("x", "tangent"))
 
 
 # --- convolutions -------------------------------------------------------------------------------
