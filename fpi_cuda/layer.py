@@ -188,15 +188,15 @@ class FixedPointLayer(nn.Module):
         cold = x0 is None
         if x0 is None:
             x0 = self._zeros(tensors, inputs, params, given)
-        options = Options(*[getattr(self, name) for name in _OPTIONS])
+        # All of them: a compiler of torch 2.11 makes a tuple without the defaults.
+        values: list[Any] = [*[getattr(self, name) for name in _OPTIONS], sizes, None]
+        options = Options(*values)
         if not self.training and self.eval_factor != 1:
             options = self._evaluating(options, x0)
         if tolerance is not None:
             options = options._replace(tolerance=tolerance)
         if max_iterations is not None:
             options = options._replace(max_iterations=max_iterations)
-        if sizes is not None:
-            options = options._replace(sizes=sizes)
         slot = None
         if self._warm is not None:
             begin = _apart(self._warm.begin)
