@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import TIGHT, TIGHT_ADJOINT, unroll
+from helpers import TIGHT, TIGHT_ADJOINT, contraction, unroll
 from helpers_derivatives import double
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp
@@ -15,8 +15,11 @@ from fpi_cuda import (
     FixedPointLayer,
     GradientStep,
     Picard,
+    Tolerance,
 )
+from fpi_cuda.drivers import whole
 from fpi_cuda.forms import DenseForm
+from fpi_cuda.record import Limits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,6 +89,36 @@ def test_samples_that_do_not_move_have_no_tangent_and_no_iteration(name):
     alone = jvp(layer, (z[1::2],), (dz[1::2],))[1]
     torch.testing.assert_close(found[1::2], alone)
     assert not found[::2].any()
+
+
+NEAR = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, None), (7, 5, 3), (5, 33, 34), (2, 159, None)], ids=str)
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+def test_the_kernel_scales_after_the_last_layer_and_adds_then(dtype, shape):
+    """A tangent's form, beside plain iteration in float64 of the same rounded tensors."""
+    (b, n, h), last = shape, shape[2] or shape[1]
+    tensors = {
+        "weight": contraction(max(n, last), 0.5)[:n, :last],
+        "u": double(b, n),
+        "output_scale": double(b, n, seed=1).sigmoid(),
+    }
+    if h is not None:
+        tensors["hidden_weight"] = contraction(max(n, h), 1.0)[:h, :n]
+        tensors["hidden_scale"] = double(b, h, seed=2).sigmoid()
+        tensors["hidden_u"] = double(b, h, seed=3)
+    rounded = {name: t.to(dtype) for name, t in tensors.items()}
+    exact = DenseForm(**{name: t.double() for name, t in rounded.items()}, residual=0.25)
+    x = torch.zeros(b, n, dtype=torch.float64)
+    for _ in range(200):
+        x = exact(x)
+    (rtol, atol), x0 = Tolerance().resolve(dtype), torch.zeros(b, n, dtype=dtype)
+    limits = Limits(rtol, atol, 0.0, 10**6, 200)
+    for solver in (Picard(), Anderson()):
+        found, record = whole.solve(DenseForm(**rounded, residual=0.25), x0, solver, limits)
+        assert record.converged.all()
+        assert (found.double() - x).norm() <= NEAR[dtype] * x.norm()
 
 
 def test_a_tangent_of_dense_layers_calls_the_step_twice(monkeypatch):
