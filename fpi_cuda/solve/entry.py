@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,7 +12,9 @@ from .. import drivers
 from .._torch import attribute, transforming
 from ..arguments import Arguments, numbers
 from ..options import Options
+from ..record import Record
 from ..solution import FixedPointError, Solution, State
+from ..state import State as PackedState
 from ..state import check_inputs, state_of
 from .again import Again
 from .independence import samples_of
@@ -30,6 +32,80 @@ class _Shown:
     def __call__(self, *shown: Any) -> None:
         if self.callback is not None:  # else torch.func.linearize runs the solve again, after it
             self.callback(*shown)
+
+
+class Posed(NamedTuple):
+    """A solve as it was asked for, checked: all that is known before anything is iterated."""
+
+    problem: Problem
+    map: UserMap
+    state: PackedState
+    inputs: Sequence[Any]
+    params: Sequence[Tensor]  # those that g gets whole, too
+    again: Callable[[State], Again | None]  # g once more, at a solution
+
+    def solution(self, x: Tensor, record: Record, aux: Any = None) -> Solution:
+        """What the user gets."""
+        solution = Solution(self.state.unpack(x), record, aux)
+        solution._again = self.again(solution.x)
+        return solution
+
+
+def pose(
+    g: Callable[..., Any],
+    x0: Any,
+    inputs: Sequence[Any],
+    params: Sequence[Tensor],
+    options: Options,
+    keywords: Mapping[str, Any] | None = None,
+    *,
+    together: bool = False,
+) -> Posed | Solution:
+    """What `enter` is to solve; on the meta device, where there is nothing to, its solution.
+
+    The options are checked.
+    """
+    state = state_of(x0, options.norm_weights)
+    packed = state.packed
+    arguments, given, modules = None, g, {}
+    if keywords is not None:
+        modules = {k: v for k, v in keywords.items() if isinstance(v, nn.Module)}
+        if modules and callable(g):  # their tensors and modes are g's own
+            g = functools.partial(g, **modules)
+            keywords = {k: v for k, v in keywords.items() if k not in modules}
+        arguments = Arguments(inputs, keywords)
+        inputs, together = arguments.inputs, together or arguments.of_samples(packed.shape[0])
+    check_inputs(g, inputs, params, packed)
+    if arguments is not None:
+        params = (*params, *arguments.shared)
+        arguments.release()
+    if options.driver == "graph":
+        drivers.check(options.driver, packed.device)
+    ways = state.pack, state.unpack
+    map = UserMap(g, len(inputs), len(params), *ways, arguments, options.has_aux)
+    if packed.is_meta:
+        return shapes(map.taking(g, params), state, inputs, options)
+    if params:
+        together = together or any(numbers(t) for t in params)
+    certified, weighted = attribute(g, "certified_lipschitz"), options.norm_weights is not None
+    problem = Problem(
+        map=map,
+        options=options,
+        drivers=drivers.ORDER[options.driver],
+        context=Context.here(packed.device.type),
+        unpack=state.unpack,
+        samples=samples_of(options.per_sample, map, packed, together),
+        # A certificate is of the plain norm.
+        lipschitz=None if certified is None or weighted else float(certified()),
+        structure=state.structure,
+    )
+
+    def again(x: State) -> Again | None:
+        if transforming():  # its tensors end with it
+            return None
+        return Again(given, modules, map, arguments, inputs, params, x, problem.context)
+
+    return Posed(problem, map, state, inputs, params, again)
 
 
 def enter(
@@ -55,65 +131,27 @@ def enter(
         together: g can't be given a part of the batch: finished samples are frozen, and stay in it.
     """
     options.check()
-    state = state_of(x0, options.norm_weights)
-    packed = state.packed
-    arguments, given, modules = None, g, {}
-    if keywords is not None:
-        modules = {k: v for k, v in keywords.items() if isinstance(v, nn.Module)}
-        if modules and callable(g):  # their tensors and modes are g's own
-            g = functools.partial(g, **modules)
-            keywords = {k: v for k, v in keywords.items() if k not in modules}
-        arguments = Arguments(inputs, keywords)
-        inputs, together = arguments.inputs, together or arguments.of_samples(packed.shape[0])
-    check_inputs(g, inputs, params, packed)
-    if arguments is not None:
-        params = (*params, *arguments.shared)
-        arguments.release()
-    if options.driver == "graph":
-        drivers.check(options.driver, packed.device)
-    ways = state.pack, state.unpack
-    map = UserMap(g, len(inputs), len(params), *ways, arguments, options.has_aux)
-    if packed.is_meta:
-        return shapes(map.taking(g, params), state, inputs, options)
-    if params:
-        together = together or any(numbers(t) for t in params)
     shown = None
     if options.callback is not None:
         shown = _Shown(options.callback)
         options = options._replace(callback=shown)
-    certified, weighted = attribute(g, "certified_lipschitz"), options.norm_weights is not None
-    problem = Problem(
-        map=map,
-        options=options,
-        drivers=drivers.ORDER[options.driver],
-        context=Context.here(packed.device.type),
-        unpack=state.unpack,
-        samples=samples_of(options.per_sample, map, packed, together),
-        # A certificate is of the plain norm.
-        lipschitz=None if certified is None or weighted else float(certified()),
-        structure=state.structure,
-    )
-    report = Report()
-
-    def again(x: State) -> Again | None:
-        if transforming():  # its tensors end with it
-            return None
-        return Again(given, modules, map, arguments, inputs, params, x, problem.context)
-
+    posed = pose(g, x0, inputs, params, options, keywords, together=together)
+    if isinstance(posed, Solution):
+        return posed
+    problem, map, report = posed.problem, posed.map, Report()
     try:
         own = map.own
-        x = options.adjoint.attach(problem, packed, (*inputs, *params, *own), report)
+        tensors = (*posed.inputs, *posed.params, *own)
+        x = options.adjoint.attach(problem, posed.state.packed, tensors, report)
     except FixedPointError as error:
         solution = error.solution
         if solution.record is report.record:  # not one of a solve within g
-            solution._again = again(solution.x)
+            solution._again = posed.again(solution.x)
         raise
     finally:
         if shown is not None:
             shown.callback = None
-    aux = map.settle(x, inputs, params, options.driver == "graph", own)
+    aux = map.settle(x, posed.inputs, posed.params, options.driver == "graph", own)
     assert report.record is not None
     report.record.evaluations += options.has_aux
-    solution = Solution(state.unpack(x), report.record, aux)
-    solution._again = again(solution.x)
-    return solution
+    return posed.solution(x, report.record, aux)
