@@ -365,6 +365,15 @@ def before_compile(f: Any) -> Any:
     return f._torchdynamo_orig_callable
 
 
+def constant_in_graphs(f: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which torch.compile calls while it makes a graph, for a constant of that.
+
+    `torch.compiler.assume_constant_result` does no more than this, but imports the compiler.
+    """
+    f._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return f
+
+
 # torch.jit is deprecated since 2.5 and may go; these say what its results are, while it is there.
 ScriptModule, ScriptFunction = torch.jit.ScriptModule, torch.jit.ScriptFunction
 

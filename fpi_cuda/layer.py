@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import attribute
+from ._torch import attribute, constant_in_graphs
 from .adjoint import ImplicitAdjoint
 from .arguments import Arguments
 from .derivatives import differentiable
@@ -20,8 +20,8 @@ from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each, kept
 from .solvers import Anderson
 from .state import state_of
-from .tree import build, flatten
-from .warm import CAPACITY, Warm, check_key
+from .tree import Tree, build, flatten
+from .warm import CAPACITY, Slot, Warm, check_key
 
 __all__ = ["FixedPointLayer"]
 
@@ -87,6 +87,7 @@ class FixedPointLayer(nn.Module):
     last: Solution | None
     _fits: Any = None  # state_shape and a batch size that are no mistake
     _warm: Warm | None = None
+    _plan: Any = None  # a `compiled.Plan`, where the layer is part of a compiled graph
 
     def __init__(
         self,
@@ -179,13 +180,44 @@ class FixedPointLayer(nn.Module):
         Raises:
             TypeError: no input and no x0 was given; key is a tensor or not hashable.
         """
+        if torch.compiler.is_compiling():
+            found = self._compiled(
+                *(inputs, x0, params, tolerance, max_iterations, sizes, key, keywords)
+            )
+            if found is not None:
+                return found
+        start, options, slot, given = self._prepared(
+            *(x0, x0 is None, inputs, params, tolerance, max_iterations, sizes, key, keywords)
+        )
+        solution = solve(self.g, start, inputs, params, options, given)
+        self.last = kept(solution)
+        if slot is not None:
+            _apart(slot.keep)(self.last)
+        # What is kept, for a warm start and for the backward, is the solver's own: the caller may
+        # change the output in place.
+        x = solution.x
+        x = x.clone() if isinstance(x, Tensor) else each(lambda t: t.clone(), x)
+        return (x, solution.aux) if self.has_aux else x
+
+    def _prepared(
+        self,
+        x0: State | None,
+        cold: bool,
+        inputs: Sequence[Any],
+        params: Any,
+        tolerance: Tolerance | None,
+        max_iterations: Any,
+        sizes: Tensor | None,
+        key: Hashable,
+        keywords: dict[str, Any],
+    ) -> tuple[State, Options, Slot | None, dict[str, Any] | None]:
+        """What a call solves: the start, the options, what is kept, and keywords for `solve`."""
         tensors = [t for t in inputs if isinstance(t, Tensor)]
         given = None if len(tensors) == len(inputs) and not keywords else keywords
         if given is not None:
             _check_first(inputs)
         if key is not None:
             check_key(key)
-        cold = x0 is None
         if x0 is None:
             x0 = self._zeros(tensors, inputs, params, given)
         # All of them: a compiler of torch 2.11 makes a tuple without the defaults.
@@ -202,15 +234,38 @@ class FixedPointLayer(nn.Module):
             begin = _apart(self._warm.begin)
             x0, slot = begin(x0, key, not cold)
             options = options._replace(memory=slot)
-        solution = solve(self.g, x0, inputs, params, options, given)
-        self.last = kept(solution)
-        if slot is not None:
-            _apart(slot.keep)(self.last)
-        # What is kept, for a warm start and for the backward, is the solver's own: the caller may
-        # change the output in place.
-        x = solution.x
-        x = x.clone() if isinstance(x, Tensor) else each(lambda t: t.clone(), x)
-        return (x, solution.aux) if self.has_aux else x
+        return x0, options, slot, given
+
+    def _compiled(
+        self,
+        inputs: Sequence[Any],
+        x0: State | None,
+        params: Any,
+        tolerance: Tolerance | None,
+        max_iterations: Any,
+        sizes: Tensor | None,
+        key: Hashable,
+        keywords: dict[str, Any],
+    ) -> Any:
+        """The output as one operator of the graph that is being compiled; None: it can't be one."""
+        from .compiled import call
+
+        self._planned()
+        cold = x0 is None
+        if x0 is None:
+            tensors = [t for t in inputs if isinstance(t, Tensor)]
+            x0 = self._zeros(tensors, inputs, params, keywords)
+        given = {"inputs": inputs, "params": params, "tolerance": tolerance}
+        given |= {"max_iterations": max_iterations, "sizes": sizes, "key": key}
+        return call(self, x0, cold, {**given, "keywords": keywords})
+
+    @constant_in_graphs
+    def _planned(self) -> bool:
+        """Whether `_plan` is the one for what g is now; while a graph is made."""
+        from .compiled.plan import plan_for
+
+        self._plan = plan_for(self, self._plan)
+        return True
 
     def _evaluating(self, options: Options, x0: State) -> Options:
         """The options in eval mode."""
@@ -241,22 +296,7 @@ class FixedPointLayer(nn.Module):
                 "it, torch.nested.to_padded_tensor(z, 0.0), give g the lengths by name, and the "
                 "valid entries of each sample as sizes="
             )
-        shape: Any = self.state_shape
-        if shape is None:
-            shape = attribute(self.g, "state_shape")
-        if callable(shape):
-            shape = shape(z)
-        if shape is None:
-            shape = tuple(z.shape[1:])
-        shapes, tree = [shape], None
-        if not _is_shape(shape):
-            shapes, tree = flatten(shape, _is_shape)
-            if not shapes or not all(map(_is_shape, shapes)):
-                raise TypeError(
-                    "FixedPointLayer: state_shape must be the shape of one sample's state, or a "
-                    "tuple, list, dict or dataclass of shapes, nested, where a shape is a tuple "
-                    f"(got {shape!r}); write state_shape=(n,)"
-                )
+        shape, shapes, tree = self._shapes(z)
         dtype = torch.real(z).dtype if differentiable(z) else torch.get_default_dtype()
         if not z.is_meta and torch.is_autocast_enabled(z.device.type):
             dtype = torch.promote_types(dtype, torch.float32)  # the state stays wide
@@ -273,6 +313,30 @@ class FixedPointLayer(nn.Module):
                 self._check_shape(shape, zeros, inputs, params, keywords)
                 self._fits = shape, b
         return zeros(b)
+
+    def _shapes(self, z: Tensor) -> tuple[Any, list[Any], Tree]:
+        """The shape of one sample's state for a first input z: as given, and taken apart."""
+        shape: Any = self.state_shape
+        if shape is None:
+            shape = attribute(self.g, "state_shape")
+        if callable(shape):
+            shape = shape(z)
+        if shape is None:
+            shape = tuple(z.shape[1:])
+        if _is_shape(shape):
+            return shape, [shape], None
+        shapes, tree = flatten(shape, _is_shape)
+        if not shapes or not all(map(_is_shape, shapes)):
+            raise TypeError(
+                "FixedPointLayer: state_shape must be the shape of one sample's state, or a "
+                "tuple, list, dict or dataclass of shapes, nested, where a shape is a tuple "
+                f"(got {shape!r}); write state_shape=(n,)"
+            )
+        return shape, shapes, tree
+
+    def _tree(self, inputs: Sequence[Any]) -> Tree:
+        """The structure of the layer's own start for these inputs."""
+        return self._shapes(next(t for t in inputs if isinstance(t, Tensor)))[2]
 
     def _check_shape(
         self,
@@ -319,8 +383,9 @@ class FixedPointLayer(nn.Module):
         return f"solver={self.solver}, max_iterations={self.max_iterations}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the record of the last call, and what is kept between calls."""
+        """Without the record of the last call, what is kept between calls, and a graph's handle."""
         state = {**self.__dict__, "last": None}
+        state.pop("_plan", None)
         if self._warm is not None:  # copy.copy would share it
             state["_warm"] = Warm(self._warm.capacity)
         return state

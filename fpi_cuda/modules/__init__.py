@@ -71,6 +71,29 @@ class Binding:
         binding = Binding(g, found) if found else None
         return None if binding is None or binding._lazy else binding
 
+    @property
+    def sharded(self) -> bool:
+        """Whether processes hold parts of its parameters."""
+        return bool(self._sharded)
+
+    @property
+    def moved(self) -> Sequence[Tensor]:
+        """The buffers of what was bound last, as its calls left them."""
+        return self._moving
+
+    def places(self) -> tuple[list[tuple[nn.Module, str]], list[tuple[nn.Module, str]]]:
+        """The module and the name of each of `params`, and of each of `buffers`."""
+        modules = [m for m in self.objects if isinstance(m, nn.Module)]
+
+        def of(tensors: Sequence[Tensor], held: Callable[[Any], Any]) -> list[Any]:
+            at: dict[int, tuple[nn.Module, str]] = {}
+            for m in modules:
+                for name, t in held(m).items():
+                    at.setdefault(id(t), (m, name))
+            return [at[id(t)] for t in tensors]
+
+        return of(self.params, _torch.parameters), of(self.buffers, _torch.buffers)
+
     def _each(self, of_modules: Iterable[dict[str, Tensor | None]]) -> list[Tensor]:
         index, each = self._index, []
         for tensors in of_modules:
@@ -149,6 +172,14 @@ class Binding:
             return "attributes"
         # Not every write is counted (batch norm's is not): modules in training are taken to write.
         return "buffers" if self._training or any(map(_written, self._moving)) else ""
+
+    @property
+    def attached(self) -> bool:
+        """Whether those calls left a tensor that needs gradients among the attributes."""
+        values = [v for own, ids in self._watched for v in own.values() if id(v) not in ids]
+        values += [v for v, _ in self._containers]
+        leaves = _torch.tree_leaves(values)
+        return any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
 
     def close(self, keep: bool = True) -> None:
         """Watch no more; keep: what is bound from now on has the modules' modes of now."""

@@ -32,7 +32,7 @@ from .route import solve
 from .rows import stood
 from .tangent import tangent_of_kept
 
-__all__ = ["attach"]
+__all__ = ["attach", "gradients"]
 
 
 class _Call:
@@ -169,7 +169,7 @@ class FixedPoint(Function):
         if ctx.closure and differentiated((v, x, *tensors)):
             raise _captured(problem)
         report = Report(ctx.call.report)
-        found = _gradients(problem, report, x, keep, v, tensors, need)
+        found = gradients(problem, report, x, keep, v, tensors, need)
         if report.masked:  # a graph can't tell the host that a derivative is infinite where v = 0
             others = [d for d in problem.drivers if d is not graph]
             ctx.call.problem = problem._replace(drivers=others)
@@ -271,7 +271,7 @@ def _redirect(
     ctx.redirected = Redirected(attached, y, found.c if bool(keep.any()) else None)
 
 
-def _gradients(
+def gradients(
     problem: Problem,
     report: Report,
     x: Tensor,

@@ -1,0 +1,55 @@
+"""What the compiler traces of a layer's call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tree import build, flatten
+from .given import Unknown, registered, taken
+from .operators import solve
+
+__all__ = ["call"]
+
+
+def call(layer: Any, x0: Any, cold: bool, given: dict[str, Any]) -> Any:
+    """The layer's output by one operator of the graph; None: it can't be one.
+
+    Args:
+        layer: a `FixedPointLayer` that has a plan.
+        x0: where to start.
+        cold: whether that is the layer's own start.
+        given: what else `FixedPointLayer.forward` takes, by name.
+    """
+    plan = layer._plan
+    leaves, tree = flatten(x0)
+    if layer.has_aux or not plan.whole or not (cold or tree is None):
+        return None
+    tensors: list[Tensor] = []
+    whole: list[int] = []
+    try:
+        spec = taken(given, tensors, whole)
+    except Unknown:
+        return None
+    own: list[Tensor] = [m._parameters[name] for m, name in plan.params]
+    moving, at = [], []
+    for m, name in plan.buffers:
+        buffer = m._buffers[name]
+        if m.training:  # in which modules move theirs, once a solve
+            moving.append(buffer)
+            at.append(len(own))
+            buffer = buffer.clone()  # the adjoint needs what it was
+        own.append(buffer)
+    device = leaves[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    number, grad = registered(spec), torch.is_grad_enabled()
+    out = solve(
+        *(leaves, tensors, own, whole, at, plan.handle, number, cold, grad, autocast),
+    )
+    n = len(leaves)
+    with torch.no_grad():
+        for buffer, moved in zip(moving, out[n + 1 :], strict=True):
+            buffer.copy_(moved)
+    return build(tree, out[:n])
