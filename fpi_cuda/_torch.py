@@ -113,6 +113,11 @@ def _normal_mode() -> Iterator[None]:
         yield
 
 
+def below_autograd() -> contextlib.AbstractContextManager[Any]:
+    """What is called in here has no gradient: an operator's rule for gradients calls its kernel."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def normal(t: Tensor) -> Tensor:
     """The tensor, or a copy that a graph may save, where it was made in inference mode."""
     return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t

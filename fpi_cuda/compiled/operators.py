@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, Optional
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import Function
 
 from .. import _torch
-from ..solution import kept
+from ..solution import Solution, kept
 from ..solve.entry import Posed, pose
 from ..solve.linear import direction_of
 from ..solve.node import gradients
@@ -27,8 +28,6 @@ from .given import together
 from .plan import plan_of
 
 __all__ = ["solve"]
-
-_UNSAFE = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
 
 class _Kept(bytearray):
@@ -60,28 +59,23 @@ def _new() -> _Kept:
     return made
 
 
-@contextlib.contextmanager
-def _above_autograd(grad: bool) -> Iterator[None]:
-    inference = torch.is_inference_mode_enabled()
-    above = contextlib.nullcontext() if inference else _torch.no_inference()
-    with above, torch.set_grad_enabled(grad and not inference):
-        yield
+_PLAIN = frozenset({Tensor, nn.Parameter})
+_NOTHING = contextlib.nullcontext()
 
 
-@torch.library.custom_op("fpi_cuda::_layer", mutates_args=(), tags=_UNSAFE)
-def solve(
-    x0: list[Tensor],
-    given: list[Tensor],
-    own: list[Tensor],
-    whole: list[int],
-    moving: list[int],
+def _solved(
+    x0: Sequence[Tensor],
+    given: Sequence[Tensor],
+    own: Sequence[Tensor],
+    whole: Sequence[int],
+    moving: Sequence[int],
     handle: int,
     spec: int,
     cold: bool,
     grad: bool,
-    autocast: Optional[torch.dtype],  # noqa: UP045 - as torch.library reads it
+    autocast: torch.dtype | None,
 ) -> list[Tensor]:
-    """Solve for a layer.
+    """Solve for a layer; the output is attached where autograd is on.
 
     Args:
         x0: the leaves of the start.
@@ -100,10 +94,14 @@ def solve(
     """
     plan, layer = plan_of(handle)
     device = x0[0].device.type
-    mode = torch.autocast(device, autocast, autocast is not None, cache_enabled=False)
-    plain = [t.detach() for t in given]
-    call = together(spec, plain, whole)
-    with _above_autograd(grad), mode:
+    attached = torch.is_grad_enabled()
+    if not attached:
+        given, own = [t.detach() for t in given], [t.detach() for t in own]
+    call = together(spec, given, whole)
+    mode: contextlib.AbstractContextManager[Any] = _NOTHING
+    if autocast is not None:
+        mode = torch.autocast(device, autocast, cache_enabled=False)
+    with torch.set_grad_enabled(grad), mode:
         start = build(layer._tree(call["inputs"]) if cold else None, [t.detach() for t in x0])
         start, options, slot, keywords = layer._prepared(start, cold, **call)
         options.check()
@@ -116,10 +114,12 @@ def solve(
                 "compiled, and g calls others now; write torch.compiler.reset(), and the next call "
                 "compiles again"
             )
-        own = [t.detach() for t in own]
         tensors = [*posed.inputs, *posed.params, *own]
-        report, problem = Report(), posed.problem
-        x, keep, _ = route(direction_of(problem, posed.state.packed, tensors), report)
+        problem, report, keep = posed.problem, Report(), None
+        if attached:
+            x = options.adjoint.attach(problem, posed.state.packed, tensors, report)
+        else:
+            x, keep, _ = route(direction_of(problem, posed.state.packed, tensors), report)
         if report.closure:
             raise RuntimeError(
                 "FixedPointLayer: in a compiled graph g must not capture a tensor that needs "
@@ -128,15 +128,16 @@ def solve(
             )
         moved = _settled(posed, x, own, grad)
         assert report.record is not None
-        solution = posed.solution(x, report.record)
+        solution = Solution(posed.state.unpack(x), report.record)
         layer.last = kept(solution)
         if slot is not None:
             slot.keep(layer.last)
         made = _new()
-        if grad:
-            at = {id(t): i for i, t in reversed(list(enumerate([*plain, *own])))}
+        if grad and not attached:
+            at = {id(t): i for i, t in reversed(list(enumerate([*given, *own])))}
             made.order = [at[id(t)] for t in tensors]
             made.posed, made.report, made.x, made.keep = posed, report, x, keep
+    # Laid out as the start is, as the compiler was told; and nobody else's.
     leaves = [torch.empty_like(t).copy_(p) for t, p in zip(x0, flatten(solution.x)[0], strict=True)]
     n = 0 if binding is None else len(binding.params)
     return [*leaves, made.ticket, *(moved[i - n].clone() for i in moving)]
@@ -168,25 +169,8 @@ def _settled(posed: Posed, x: Tensor, own: Sequence[Tensor], grad: bool) -> Sequ
     return buffers
 
 
-@solve.register_fake
-def _(
-    x0: list[Tensor],
-    given: list[Tensor],
-    own: list[Tensor],
-    whole: list[int],
-    moving: list[int],
-    *_: Any,
-) -> list[Tensor]:
-    ticket = torch.empty(1, dtype=torch.int64)
-    return [*map(torch.empty_like, x0), ticket, *(torch.empty_like(own[i]) for i in moving)]
-
-
-@torch.library.custom_op("fpi_cuda::_layer_adjoint", mutates_args=(), tags=_UNSAFE)
-def adjoint(
-    v: list[Optional[Tensor]],  # noqa: UP045
-    tensors: list[Tensor],
-    ticket: Tensor,
-    need: list[int],
+def _adjoint(
+    v: Sequence[Tensor | None], tensors: Sequence[Tensor], ticket: Tensor, need: Sequence[int]
 ) -> list[Tensor]:
     """The gradients of a solve.
 
@@ -200,24 +184,21 @@ def adjoint(
         A gradient for each of those.
     """
     made = _all_kept[int(ticket)]
-    posed, x = made.posed, made.x
-    with _above_autograd(True), _torch.unhooked():
-        plain = [t.detach() for t in tensors]
-        packed = _packed(posed, x, v)
-        keep = made.keep
-        if keep is None:
-            keep = torch.ones(x.shape[:1], dtype=torch.bool, device=x.device)
-        wanted = [i for i, of in enumerate(made.order) if of in need]
-        with torch.no_grad():
-            found = gradients(
-                *(posed.problem, made.report, x, keep, packed),
-                *([plain[i] for i in made.order], wanted),
-            )
-        sums: dict[int, Tensor] = {}
-        for i, grad in zip(wanted, found.of, strict=True):
-            if grad is not None:
-                of = made.order[i]
-                sums[of] = sums[of] + grad if of in sums else grad
+    posed, x, keep = made.posed, made.x, made.keep
+    plain = [t.detach() for t in tensors]
+    if keep is None:
+        keep = torch.ones(x.shape[:1], dtype=torch.bool, device=x.device)
+    wanted = [i for i, of in enumerate(made.order) if of in need]
+    with torch.no_grad(), _torch.unhooked():
+        found = gradients(
+            *(posed.problem, made.report, x, keep, _packed(posed, x, v)),
+            *([plain[i] for i in made.order], wanted),
+        )
+    sums: dict[int, Tensor] = {}
+    for i, grad in zip(wanted, found.of, strict=True):
+        if grad is not None:
+            of = made.order[i]
+            sums[of] = sums[of] + grad if of in sums else grad
     return [sums[i].clone() if i in sums else torch.zeros_like(plain[i]) for i in need]
 
 
@@ -237,34 +218,93 @@ def _packed(posed: Posed, x: Tensor, v: Sequence[Tensor | None]) -> Tensor:
     return packed
 
 
-@adjoint.register_fake
-def _(
-    v: list[Optional[Tensor]],  # noqa: UP045
-    tensors: list[Tensor],
-    ticket: Tensor,
-    need: list[int],
-) -> list[Tensor]:
+class _Traced(Function):
+    """The solve in a graph that is being made, with its adjoint as the other operator."""
+
+    @staticmethod
+    def forward(ctx: Any, n: tuple[int, int, int], rest: Sequence[Any], *tensors: Tensor) -> Any:
+        parts = _parts(tensors, n)
+        with _torch.below_autograd():
+            out = solve(*parts, *rest)
+        ctx.n = n
+        ctx.save_for_backward(*parts[1], *parts[2], out[n[0]])
+        ctx.mark_non_differentiable(*out[n[0] :])
+        ctx.set_materialize_grads(False)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *v: Tensor | None) -> tuple[Any, ...]:
+        start, *_ = ctx.n
+        *tensors, ticket = ctx.saved_tensors
+        need = [i for i, needs in enumerate(ctx.needs_input_grad[2 + start :]) if needs]
+        out: list[Tensor | None] = [None] * len(tensors)
+        for i, grad in zip(need, _adjoint_of(list(v[:start]), tensors, ticket, need), strict=True):
+            out[i] = grad
+        return (None, None, *[None] * start, *out)
+
+
+def _parts(tensors: Sequence[Tensor], n: Sequence[int]) -> list[list[Tensor]]:
+    rest = iter(tensors)
+    return [[next(rest) for _ in range(k)] for k in n]
+
+
+def _solve_at(x0: list[Tensor], given: list[Tensor], own: list[Tensor], *rest: Any) -> Any:
+    """With real tensors, the solve; while a graph is made, a part of it."""
+    if type(x0[0]) in _PLAIN:
+        return _solved(x0, given, own, *rest)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *own)):
+        n = len(x0), len(given), len(own)
+        return list(_Traced.apply(n, rest, *x0, *given, *own))  # type: ignore[no-untyped-call]
+    with _torch.below_autograd():
+        return solve(x0, given, own, *rest)
+
+
+def _adjoint_at(v: list[Tensor | None], tensors: list[Tensor], ticket: Tensor, need: Any) -> Any:
+    if type(ticket) in _PLAIN:
+        return _adjoint(v, tensors, ticket, need)
+    with _torch.below_autograd():
+        return _adjoint_of(v, tensors, ticket, need)
+
+
+def _above(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel where torch calls it below autograd: what a solve makes graphs of is above."""
+
+    def run(*arguments: Any) -> Any:
+        if torch.is_inference_mode_enabled():
+            return kernel(*arguments)
+        with _torch.no_inference():
+            return kernel(*arguments)
+
+    return run
+
+
+def _fake(x0: list[Tensor], given: Any, own: Any, whole: Any, moving: Any, *_: Any) -> list[Tensor]:
+    ticket = torch.empty(1, dtype=torch.int64)
+    return [*map(torch.empty_like, x0), ticket, *(torch.empty_like(own[i]) for i in moving)]
+
+
+def _fake_adjoint(v: Any, tensors: list[Tensor], ticket: Tensor, need: Any) -> list[Tensor]:
     return [torch.empty_like(tensors[i]) for i in need]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x0, given, own, whole, moving, *_ = inputs
-    ctx.n = len(x0), len(given), len(own)
-    ctx.numbers = [None] * len(whole), [None] * len(moving)  # which have no gradient
-    ctx.save_for_backward(*given, *own, output[len(x0)])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    n, given, own = ctx.n
-    *tensors, ticket = ctx.saved_tensors
-    _, *needed = ctx.needs_input_grad[:3]
-    need = [i for i, needs in enumerate([*needed[0], *needed[1]]) if needs]
-    found = adjoint(list(grads[:n]), tensors, ticket, need)
-    out: list[Tensor | None] = [None] * (given + own)
-    for i, grad in zip(need, found, strict=True):
-        out[i] = grad
-    return [None] * n, out[:given], out[given:], *ctx.numbers, *(None,) * 5
-
-
-solve.register_autograd(_backward, setup_context=_save)
+_library = torch.library.Library("fpi_cuda", "FRAGMENT")
+# A device can't record what a host decides.
+_tags = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+_library.define(
+    "_layer(Tensor[] x0, Tensor[] given, Tensor[] own, SymInt[] whole, int[] moving, int handle, "
+    "int spec, bool cold, bool grad, ScalarType? autocast) -> Tensor[]",
+    tags=_tags,
+)
+_library.define(
+    "_layer_adjoint(Tensor?[] v, Tensor[] tensors, Tensor ticket, int[] need) -> Tensor[]",
+    tags=_tags,
+)
+for _name, _at, _kernel, _shapes in (
+    ("_layer", _solve_at, _solved, _fake),
+    ("_layer_adjoint", _adjoint_at, _adjoint, _fake_adjoint),
+):
+    _library.impl(_name, _at, "Autograd")
+    _library.impl(_name, _above(_kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fpi_cuda::{_name}", _shapes, lib=_library)
+solve = torch.ops.fpi_cuda._layer.default
+_adjoint_of = torch.ops.fpi_cuda._layer_adjoint.default
