@@ -370,6 +370,22 @@ def before_compile(f: Any) -> Any:
     return f._torchdynamo_orig_callable
 
 
+def apart(f: Callable[..., Any], *arguments: Any) -> Any:
+    """f(*arguments), as it is where torch.compile makes a graph: the graph breaks there.
+
+    Also where a frame could not be compiled, and each function that it calls would be. Nothing
+    public says that a compiler looks at frames.
+    """
+    if torch.compiler.is_compiling():
+        if exporting():
+            return f(*arguments)
+    elif _looking() is None:
+        return f(*arguments)
+    from ._uncompiled import call
+
+    return call(f, *arguments)
+
+
 def constant_in_graphs(f: Callable[..., Any]) -> Callable[..., Any]:
     """The function, which torch.compile calls while it makes a graph, for a constant of that.
 
@@ -377,6 +393,24 @@ def constant_in_graphs(f: Callable[..., Any]) -> Callable[..., Any]:
     """
     f._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return f
+
+
+@constant_in_graphs
+def only_gradients() -> bool:
+    """Whether all transforms that run are torch.func's grad and vjp; of a graph that is made."""
+    kinds = {level.key() for level in _functorch.get_interpreter_stack() or ()}
+    return kinds <= {_functorch.TransformType.Grad}
+
+
+def exporting() -> bool:
+    """Whether torch.export makes a program; `torch.compiler.is_exporting` says so of any graph.
+
+    (Where torch 2.11's compiler traces it.)
+    """
+    return torch.compiler._is_exporting_flag
+
+
+_looking = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 
 # torch.jit is deprecated since 2.5 and may go; these say what its results are, while it is there.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ._torch import apart
 from .adjoint import ImplicitAdjoint
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State
@@ -138,9 +138,5 @@ def solve(
     keywords: Mapping[str, Any] | None = None,
 ) -> Solution:
     """What `fixed_point` does; for `keywords` see `enter`."""
-    if torch.compiler.is_compiling():
-        # A loop whose length depends on the data: one graph break, and the solve runs as it is.
-        from ._uncompiled import uncompiled
-
-        return uncompiled(g, x0, inputs, params, options, keywords)  # type: ignore[no-any-return]
-    return enter(g, x0, inputs, params, options, keywords)
+    # A loop whose length depends on the data.
+    return apart(enter, g, x0, inputs, params, options, keywords)  # type: ignore[no-any-return]

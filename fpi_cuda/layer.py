@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import attribute, constant_in_graphs
+from ._torch import apart, attribute, constant_in_graphs, exporting, only_gradients, transforming
 from .adjoint import ImplicitAdjoint
 from .arguments import Arguments
 from .derivatives import differentiable
@@ -84,7 +84,7 @@ class FixedPointLayer(nn.Module):
     state_shape: Any
     eval_factor: float = 1.0
     norm_weights: Any = None
-    last: Solution | None
+    _last: Solution | None = None
     _fits: Any = None  # state_shape and a batch size that are no mistake
     _warm: Warm | None = None
     _plan: Any = None  # a `compiled.Plan`, where the layer is part of a compiled graph
@@ -125,8 +125,17 @@ class FixedPointLayer(nn.Module):
         self.state_shape = state_shape
         for name in _OPTIONS:
             setattr(self, name, getattr(options, name))
-        self.last = None
         self.warm = warm
+
+    @property
+    def last(self) -> Solution | None:
+        """The record of the last call, detached; None before the first."""
+        # A compiled graph leaves it when it runs, not while it is made.
+        return apart(_last, self)  # type: ignore[no-any-return]
+
+    @last.setter
+    def last(self, last: Solution | None) -> None:
+        self._last = last
 
     @property
     def warm(self) -> Warm | None:
@@ -180,19 +189,19 @@ class FixedPointLayer(nn.Module):
         Raises:
             TypeError: no input and no x0 was given; key is a tensor or not hashable.
         """
-        if torch.compiler.is_compiling():
-            found = self._compiled(
-                *(inputs, x0, params, tolerance, max_iterations, sizes, key, keywords)
-            )
-            if found is not None:
-                return found
-        start, options, slot, given = self._prepared(
-            *(x0, x0 is None, inputs, params, tolerance, max_iterations, sizes, key, keywords)
-        )
+        given = x0, inputs, params, tolerance, max_iterations, sizes, key, keywords
+        if torch.compiler.is_compiling() and not exporting():
+            found = self._compiled(*given)
+            return apart(self._solved, *given) if found is None else found
+        return self._solved(*given)
+
+    def _solved(self, x0: State | None, inputs: Sequence[Any], params: Any, *of_call: Any) -> Any:
+        """The output; for the arguments see `_prepared`."""
+        start, options, slot, given = self._prepared(x0, x0 is None, inputs, params, *of_call)
         solution = solve(self.g, start, inputs, params, options, given)
         self.last = kept(solution)
         if slot is not None:
-            _apart(slot.keep)(self.last)
+            slot.keep(self.last)
         # What is kept, for a warm start and for the backward, is the solver's own: the caller may
         # change the output in place.
         x = solution.x
@@ -231,33 +240,24 @@ class FixedPointLayer(nn.Module):
             options = options._replace(max_iterations=max_iterations)
         slot = None
         if self._warm is not None:
-            begin = _apart(self._warm.begin)
-            x0, slot = begin(x0, key, not cold)
+            x0, slot = self._warm.begin(x0, key, not cold)
             options = options._replace(memory=slot)
         return x0, options, slot, given
 
-    def _compiled(
-        self,
-        inputs: Sequence[Any],
-        x0: State | None,
-        params: Any,
-        tolerance: Tolerance | None,
-        max_iterations: Any,
-        sizes: Tensor | None,
-        key: Hashable,
-        keywords: dict[str, Any],
-    ) -> Any:
-        """The output as one operator of the graph that is being compiled; None: it can't be one."""
+    def _compiled(self, x0: State | None, inputs: Sequence[Any], params: Any, *of_call: Any) -> Any:
+        """The output as one operator of the graph that is being made; None: it can't be one."""
         from .compiled import call
 
+        if transforming() and not only_gradients():
+            return None
         self._planned()
+        names = "tolerance", "max_iterations", "sizes", "key", "keywords"
+        given = dict(zip(names, of_call, strict=True))
         cold = x0 is None
         if x0 is None:
             tensors = [t for t in inputs if isinstance(t, Tensor)]
-            x0 = self._zeros(tensors, inputs, params, keywords)
-        given = {"inputs": inputs, "params": params, "tolerance": tolerance}
-        given |= {"max_iterations": max_iterations, "sizes": sizes, "key": key}
-        return call(self, x0, cold, {**given, "keywords": keywords})
+            x0 = self._zeros(tensors, inputs, params, given["keywords"])
+        return call(self, x0, cold, {"inputs": inputs, "params": params, **given})
 
     @constant_in_graphs
     def _planned(self) -> bool:
@@ -384,16 +384,15 @@ class FixedPointLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the record of the last call, what is kept between calls, and a graph's handle."""
-        state = {**self.__dict__, "last": None}
+        state = {**self.__dict__, "_last": None}
         state.pop("_plan", None)
         if self._warm is not None:  # copy.copy would share it
             state["_warm"] = Warm(self._warm.capacity)
         return state
 
 
-def _apart(f: Any) -> Any:
-    """F as it is where torch.compile traces: it asks for locks and counts."""
-    return torch.compiler.disable(f) if torch.compiler.is_compiling() else f
+def _last(layer: FixedPointLayer) -> Solution | None:
+    return layer._last
 
 
 def _is_shape(v: Any) -> bool:

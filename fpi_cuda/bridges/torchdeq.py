@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import drivers
 from .._check import check_whole
+from .._torch import apart
 from ..adjoint import ImplicitAdjoint
 from ..modules import Binding
 from ..norms import row_norms
@@ -103,11 +104,7 @@ def register(
         check_whole(name, "max_iter", max_iter, least=0)
         task = _Task(name, max_iter, tol, stop_mode == "rel", indexing or (), return_final)
         given = func, x0, task, _changed(name, options, more) if more else options
-        if torch.compiler.is_compiling():
-            from .._uncompiled import call
-
-            return call(_solve, *given)  # type: ignore[no-any-return]
-        return _solve(*given)
+        return apart(_solve, *given)  # type: ignore[no-any-return]
 
     _solver.register_solver(name, solve)
 

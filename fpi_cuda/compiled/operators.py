@@ -243,6 +243,23 @@ class _Traced(Function):
         return (None, None, *[None] * start, *out)
 
 
+class _Once(Function):
+    """The adjoint, which has no derivative in a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, ticket: Tensor, need: Sequence[int], *tensors: Any) -> Any:
+        with _torch.below_autograd():
+            return tuple(_adjoint_of(list(tensors[:n]), list(tensors[n:]), ticket, need))
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "FixedPointLayer: a compiled graph has first derivatives of a layer only (a second one "
+            "was asked for); take it of the layer outside of torch.compile, whose derivatives are "
+            "of every order"
+        )
+
+
 def _parts(tensors: Sequence[Tensor], n: Sequence[int]) -> list[list[Tensor]]:
     rest = iter(tensors)
     return [[next(rest) for _ in range(k)] for k in n]
@@ -262,6 +279,8 @@ def _solve_at(x0: list[Tensor], given: list[Tensor], own: list[Tensor], *rest: A
 def _adjoint_at(v: list[Tensor | None], tensors: list[Tensor], ticket: Tensor, need: Any) -> Any:
     if type(ticket) in _PLAIN:
         return _adjoint(v, tensors, ticket, need)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*v, *tensors)):
+        return list(_Once.apply(len(v), ticket, need, *v, *tensors))  # type: ignore[no-untyped-call]
     with _torch.below_autograd():
         return _adjoint_of(v, tensors, ticket, need)
 

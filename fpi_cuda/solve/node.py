@@ -145,7 +145,7 @@ class FixedPoint(Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, _: Any) -> tuple[Any, ...]:
         if not _torch.graphless():
-            return FixedPoint.gradients(ctx, v, ctx.saved_tensors)
+            return _torch.apart(FixedPoint.gradients, ctx, v, ctx.saved_tensors)  # type: ignore[no-any-return]
         with _torch.no_inference():
             saved = list(map(_torch.normal, ctx.saved_tensors))
             return FixedPoint.gradients(ctx, v if v is None else _torch.normal(v), saved)
