@@ -192,8 +192,9 @@ class FixedPointLayer(nn.Module):
         given = x0, inputs, params, tolerance, max_iterations, sizes, key, keywords
         if torch.compiler.is_compiling() and not exporting():
             found = self._compiled(*given)
-            return apart(self._solved, *given) if found is None else found
-        return self._solved(*given)
+            if found is not None:
+                return found
+        return apart(self._solved, *given)
 
     def _solved(self, x0: State | None, inputs: Sequence[Any], params: Any, *of_call: Any) -> Any:
         """The output; for the arguments see `_prepared`."""

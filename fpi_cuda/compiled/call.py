@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import BUFFERS, PARAMETERS
 from ..tree import build, flatten
 from .given import Unknown, registered, taken
 from .operators import solve
@@ -33,10 +34,10 @@ def call(layer: Any, x0: Any, cold: bool, given: dict[str, Any]) -> Any:
         spec = taken(given, tensors, whole)
     except Unknown:
         return None
-    own: list[Tensor] = [m._parameters[name] for m, name in plan.params]
+    own: list[Tensor] = [getattr(m, PARAMETERS)[name] for m, name in plan.params]
     moving, at = [], []
     for m, name in plan.buffers:
-        buffer = m._buffers[name]
+        buffer = getattr(m, BUFFERS)[name]
         if m.training:  # in which modules move theirs, once a solve
             moving.append(buffer)
             at.append(len(own))

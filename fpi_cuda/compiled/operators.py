@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .. import _torch
-from ..solution import Solution, kept
+from ..solution import kept
 from ..solve.entry import Posed, pose
 from ..solve.linear import direction_of
 from ..solve.node import gradients
-from ..solve.problem import Report
+from ..solve.problem import Problem, Report
 from ..solve.route import solve as route
+from ..state import State
 from ..tree import build, flatten
 from .given import together
 from .plan import plan_of
@@ -36,7 +37,8 @@ class _Kept(bytearray):
     So it lives exactly as long as the graph's saved tensors do. Its bytes are its number.
     """
 
-    posed: Posed
+    problem: Problem
+    state: State
     report: Report
     x: Tensor  # the solver's
     keep: Tensor | None
@@ -95,8 +97,13 @@ def _solved(
     plan, layer = plan_of(handle)
     device = x0[0].device.type
     attached = torch.is_grad_enabled()
-    if not attached:
-        given, own = [t.detach() for t in given], [t.detach() for t in own]
+    if attached and _torch.transforming():
+        raise RuntimeError(
+            'FixedPointLayer: under torch.func a graph must be of backend="aot_eager", "inductor" '
+            'or another that differentiates by itself (got one that does not, as "eager"); take '
+            "torch.func outside of torch.compile, or the layer out of the graph by "
+            "torch.compiler.disable"
+        )
     call = together(spec, given, whole)
     mode: contextlib.AbstractContextManager[Any] = _NOTHING
     if autocast is not None:
@@ -119,7 +126,8 @@ def _solved(
         if attached:
             x = options.adjoint.attach(problem, posed.state.packed, tensors, report)
         else:
-            x, keep, _ = route(direction_of(problem, posed.state.packed, tensors), report)
+            plain = [t.detach() for t in tensors]
+            x, keep, _ = route(direction_of(problem, posed.state.packed, plain), report)
         if report.closure:
             raise RuntimeError(
                 "FixedPointLayer: in a compiled graph g must not capture a tensor that needs "
@@ -128,19 +136,21 @@ def _solved(
             )
         moved = _settled(posed, x, own, grad)
         assert report.record is not None
-        solution = Solution(posed.state.unpack(x), report.record)
+        solution = posed.solution(x, report.record)
         layer.last = kept(solution)
         if slot is not None:
             slot.keep(layer.last)
-        made = _new()
+        ticket = torch.zeros(1, dtype=torch.int64)
         if grad and not attached:
             at = {id(t): i for i, t in reversed(list(enumerate([*given, *own])))}
+            made = _new()
             made.order = [at[id(t)] for t in tensors]
-            made.posed, made.report, made.x, made.keep = posed, report, x, keep
+            made.problem, made.state, made.report = problem, posed.state, report
+            made.x, made.keep, ticket = x, keep, made.ticket
     # Laid out as the start is, as the compiler was told; and nobody else's.
     leaves = [torch.empty_like(t).copy_(p) for t, p in zip(x0, flatten(solution.x)[0], strict=True)]
     n = 0 if binding is None else len(binding.params)
-    return [*leaves, made.ticket, *(moved[i - n].clone() for i in moving)]
+    return [*leaves, ticket, *(moved[i - n].clone() for i in moving)]
 
 
 def _settled(posed: Posed, x: Tensor, own: Sequence[Tensor], grad: bool) -> Sequence[Tensor]:
@@ -153,7 +163,7 @@ def _settled(posed: Posed, x: Tensor, own: Sequence[Tensor], grad: bool) -> Sequ
     if left:
         with torch.set_grad_enabled(grad and left == "attributes"):
             leaves = [_torch.normal(t) for t in own[:n]]
-            if grad:
+            if grad:  # also where no autograd follows them here
                 leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in leaves]
             g = map.taking(binding.bind([*leaves, *buffers]), posed.params)
             g(map.unpack(x.detach()), *posed.inputs)
@@ -165,7 +175,7 @@ def _settled(posed: Posed, x: Tensor, own: Sequence[Tensor], grad: bool) -> Sequ
             )
         binding.move()
         buffers = binding.moved
-    binding.close()
+    binding.close(keep=grad)
     return buffers
 
 
@@ -184,14 +194,14 @@ def _adjoint(
         A gradient for each of those.
     """
     made = _all_kept[int(ticket)]
-    posed, x, keep = made.posed, made.x, made.keep
+    x, keep = made.x, made.keep
     plain = [t.detach() for t in tensors]
     if keep is None:
         keep = torch.ones(x.shape[:1], dtype=torch.bool, device=x.device)
     wanted = [i for i, of in enumerate(made.order) if of in need]
     with torch.no_grad(), _torch.unhooked():
         found = gradients(
-            *(posed.problem, made.report, x, keep, _packed(posed, x, v)),
+            *(made.problem, made.report, x, keep, _packed(made.state, x, v)),
             *([plain[i] for i in made.order], wanted),
         )
     sums: dict[int, Tensor] = {}
@@ -199,12 +209,25 @@ def _adjoint(
         if grad is not None:
             of = made.order[i]
             sums[of] = sums[of] + grad if of in sums else grad
-    return [sums[i].clone() if i in sums else torch.zeros_like(plain[i]) for i in need]
+    # What an operator returns shares no memory: of f(x) + z₁ + z₂ both gradients are c.
+    taken = {_place(t) for t in (*v, *tensors) if t is not None}
+    out = []
+    for i in need:
+        grad = sums.get(i)
+        grad = torch.zeros_like(plain[i]) if grad is None else grad
+        if _place(grad) in taken or grad.stride() != plain[i].stride():
+            grad = torch.empty_like(plain[i]).copy_(grad)
+        taken.add(_place(grad))
+        out.append(grad)
+    return out
 
 
-def _packed(posed: Posed, x: Tensor, v: Sequence[Tensor | None]) -> Tensor:
+def _place(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _packed(state: State, x: Tensor, v: Sequence[Tensor | None]) -> Tensor:
     """The gradient by the solver's one tensor, of those by the leaves of the user's state."""
-    state = posed.state
     if not state.structure:
         return torch.zeros_like(x) if v[0] is None else v[0].detach()
     with torch.enable_grad():
@@ -306,6 +329,7 @@ def _fake_adjoint(v: Any, tensors: list[Tensor], ticket: Tensor, need: Any) -> l
     return [torch.empty_like(tensors[i]) for i in need]
 
 
+_operators = torch.ops.fpi_cuda
 _library = torch.library.Library("fpi_cuda", "FRAGMENT")
 # A device can't record what a host decides.
 _tags = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
@@ -325,5 +349,5 @@ for _name, _at, _kernel, _shapes in (
     _library.impl(_name, _at, "Autograd")
     _library.impl(_name, _above(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fpi_cuda::{_name}", _shapes, lib=_library)
-solve = torch.ops.fpi_cuda._layer.default
-_adjoint_of = torch.ops.fpi_cuda._layer_adjoint.default
+solve = _operators._layer.default
+_adjoint_of = _operators._layer_adjoint.default
