@@ -395,13 +395,6 @@ def constant_in_graphs(f: Callable[..., Any]) -> Callable[..., Any]:
     return f
 
 
-@constant_in_graphs
-def only_gradients() -> bool:
-    """Whether all transforms that run are torch.func's grad and vjp; of a graph that is made."""
-    kinds = {level.key() for level in _functorch.get_interpreter_stack() or ()}
-    return kinds <= {_functorch.TransformType.Grad}
-
-
 def exporting() -> bool:
     """Whether torch.export makes a program; `torch.compiler.is_exporting` says so of any graph.
 

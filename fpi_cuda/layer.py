@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import apart, attribute, constant_in_graphs, exporting, only_gradients, transforming
+from ._torch import apart, attribute, constant_in_graphs, exporting, transforming
 from .adjoint import ImplicitAdjoint
 from .arguments import Arguments
 from .derivatives import differentiable
@@ -249,7 +249,7 @@ class FixedPointLayer(nn.Module):
         """The output as one operator of the graph that is being made; None: it can't be one."""
         from .compiled import call
 
-        if transforming() and not only_gradients():
+        if transforming():
             return None
         self._planned()
         names = "tolerance", "max_iterations", "sizes", "key", "keywords"

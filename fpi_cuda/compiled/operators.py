@@ -97,13 +97,6 @@ def _solved(
     plan, layer = plan_of(handle)
     device = x0[0].device.type
     attached = torch.is_grad_enabled()
-    if attached and _torch.transforming():
-        raise RuntimeError(
-            'FixedPointLayer: under torch.func a graph must be of backend="aot_eager", "inductor" '
-            'or another that differentiates by itself (got one that does not, as "eager"); take '
-            "torch.func outside of torch.compile, or the layer out of the graph by "
-            "torch.compiler.disable"
-        )
     call = together(spec, given, whole)
     mode: contextlib.AbstractContextManager[Any] = _NOTHING
     if autocast is not None:
