@@ -312,13 +312,14 @@ class Account:
         """A bound of ‖x − x̂‖₂, [B], where the step certifies a Lipschitz constant k < 1, else None.
 
         (k·residual + ε)/(1 − k), with ε = 16 u √N ‖g(x)‖ for the rounding of one evaluation of g,
-        u the unit roundoff of the state, N its entries or the sample's `sizes`.
+        u the unit roundoff of the state or of autocast's dtype, N the state's entries or the
+        sample's `sizes`. Under autocast x̂ is that of g with its weights rounded so.
         """
         record, k = self.record, self.record.lipschitz
         if k is None or not 0 <= k < 1:
             return None
         scalars = record.progress.scalars
-        rounding = record.progress.limits.roundings * scalars[:, VALUE]
+        rounding = record.coarse * record.progress.limits.roundings * scalars[:, VALUE]
         return ((k * scalars[:, RESIDUAL] + rounding) / (1 - k)).view(record.batch)
 
 
@@ -333,6 +334,7 @@ class Record(Account):
     failed: int  # samples that did not converge
     evaluations: int = 0  # calls of g with any number of rows, those of the per_sample probe too
     lipschitz: float | None = None  # certified by the step, for error_bound
+    coarse: float = 1.0  # u of what g computes in by the state's, likewise
     adjoint: Record | None = None  # the backward solve's own record, filled by each backward
     tangent: Record | None = None  # likewise, of forward mode
     system: int = 1  # samples that are solved as one system
