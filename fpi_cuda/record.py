@@ -337,6 +337,7 @@ class Record(Account):
     coarse: float = 1.0  # u of what g computes in by the state's, likewise
     adjoint: Record | None = None  # the backward solve's own record, filled by each backward
     tangent: Record | None = None  # likewise, of forward mode
+    valued: bool = True  # False: shapes alone are known
     system: int = 1  # samples that are solved as one system
     mixes: bool = False  # whether g is called at mixtures of iterates, too
     trace: Tensor | None = None  # of an observed solve; and of which iterations, [T]
@@ -403,7 +404,7 @@ class Record(Account):
 
     def summary(self) -> str:
         """A line: samples by status, iterations, the largest residual, who solved it."""
-        if self.progress.counters.is_meta:
+        if not self.valued:
             return self.path
         status = self.status.reshape(-1).tolist()
         by_status = ", ".join(f"{status.count(s)} {s.name}" for s in Status if s in status)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._torch import FORWARD_HOOKS, hooked
+from .._torch import FORWARD_HOOKS, hooked, valueless
 from ..forms.activations import SLOPES, steepest
 from ..modules import Binding
 from ..steps import ConvStep, DenseEnergy, DenseStep, GradientStep, NeuralStep
@@ -62,7 +62,7 @@ def lipschitz(step: nn.Module) -> float:
 
     Returns:
         L, for the exact g: it does not know of the rounding of values in g. Infinite where a
-        weight is not finite.
+        weight is not finite; NaN where weights have no values (meta device, fake tensors).
 
     Raises:
         TypeError: the step is none of these, or has hooks, which could do anything.
@@ -241,7 +241,7 @@ def _lipschitz(step: nn.Module) -> float:
     step = _unwrapped(step)
     if (descent := _descent(step)) is not None:
         energy, size = descent
-        return _descent_lipschitz(energy, float(torch.as_tensor(size).detach()))
+        return _descent_lipschitz(energy, size)
     chain = _chain(step)
     if chain is None:
         certified = getattr(step, "certified_lipschitz", None)
@@ -252,6 +252,8 @@ def _lipschitz(step: nn.Module) -> float:
             )
         return float(certified())
     weights = [getattr(module, name) for module, name in chain.weights]
+    if any(map(valueless, weights)):
+        return math.nan
     if not all(bool(w.isfinite().all()) for w in weights):
         return math.inf
     if len(weights) == 1 and chain.residual != 0:
@@ -263,9 +265,12 @@ def _lipschitz(step: nn.Module) -> float:
     return chain.slope * (abs(chain.residual) + inner)
 
 
-def _descent_lipschitz(energy: DenseEnergy, step_size: float) -> float:
+def _descent_lipschitz(energy: DenseEnergy, size: float | Tensor) -> float:
     """The spectrum of ∂²f/∂x² = λI + W₁ᵀ diag(a ψ″) W₁ rises with every entry of a ψ″."""
     weight = energy.state_weight
+    if valueless(weight):
+        return math.nan
+    step_size = float(size.detach() if isinstance(size, Tensor) else size)
     a = torch.ones_like(weight[:, 0]) if energy.term_weight is None else energy.term_weight
     if not bool(weight.isfinite().all() and a.isfinite().all()):
         return math.inf

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import drivers
-from .._torch import attribute, transforming
+from .._torch import attribute, fake_mode, transforming, valueless
 from ..arguments import Arguments, numbers
 from ..options import Options
 from ..solution import FixedPointError, Solution, State
@@ -69,12 +69,12 @@ def enter(
     if arguments is not None:
         params = (*params, *arguments.shared)
         arguments.release()
-    if options.driver == "graph":
-        drivers.check(options.driver, packed.device)
     ways = state.pack, state.unpack
     map = UserMap(g, len(inputs), len(params), *ways, arguments, options.has_aux)
-    if packed.is_meta:
-        return shapes(map.taking(g, params), state, inputs, options)
+    if packed.is_meta or fake_mode(packed, *inputs, *params) is not None:
+        return shapes(map.taking(g, params), state, inputs, params, options)
+    if options.driver == "graph":
+        drivers.check(options.driver, packed.device)
     if params:
         together = together or any(numbers(t) for t in params)
     shown = None
@@ -100,13 +100,21 @@ def enter(
             return None
         return Again(given, modules, map, arguments, inputs, params, x, problem.context)
 
+    own = map.own
     try:
-        own = map.own
         x = options.adjoint.attach(problem, packed, (*inputs, *params, *own), report)
     except FixedPointError as error:
         solution = error.solution
         if solution.record is report.record:  # not one of a solve within g
             solution._again = again(solution.x)
+        raise
+    except Exception as error:
+        if any([valueless(t) for t in own]):
+            error.add_note(
+                "fixed_point: x0 has values and a parameter or buffer of g has none, on the meta "
+                "device or as a fake tensor; load it first (to_empty, load_state_dict), or give "
+                "x0 and inputs of the same kind, for shapes alone"
+            )
         raise
     finally:
         if shown is not None:
