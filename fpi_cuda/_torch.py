@@ -142,7 +142,8 @@ def unhooked() -> contextlib.AbstractContextManager[Any]:
 
 
 # What proxy_tensor.get_proxy_mode() asks, at a tenth of its cost: each solve asks.
-_get_dispatch_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
+_get_dispatch_mode = torch._C._get_dispatch_mode
+_PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 
 
 def recording() -> bool:
@@ -254,6 +255,11 @@ def storage_id(t: Tensor) -> int:
 _KINDS = frozenset({Tensor, nn.Parameter})
 
 
+def odd(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those that may have no values: each solve asks, and seldom is there one to look at."""
+    return [t for t in tensors if t.is_meta or type(t) not in _KINDS]
+
+
 def fake_mode(*tensors: Tensor) -> Any:
     """The mode of the first tensor that is fake, behind whatever transforms; None: none is.
 
@@ -267,6 +273,11 @@ def fake_mode(*tensors: Tensor) -> Any:
         if type(t) not in _KINDS and isinstance(t, FakeTensor):
             return t.fake_mode
     return None
+
+
+def fake_world(*tensors: Tensor) -> Any:
+    """The mode that is on, else that of a tensor; None: values are made here."""
+    return _get_dispatch_mode(_FAKE) or fake_mode(*tensors)
 
 
 def valueless(t: Tensor) -> bool:

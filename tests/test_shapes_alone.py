@@ -1,7 +1,6 @@
 """Solves where there are shapes and no values: on the meta device, and of fake tensors."""
 
 import contextlib
-import copy
 
 import pytest
 import torch
@@ -180,9 +179,20 @@ def test_one_world_at_a_time():
     assert "of the same kind" in caught.value.__notes__[0]
     with mode, pytest.raises(ValueError, match="must all be fake"):
         layer(z)
-    with pytest.raises(RuntimeError) as caught:
-        copy.deepcopy(layer).to("meta")(z)
-    assert "a parameter or buffer of g has none" in caught.value.__notes__[-1]
+    layer.g.state_weight = nn.Parameter(torch.ones(3, 3, device="meta"))
+    with pytest.raises(ValueError, match="parameters and buffers of g must have values"):
+        layer(z)
+    mixing = FakeTensorMode(allow_non_fake_inputs=True)
+    with mixing:
+        w, fake = torch.ones(3), FixedPointLayer(DenseStep(3, 3))
+        assert isinstance(fixed_point(torch.sin, z).x, FakeTensor)
+    assert isinstance(fake(z), FakeTensor)  # by its parameters alone
+    with pytest.raises(ValueError, match="must return values"):
+        fixed_point(lambda x: 0.1 * w * x, z)
+    with mode:
+        fake = FixedPointLayer(DenseStep(3, 3))
+    with pytest.raises(ValueError, match="must all be fake"):
+        fake(z)
 
 
 def test_a_model_made_on_the_meta_device_is_filled_later():

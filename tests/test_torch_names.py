@@ -448,6 +448,11 @@ def test_a_tensor_without_values_is_seen_behind_transforms():
     for t in (x, w):
         assert _torch.fake_mode(plain, t) is mode  # outside of the mode too
         assert _torch.valueless(t)
+        assert _torch.fake_world(plain, t) is mode
+    assert _torch.fake_world(plain) is None
+    assert [t is w for t in _torch.odd([plain, nn.Parameter(plain), w])] == [True]
+    with mode:
+        assert _torch.fake_world(plain) is mode
     assert _torch.fake_mode(plain, nn.Parameter(plain)) is None
     assert seen_in(torch.vmap, _torch.fake_mode) is None
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import drivers
-from .._torch import attribute, fake_mode, transforming, valueless
+from .._torch import attribute, fake_mode, fake_world, odd, transforming
 from ..arguments import Arguments, numbers
 from ..options import Options
 from ..solution import FixedPointError, Solution, State
@@ -17,7 +17,7 @@ from ..state import check_inputs, state_of
 from .again import Again
 from .independence import samples_of
 from .maps import UserMap
-from .meta import shapes
+from .meta import refuse_meta, shapes
 from .problem import Context, Problem, Report
 
 
@@ -71,7 +71,7 @@ def enter(
         arguments.release()
     ways = state.pack, state.unpack
     map = UserMap(g, len(inputs), len(params), *ways, arguments, options.has_aux)
-    if packed.is_meta or fake_mode(packed, *inputs, *params) is not None:
+    if packed.is_meta or fake_world(packed, *inputs, *params) is not None:
         return shapes(map.taking(g, params), state, inputs, params, options)
     if options.driver == "graph":
         drivers.check(options.driver, packed.device)
@@ -101,20 +101,16 @@ def enter(
         return Again(given, modules, map, arguments, inputs, params, x, problem.context)
 
     own = map.own
+    if strange := odd(own):
+        if fake_mode(*strange) is not None:
+            return shapes(map.taking(g, params), state, inputs, params, options, own)
+        refuse_meta(strange)
     try:
         x = options.adjoint.attach(problem, packed, (*inputs, *params, *own), report)
     except FixedPointError as error:
         solution = error.solution
         if solution.record is report.record:  # not one of a solve within g
             solution._again = again(solution.x)
-        raise
-    except Exception as error:
-        if any([valueless(t) for t in own]):
-            error.add_note(
-                "fixed_point: x0 has values and a parameter or buffer of g has none, on the meta "
-                "device or as a fake tensor; load it first (to_empty, load_state_dict), or give "
-                "x0 and inputs of the same kind, for shapes alone"
-            )
         raise
     finally:
         if shown is not None:

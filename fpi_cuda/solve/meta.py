@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._torch import fake_mode, recording, stripped
+from .._torch import fake_mode, fake_world, recording, stripped
 from ..captures import carries_tangent, primals
 from ..options import Options
 from ..record import NEVER, Progress, Record
@@ -17,7 +17,7 @@ from ..solution import Solution
 from ..state import State
 from .maps import check_output, pair
 
-__all__ = ["shapes"]
+__all__ = ["refuse_meta", "shapes"]
 
 META = "meta: shapes only, g called once"
 FAKE = "fake: shapes only, g called once"
@@ -33,8 +33,17 @@ def shapes(
     inputs: Sequence[Tensor],
     params: Sequence[Tensor],
     options: Options,
+    own: Sequence[Tensor] = (),
 ) -> Solution:
     """What a solve returns, from one call of g(x, *inputs); gradients have their shapes too.
+
+    Args:
+        g: f(x, *inputs), with the params put in.
+        state: where to start; it may have values.
+        inputs: see `fixed_point`.
+        params: see there.
+        options: see there.
+        own: tensors of g's modules, where one of them is fake.
 
     Raises:
         ValueError: a tensor is fake and another is not, where their mode mixes none.
@@ -47,7 +56,7 @@ def shapes(
             "torch.func.linearize does, or torch.compile what calls the layer"
         )
     x0 = state.packed.detach()
-    mode = None if x0.is_meta else fake_mode(x0, *inputs, *params)
+    mode = None if x0.is_meta else fake_world(x0, *inputs, *params, *own)
     if mode is not None:
         x0 = x0 if fake_mode(x0) is not None else mode.from_tensor(x0)
         _check_fake(mode, (*inputs, *params))
@@ -79,13 +88,29 @@ def shapes(
         return Solution(state.unpack(x), record, aux)
 
 
+def refuse_meta(tensors: Sequence[Tensor]) -> None:
+    """Raise where tensors of g's modules have no values, for an x0 that has them.
+
+    Raises:
+        ValueError: one is on the meta device.
+    """
+    for t in tensors:
+        if t.is_meta:
+            raise ValueError(
+                "fixed_point: parameters and buffers of g must have values where x0 has (got one "
+                f"of shape {tuple(t.shape)} on the meta device); fill them first (to_empty, "
+                "load_state_dict), or give x0 and inputs on the meta device, for shapes alone"
+            )
+
+
 def _check_fake(mode: Any, tensors: Sequence[Tensor]) -> None:
     for t in tensors:
         if not mode.allow_non_fake_inputs and fake_mode(t) is None:
             raise ValueError(
-                "fixed_point: inputs and params must all be fake where x0 or one of them is (got a "
-                f"{type(t).__name__} of shape {tuple(t.shape)} with values); write "
-                "mode.from_tensor(t), or FakeTensorMode(allow_non_fake_inputs=True)"
+                "fixed_point: inputs and params must all be fake where one of them, x0 or a "
+                "parameter of g is, or where a FakeTensorMode is on (got shape "
+                f"{tuple(t.shape)} with values); write mode.from_tensor(t), or "
+                "FakeTensorMode(allow_non_fake_inputs=True)"
             )
 
 
