@@ -20,6 +20,7 @@ from fpi_cuda import (
     Tolerance,
     fixed_point,
 )
+from fpi_cuda.compat import fixed_point_iteration
 from fpi_cuda.contraction import Certified, lipschitz, spectral_normalize
 
 WITHOUT = {"meta": lambda: torch.device("meta"), "fake": FakeTensorMode}
@@ -138,6 +139,19 @@ def test_transforms_and_forward_mode_have_shapes(without):
     over = torch.vmap(lambda x0, z: layer(z, x0=x0), in_dims=(1, 0))
     assert over(torch.ones(4, 5, 3), torch.ones(5, 4, 3)).shape == (5, 4, 3)
     assert layer.last.iterations.shape == (5, 4) and valueless(layer.last.iterations)
+
+
+@pytest.mark.parametrize("accelerate", [True, False])
+def test_the_old_layer_has_shapes(without, accelerate):
+    y, x0 = (torch.ones(4, 3, requires_grad=True),), (torch.zeros(4, 3), torch.zeros(4, 2))
+
+    def g(x, y):
+        return 0.5 * x[0] + y[0], 0.5 * x[1]
+
+    x = fixed_point_iteration(y, x0, g, accelerate=accelerate)
+    assert [t.shape for t in x] == [(4, 3), (4, 2)] and all(map(valueless, x))
+    x[0].sum().backward()
+    assert y[0].grad.shape == (4, 3)
 
 
 def test_operations_are_counted_and_values_are_not_looked_at(without):

@@ -103,7 +103,7 @@ def enter(
     own = map.own
     if strange := odd(own):
         if fake_mode(*strange) is not None:
-            return shapes(map.taking(g, params), state, inputs, params, options, own)
+            return shapes(map.taking(map.g, params), state, inputs, params, options, own)
         refuse_meta(strange)
     try:
         x = options.adjoint.attach(problem, packed, (*inputs, *params, *own), report)
