@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# A mode in which tensors have shapes and no values. `import torch` itself has loaded the module.
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function, forward_ad
 from torch.fx.experimental import proxy_tensor
 
@@ -144,7 +147,8 @@ def unhooked() -> contextlib.AbstractContextManager[Any]:
 
 
 # What proxy_tensor.get_proxy_mode() asks, at a tenth of its cost: each solve asks.
-_get_dispatch_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
+_get_dispatch_mode = torch._C._get_dispatch_mode
+_PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 
 
 def recording() -> bool:
@@ -251,6 +255,39 @@ lift_fresh = torch.ops.aten.lift_fresh.default
 def storage_id(t: Tensor) -> int:
     """What tells one storage from another; the public data_ptr() is 0 where there is no memory."""
     return t.untyped_storage()._cdata  # type: ignore[no-any-return]
+
+
+_KINDS = frozenset({Tensor, nn.Parameter})
+
+
+def odd(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those that may have no values: each solve asks, and seldom is there one to look at."""
+    return [t for t in tensors if t.is_meta or type(t) not in _KINDS]
+
+
+def fake_mode(*tensors: Tensor) -> Any:
+    """The mode of the first tensor that is fake, behind whatever transforms; None: none is.
+
+    torch's own function for it looks into subclasses first, and costs twenty times as much.
+    """
+    wraps = transforming()
+    for given in tensors:
+        t = given
+        while wraps and wrapped(t):
+            t = unwrapped(t)
+        if type(t) not in _KINDS and isinstance(t, FakeTensor):
+            return t.fake_mode
+    return None
+
+
+def fake_world(*tensors: Tensor) -> Any:
+    """The mode that is on, else that of a tensor; None: values are made here."""
+    return _get_dispatch_mode(_FAKE) or fake_mode(*tensors)
+
+
+def valueless(t: Tensor) -> bool:
+    """Whether there are shapes and no values: on the meta device, or where the tensor is fake."""
+    return t.is_meta or fake_mode(t) is not None
 
 
 # ---- operators ----

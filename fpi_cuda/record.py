@@ -312,13 +312,14 @@ class Account:
         """A bound of ‖x − x̂‖₂, [B], where the step certifies a Lipschitz constant k < 1, else None.
 
         (k·residual + ε)/(1 − k), with ε = 16 u √N ‖g(x)‖ for the rounding of one evaluation of g,
-        u the unit roundoff of the state, N its entries or the sample's `sizes`.
+        u the unit roundoff of the state or of autocast's dtype, N the state's entries or the
+        sample's `sizes`. Under autocast x̂ is that of g with its weights rounded so.
         """
         record, k = self.record, self.record.lipschitz
         if k is None or not 0 <= k < 1:
             return None
         scalars = record.progress.scalars
-        rounding = record.progress.limits.roundings * scalars[:, VALUE]
+        rounding = record.coarse * record.progress.limits.roundings * scalars[:, VALUE]
         return ((k * scalars[:, RESIDUAL] + rounding) / (1 - k)).view(record.batch)
 
 
@@ -333,8 +334,10 @@ class Record(Account):
     failed: int  # samples that did not converge
     evaluations: int = 0  # calls of g with any number of rows, those of the per_sample probe too
     lipschitz: float | None = None  # certified by the step, for error_bound
+    coarse: float = 1.0  # u of what g computes in by the state's, likewise
     adjoint: Record | None = None  # the backward solve's own record, filled by each backward
     tangent: Record | None = None  # likewise, of forward mode
+    valued: bool = True  # False: shapes alone are known
     system: int = 1  # samples that are solved as one system
     mixes: bool = False  # whether g is called at mixtures of iterates, too
     trace: Tensor | None = None  # of an observed solve; and of which iterations, [T]
@@ -401,7 +404,7 @@ class Record(Account):
 
     def summary(self) -> str:
         """A line: samples by status, iterations, the largest residual, who solved it."""
-        if self.progress.counters.is_meta:
+        if not self.valued:
             return self.path
         status = self.status.reshape(-1).tolist()
         by_status = ", ".join(f"{status.count(s)} {s.name}" for s in Status if s in status)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_whole
+from ._torch import valueless
 from .captures import followed
 from .norms import row_norms
 from .record import Record, Status, accumulate_dtype
@@ -56,6 +57,8 @@ class Slot:
 
     def keep(self, solution: Solution) -> None:
         """The forward solve's x̂; its x is detached, and written to by nobody."""
+        if any(map(valueless, flatten(solution.x)[0])):  # by fake inputs alone
+            return
         fine = _fine(solution.record)
         if fine is None:
             self.x = solution.x
@@ -139,10 +142,10 @@ class Warm:
             given: whether it is the caller's, which stays.
 
         Returns:
-            The start; and the slot, None where a transform or forward mode follows the tensors:
-            they end with it.
+            The start; and the slot, None where a transform or forward mode follows the tensors,
+            which end with it, and where they have no values.
         """
-        if followed():
+        if followed() or any(map(valueless, flatten(x0)[0])):
             return x0, None
         slot = self._slot(_like(x0), key)
         x, slot.x = slot.x, None  # a solve that raises leaves none

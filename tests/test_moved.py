@@ -16,6 +16,7 @@ from fpi_cuda.contraction import Certified, spectral_normalize
 # Where classes that users pickle stood, by where they stand.
 BEFORE = {
     "fpi_cuda.contraction.certificate": "fpi_cuda.contraction",
+    "fpi_cuda.contraction.held": "fpi_cuda.contraction",
     "fpi_cuda.steps.conv": "fpi_cuda.conv",
     "fpi_cuda.steps.dense": "fpi_cuda.dense",
     "fpi_cuda.steps.paper": "fpi_cuda.steps",

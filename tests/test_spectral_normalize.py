@@ -11,8 +11,16 @@ from helpers_contraction import matrix
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fpi_cuda import ConvStep, DenseEnergy, DenseStep, FixedPointLayer, GradientStep, NeuralStep
-from fpi_cuda.contraction import convolution_norm, lipschitz, spectral_normalize
+from fpi_cuda import (
+    ConvStep,
+    DenseEnergy,
+    DenseStep,
+    FixedPointLayer,
+    GradientStep,
+    NeuralStep,
+    fixed_point,
+)
+from fpi_cuda.contraction import Certified, convolution_norm, lipschitz, spectral_normalize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -245,6 +253,70 @@ def test_half_and_moved_dtypes():
             else:
                 norms = (matrix(layer.weight.detach().double(), size) for layer in step.layers)
                 assert math.prod(float(torch.linalg.matrix_norm(a, 2)) for a in norms) <= 0.52
+
+
+@pytest.mark.parametrize("certified", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 4), (1, 6), (2, 3, 3, 3)])
+@pytest.mark.parametrize("norm", [0.98, 1.02, 20.0])
+def test_gradients_in_16_bits_are_those_of_float64(norm, shape, certified):
+    """Also where a norm is near its share, by more than its rounding: the gradient jumps there."""
+    size = (4, 4) if len(shape) == 4 and not certified else None
+    layer = nn.Linear(shape[1], shape[0]) if len(shape) == 2 else nn.Conv2d(3, 2, 3, padding=1)
+    net = nn.Sequential(layer.double())
+    with torch.no_grad():
+        layer.weight.mul_(norm * 0.5 / lipschitz(net) if size is None else norm)
+    spectral_normalize(net, 0.5, size=size, certified=certified).eval()
+    c = torch.randn(shape, dtype=torch.float64)
+
+    def gradient(net, dtype):
+        net, weight = net.to(dtype), net[0].parametrizations.weight.original
+        return torch.autograd.grad(net[0].weight, weight, c.to(dtype))[0].double()
+
+    for dtype, within in ((torch.bfloat16, 0.015), (torch.float16, 0.0025)):
+        low = copy.deepcopy(net).to(dtype)
+        want = gradient(copy.deepcopy(low), torch.float64)
+        off = float(torch.linalg.vector_norm(gradient(low, dtype) - want))
+        scale = 1.0 if norm < 1 else 0.5 / max(norm, 1)  # a scalar above its share has none
+        least = scale * float(torch.linalg.vector_norm(c))
+        assert off <= within * max(float(torch.linalg.vector_norm(want)), least)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_certified_weights_keep_the_bound_where_all_entries_are_rounded_up(dtype):
+    for shape in ((7, 7), (3, 64), (2, 2, 3, 3)):
+        conv = len(shape) == 4
+        layer = nn.Conv2d(2, 2, 3, padding=1) if conv else nn.Linear(shape[1], shape[0])
+        net = spectral_normalize(nn.Sequential(layer), 0.7, certified=True).to(dtype)
+        for value in torch.linspace(1, 2, 9):
+            layer.weight = torch.full(shape, float(value), dtype=dtype)
+            assert 0.68 < lipschitz(net) <= 0.7
+
+
+@pytest.mark.parametrize("name", ["dense", "two layers", "descent", "conv"])
+def test_autocast_rounds_weights_and_bounds_stay_bounds(name):
+    step = HELD[name]()
+    with torch.no_grad():
+        for p in step.parameters():
+            p.mul_(3)
+    spectral_normalize(step, 0.8, certified=True)
+    z = inputs_of(step)[1]
+    x0 = torch.zeros(3, 2, 6, 7) if name == "conv" else torch.zeros(3, 5)
+    plain = lipschitz(step)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        s = fixed_point(Certified(step), x0, z, max_iterations=60, on_failure="return")
+        assert s.record.lipschitz == lipschitz(step)
+    rounded = copy.deepcopy(step)
+    for m in rounded.modules():
+        for weight in list(getattr(m, "parametrizations", ())):
+            parametrize.remove_parametrizations(m, weight)
+    with torch.no_grad():
+        for p in rounded.parameters():
+            p.copy_(p.bfloat16())
+    assert max(plain, lipschitz(rounded)) <= s.record.lipschitz <= 0.81
+    z = z.bfloat16().double()
+    true = fixed_point(rounded.double(), x0.double(), z, tolerance=TIGHT, max_iterations=400).x
+    error = (s.x - true).flatten(1).norm(dim=1)
+    assert bool((error <= s.error_bound).all())
 
 
 def test_a_shared_layer_is_normalised_once():

@@ -15,6 +15,7 @@ from collections import deque
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function, forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -405,6 +406,7 @@ def test_an_older_norm_is_known_and_computes_the_weight(norm):
 
 COMPILED = """
 import sys, torch
+assert "torch._subclasses.fake_tensor" in sys.modules  # which costs us nothing then
 from fpi_cuda import _torch
 m = torch.nn.Linear(2, 2)
 assert not _torch.compiled_module(m) and not _torch.compiled_function(print)
@@ -437,6 +439,34 @@ def test_hooks_by_which_parameters_are_gathered_are_known(tmp_path):
         m.register_forward_hook(lambda *_: None)
         hooks = [list(vars(m)[kind].values()) for kind in _torch.FORWARD_HOOKS]
         assert [list(map(_torch.of_fsdp, of_kind)) for of_kind in hooks] == [[True], [True, False]]
+
+
+def test_a_tensor_without_values_is_seen_behind_transforms():
+    with FakeTensorMode() as mode:
+        x, w = torch.ones(3), nn.Parameter(torch.ones(2))
+    plain = torch.ones(2)
+    for t in (x, w):
+        assert _torch.fake_mode(plain, t) is mode  # outside of the mode too
+        assert _torch.valueless(t)
+        assert _torch.fake_world(plain, t) is mode
+    assert _torch.fake_world(plain) is None
+    assert [t is w for t in _torch.odd([plain, nn.Parameter(plain), w])] == [True]
+    with mode:
+        assert _torch.fake_world(plain) is mode
+    assert _torch.fake_mode(plain, nn.Parameter(plain)) is None
+    assert seen_in(torch.vmap, _torch.fake_mode) is None
+
+    def look(x):
+        found.append(_torch.fake_mode(plain, x))
+        return x.sum()
+
+    found = []
+    torch.vmap(torch.func.grad(look))(x)
+    assert found == [mode]
+    assert _torch.valueless(plain.to("meta")) and not _torch.valueless(plain)
+    real = mode.from_tensor(plain)
+    assert _torch.fake_mode(real) is mode and real.shape == (2,)
+    assert not mode.allow_non_fake_inputs
 
 
 def test_what_compile_made_is_seen():

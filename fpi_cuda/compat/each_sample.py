@@ -66,7 +66,7 @@ def solve(
     if len(x0) == 1:
         return solved(x0[0], forward.tolerance(values))
     solution = solved(x0, forward.tolerance(values))
-    if transforming() or not forward.normalized:
+    if transforming() or not forward.normalized or not solution.record.valued:
         return solution
     # The condition is about the first tensor alone, the solve's norm is of all of them.
     x = [t.detach() for t in solution.x]

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import backends
+from .._torch import valueless
 from ..adjoint import ImplicitAdjoint
 from ..drivers.support import Solved, Support
 from ..options import Options, Solver, Tolerance
@@ -20,7 +21,7 @@ from ..solve.independence import INDEPENDENT
 from ..solve.problem import Context, Problem, Report
 from ..solvers import Picard
 from .conditions import Condition, Tensors, default_term_cond
-from .tuples import Step, TupleMap
+from .tuples import Step, TupleMap, check_start, check_value
 
 __all__ = ["solve"]
 
@@ -35,6 +36,11 @@ def solve(
     param: Tensors,
 ) -> Tensors:
     """The last state, attached."""
+    if any([valueless(t) for t in x0]):  # one call for the shapes, as `fixed_point` does it
+        check_start(x0)
+        shaped = tuple(g(tuple(t.detach() for t in x0), y))
+        check_value(shaped, [t.shape for t in x0])
+        return shaped
     map = TupleMap(g, y, x0, param)
     adjoint = _Swapping(failed="use", forward=forward_cond, backward=backward_cond)
     problem = Problem(

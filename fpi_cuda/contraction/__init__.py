@@ -11,14 +11,9 @@ over all x, y and inputs: below 1 there is one fixed point, and Picard finds it.
 `spectral_normalize` scales the weights down so that it stays below 1 while they are trained.
 """
 
-from .certificate import (
-    Certified,
-    _Estimated,  # noqa: F401  (older pickles name the two here)
-    _Held,  # noqa: F401
-    lipschitz,
-    spectral_normalize,
-)
+from .certificate import Certified, lipschitz, spectral_normalize
 from .convolution import convolution_bound, convolution_norm
+from .held import _Estimated, _Held  # noqa: F401  (older pickles name the two here)
 from .jacobian import jacobian_norm, jacobian_penalty, jacobian_radius
 
 __all__ = [

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._torch import FORWARD_HOOKS, hooked
+from .._torch import FORWARD_HOOKS, hooked, valueless
 from ..forms.activations import SLOPES, steepest
 from ..modules import Binding
 from ..steps import ConvStep, DenseEnergy, DenseStep, GradientStep, NeuralStep
-from .convolution import ROUNDING, check_size, convolution_bound, power
+from .convolution import ROUNDING, check_size
+from .held import _Estimated, _Held, certified_norm
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -34,8 +35,6 @@ CONSTANTS: dict[type[nn.Module], float] = {
     nn.Unflatten: 1.0,
 }
 LAYERS = (nn.Linear, nn.Conv2d, nn.Sequential, GradientStep, NeuralStep)  # that have some
-# Power iterations before training, and in a training call.
-WARM_UP, ITERATIONS = 100, 10
 _TAKES = (
     "step must be a DenseStep, a ConvStep, a GradientStep of a DenseEnergy, an nn.Sequential of "
     "nn.Linear, nn.Conv2d (padding_mode 'zeros', groups 1) and activations, or a NeuralStep of one "
@@ -51,7 +50,9 @@ def lipschitz(step: nn.Module) -> float:
     that W₁ᵀ diag(a ψ″) W₁ can have, between those at the least and at the greatest ψ″: below 1 for
     a convex energy with λ > 0 and γ < 2 / smoothness. Norms of matrices are exact, in float64, and
     `convolution_bound` stands for those of convolutions; a margin covers rounding. Parametrised
-    weights are taken as a solve at this moment would take them, and no buffer moves.
+    weights are taken as a solve at this moment would take them, and no buffer moves. Under autocast
+    L is the greater of that by the weights as they are and by the weights rounded as products take
+    them.
 
     Args:
         step: a `DenseStep`, a `ConvStep`, a `GradientStep` of a `DenseEnergy`, a `NeuralStep` of
@@ -60,8 +61,8 @@ def lipschitz(step: nn.Module) -> float:
             multiplies L.
 
     Returns:
-        L, for the exact g: it does not know of the rounding in g itself. Infinite where a weight
-        is not finite.
+        L, for the exact g: it does not know of the rounding of values in g. Infinite where a
+        weight is not finite; NaN where weights have no values (meta device, fake tensors).
 
     Raises:
         TypeError: the step is none of these, or has hooks, which could do anything.
@@ -102,14 +103,20 @@ def spectral_normalize(
     has neither flaw, but waits for a device, as exact norms do: in a CUDA graph it needs `size`.
     Derivatives take the vector as a constant.
 
+    Weights in float16 and bfloat16 are scaled in float32 and rounded once; with certified they are
+    half a unit of rounding smaller for it, and more where that does not do. The gradient jumps
+    where a norm crosses its share: there, rounding of the raw weights, by .bfloat16() say, may
+    change it altogether. Autocast rounds the scaled weights once more, of which they are not told:
+    within it `lipschitz` may be above `bound`, by some 2^-8 a weight in bfloat16.
+
     Args:
         step: as in `lipschitz`, except that an energy must be convex and its step size a number,
             and that a module known by its `certified_lipschitz()` alone won't do.
         bound: the constant; below 1 for a contraction.
         size: H and W of the images, for power iteration. Smaller images are covered too.
         certified: no estimates: exact norms of matrices, by a singular value decomposition at each
-            use, and `convolution_bound`; then `lipschitz(step)` ≤ bound to 1e-6, always,
-            and no buffer is kept.
+            use (two of weights in 16 bits), and `convolution_bound`; then `lipschitz(step)` ≤ bound
+            to 1e-6, always, but for autocast's rounding, and no buffer is kept.
 
     Returns:
         The step itself.
@@ -194,51 +201,6 @@ class _Chain:
     residual: float = 0.0
 
 
-class _Held(nn.Module):
-    """A weight scaled down to a norm of at most share."""
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = share
-
-    def norm(self, weight: Tensor) -> Tensor:
-        """The norm, certified."""
-        return _norm(weight)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        # The scaled weight's own rounding must not lift it above its share.
-        share = self.share * (1 - 4 * torch.finfo(weight.dtype).eps)
-        excess = (self.norm(weight) / share).clamp_min(1)
-        return weight * excess.reciprocal().to(weight.dtype)
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """What is assigned to the weight becomes the raw one."""
-        return weight
-
-    def extra_repr(self) -> str:
-        """The share."""
-        return f"share={self.share:.3g}"
-
-
-class _Estimated(_Held):
-    """The same by power iteration, from a vector that moves once a training call."""
-
-    v: Tensor
-
-    def __init__(self, share: float, weight: Tensor, size: tuple[int, int] | None) -> None:
-        super().__init__(share)
-        shape = (weight.shape[1], *(size or ()))
-        v = torch.randn(shape, dtype=weight.dtype, device=weight.device)
-        self.register_buffer("v", power(weight, v, WARM_UP)[1].to(weight.dtype))
-
-    def norm(self, weight: Tensor) -> Tensor:
-        """The estimate, never above the norm."""
-        norm, v = power(weight, self.v, ITERATIONS if self.training else 0)
-        if self.training:
-            self.v.copy_(v)
-        return norm
-
-
 def _shares(step: nn.Module, bound: float) -> tuple[tuple[tuple[nn.Module, str], ...], float]:
     """The weights that act on the state, and the norm that each may have."""
     step = _unwrapped(step)
@@ -279,7 +241,7 @@ def _lipschitz(step: nn.Module) -> float:
     step = _unwrapped(step)
     if (descent := _descent(step)) is not None:
         energy, size = descent
-        return _descent_lipschitz(energy, float(torch.as_tensor(size).detach()))
+        return _descent_lipschitz(energy, size)
     chain = _chain(step)
     if chain is None:
         certified = getattr(step, "certified_lipschitz", None)
@@ -290,27 +252,45 @@ def _lipschitz(step: nn.Module) -> float:
             )
         return float(certified())
     weights = [getattr(module, name) for module, name in chain.weights]
+    if any(map(valueless, weights)):
+        return math.nan
     if not all(bool(w.isfinite().all()) for w in weights):
         return math.inf
     if len(weights) == 1 and chain.residual != 0:
-        return chain.slope * float(_norm(_plus_identity(weights[0].double(), chain.residual)))
-    inner = chain.inner * math.prod(float(_norm(w)) for w in weights)
+        whole = [_plus_identity(w, chain.residual) for w in _as_multiplied(weights[0])]
+        return chain.slope * max(float(certified_norm(w)) for w in whole)
+    inner = chain.inner * math.prod(
+        max(float(certified_norm(w)) for w in _as_multiplied(weight)) for weight in weights
+    )
     return chain.slope * (abs(chain.residual) + inner)
 
 
-def _descent_lipschitz(energy: DenseEnergy, step_size: float) -> float:
+def _descent_lipschitz(energy: DenseEnergy, size: float | Tensor) -> float:
     """The spectrum of ∂²f/∂x² = λI + W₁ᵀ diag(a ψ″) W₁ rises with every entry of a ψ″."""
-    w = energy.state_weight.double()
-    a = torch.ones_like(w[:, 0]) if energy.term_weight is None else energy.term_weight.double()
-    if not bool(w.isfinite().all() and a.isfinite().all()):
+    weight = energy.state_weight
+    if valueless(weight):
+        return math.nan
+    step_size = float(size.detach() if isinstance(size, Tensor) else size)
+    a = torch.ones_like(weight[:, 0]) if energy.term_weight is None else energy.term_weight
+    if not bool(weight.isfinite().all() and a.isfinite().all()):
         return math.inf
+    a = a.double()
     ends = torch.stack([slope * a for slope in SLOPES[energy.activation]])
-    least, most = (
-        torch.linalg.eigvalsh(w.mT @ (d[:, None] * w)) for d in (ends.amin(0), ends.amax(0))
-    )
-    ranges = [step_size * (energy.curvature + float(e)) for e in (least[0], most[-1])]
-    rounding = ROUNDING * (1 + max(abs(r) for r in ranges))
-    return max(abs(1 - r) for r in ranges) + rounding
+    most = 0.0
+    for w in (taken := _as_multiplied(weight)):
+        low, high = (
+            torch.linalg.eigvalsh(w.mT @ (d[:, None] * w)) for d in (ends.amin(0), ends.amax(0))
+        )
+        ranges = [step_size * (energy.curvature + float(e)) for e in (low[0], high[-1])]
+        rounding = ROUNDING * (1 + max(abs(r) for r in ranges))
+        most = max(most, *(abs(1 - r) + rounding for r in ranges))
+    if len(taken) > 1:  # autocast rounds −γ a W₁ too, to another matrix than −γ a times that one
+        outer = step_size * a[:, None] * taken[0]
+        away = outer.to(torch.get_autocast_dtype(weight.device.type)).double()
+        off = torch.stack([away - outer, away - step_size * a[:, None] * taken[1]])
+        norm, apart = (max(float(certified_norm(w)) for w in of) for of in (taken, off))
+        most += steepest(energy.activation) * apart * norm
+    return most
 
 
 def _unwrapped(step: nn.Module) -> nn.Module:
@@ -406,10 +386,9 @@ def _plus_identity(weight: Tensor, residual: float) -> Tensor:
     return weight + residual * eye
 
 
-def _norm(weight: Tensor) -> Tensor:
-    """‖W‖₂ of a matrix [O, I], or the bound of a convolution [O, I, k, k]; in float64."""
-    weight = weight.double()
-    if weight.dim() == 4:
-        return convolution_bound(weight)
-    norm: Tensor = torch.linalg.matrix_norm(weight, 2) * (1 + ROUNDING)
-    return norm
+def _as_multiplied(weight: Tensor) -> list[Tensor]:
+    """The weight as products may take it, in float64: as it is; under autocast rounded, too."""
+    taken, kind = [weight.double()], weight.device.type
+    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+        taken.append(weight.to(torch.get_autocast_dtype(kind)).double())
+    return taken

@@ -161,7 +161,9 @@ def power(weight: Tensor, v: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         size = length(now)
         return torch.where(size.isfinite(), now / size, v)
 
-    with torch.autocast(w.device.type, enabled=False):
+    # The meta device, which autocast does not know, has none.
+    kind = "cpu" if w.is_meta else w.device.type
+    with torch.autocast(kind, enabled=False):
         with torch.no_grad():
             v = v.to(w.dtype)
             v = v / length(v)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .. import drivers
-from .._torch import attribute, transforming
+from .._torch import attribute, fake_mode, fake_world, odd, transforming
 from ..arguments import Arguments, numbers
 from ..options import Options
 from ..record import Record
@@ -19,7 +19,7 @@ from ..state import check_inputs, state_of
 from .again import Again
 from .independence import samples_of
 from .maps import UserMap
-from .meta import shapes
+from .meta import refuse_meta, shapes
 from .problem import Context, Problem, Report
 
 
@@ -61,7 +61,7 @@ def pose(
     *,
     together: bool = False,
 ) -> Posed | Solution:
-    """What `enter` is to solve; on the meta device, where there is nothing to, its solution.
+    """What `enter` is to solve; where there are shapes and no values, its solution.
 
     The options are checked.
     """
@@ -79,12 +79,12 @@ def pose(
     if arguments is not None:
         params = (*params, *arguments.shared)
         arguments.release()
-    if options.driver == "graph":
-        drivers.check(options.driver, packed.device)
     ways = state.pack, state.unpack
     map = UserMap(g, len(inputs), len(params), *ways, arguments, options.has_aux)
-    if packed.is_meta:
-        return shapes(map.taking(g, params), state, inputs, options)
+    if packed.is_meta or fake_world(packed, *inputs, *params) is not None:
+        return shapes(map.taking(g, params), state, inputs, params, options)
+    if options.driver == "graph":
+        drivers.check(options.driver, packed.device)
     if params:
         together = together or any(numbers(t) for t in params)
     certified, weighted = attribute(g, "certified_lipschitz"), options.norm_weights is not None
@@ -139,8 +139,13 @@ def enter(
     if isinstance(posed, Solution):
         return posed
     problem, map, report = posed.problem, posed.map, Report()
+    own = map.own
+    if strange := odd(own):
+        if fake_mode(*strange) is not None:
+            g = map.taking(map.g, posed.params)
+            return shapes(g, posed.state, posed.inputs, posed.params, options, own)
+        refuse_meta(strange)
     try:
-        own = map.own
         tensors = (*posed.inputs, *posed.params, *own)
         x = options.adjoint.attach(problem, posed.state.packed, tensors, report)
     except FixedPointError as error:

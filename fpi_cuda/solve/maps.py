@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import attribute, transforming
+from .._torch import attribute, fake_mode, transforming
 from ..arguments import Arguments
 from ..captures import followed
 from ..derivatives import free, pulled, vjp
@@ -329,6 +329,12 @@ def check_output(gx: Any, x: Tensor) -> Tensor:
     if gx.device != x.device:
         raise ValueError(
             f"fixed_point: g must return a tensor on x's device, {x.device} (got {gx.device})"
+        )
+    if type(gx) is not Tensor and fake_mode(gx) is not None and fake_mode(x) is None:
+        raise ValueError(
+            "fixed_point: g must return values (got a fake tensor, which has none, for an x that "
+            "has them); give g's tensors values, or take x0 and the inputs from the same "
+            "FakeTensorMode, for shapes alone"
         )
     if gx.dtype != x.dtype:
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)

@@ -45,6 +45,12 @@ class Context(NamedTuple):
             return _NOTHING
         return torch.autocast(self.device_type, dtype=self.autocast_dtype, cache_enabled=False)
 
+    def coarseness(self, dtype: torch.dtype) -> float:
+        """The unit roundoff of what g computes in by that of the state's dtype, at least 1."""
+        if self.autocast_dtype is None or dtype == torch.float64:  # which autocast leaves alone
+            return 1.0
+        return max(1.0, torch.finfo(self.autocast_dtype).eps / torch.finfo(dtype).eps)
+
     def full_precision(self) -> contextlib.AbstractContextManager[Any]:
         """No autocast, for the loop's own arithmetic, whoever calls."""
         if not torch.is_autocast_enabled(self.device_type):

@@ -78,7 +78,9 @@ def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | N
     record, problem = solved.record, direction.problem
     if record is None:
         return None
-    record.lipschitz = problem.lipschitz
+    if problem.lipschitz is not None:
+        record.lipschitz = problem.lipschitz
+        record.coarse = problem.context.coarseness(solved.x.dtype)
     record.mixes = direction.solver.history > 1 and not direction.linear
     if direction.coupled:
         record.system = solved.x.shape[problem.batch_dims - 1]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import valueless
 from ..arguments import Arguments
 from ..forms import Form, form_of
 from ..operators import partial
@@ -81,9 +82,10 @@ class GradientStep(_Around):
 
     def __init__(self, energy: Callable[..., Tensor], step_size: float | nn.Parameter) -> None:
         super().__init__()
-        value = float(torch.as_tensor(step_size).detach())
-        if not value > 0:
-            raise ValueError(f"GradientStep: step_size must be > 0 (got {value!r})")
+        plain = step_size.detach() if isinstance(step_size, Tensor) else step_size
+        known = not (isinstance(plain, Tensor) and valueless(plain))
+        if known and not float(plain) > 0:
+            raise ValueError(f"GradientStep: step_size must be > 0 (got {float(plain)!r})")
         self.energy = energy
         self.step_size = step_size
 
