@@ -7,10 +7,9 @@ import torch
 
 _WHY = (
     "fpi_cuda leaves the graph here. A FixedPointLayer is part of it; not so fixed_point, "
-    "layer.last, solution.residual_at_x, and a layer within torch.func's transforms, with "
-    "has_aux=True, whose g captures a tensor that needs gradients or has parameters that "
-    "fully_shard spreads, or that is given something else than tensors, numbers and strings; "
-    "docs/compile.md says what to do"
+    "layer.last, solution.residual_at_x, and a layer within torch.func's transforms, whose g "
+    "captures a tensor that needs gradients or has parameters that fully_shard spreads, or that is "
+    "given something else than tensors, numbers and strings; docs/compile.md says what to do"
 )
 
 

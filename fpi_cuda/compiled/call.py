@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._torch import BUFFERS, PARAMETERS
+from ..solve.maps import pair
 from ..tree import build, flatten
 from .given import Unknown, registered, taken
 from .operators import solve
@@ -26,7 +27,7 @@ def call(layer: Any, x0: Any, cold: bool, given: dict[str, Any]) -> Any:
     """
     plan = layer._plan
     leaves, tree = flatten(x0)
-    if layer.has_aux or not plan.whole or not (cold or tree is None):
+    if not plan.whole or not (cold or tree is None):
         return None
     tensors: list[Tensor] = []
     whole: list[int] = []
@@ -39,8 +40,9 @@ def call(layer: Any, x0: Any, cold: bool, given: dict[str, Any]) -> Any:
     for m, name in plan.buffers:
         buffer = getattr(m, BUFFERS)[name]
         if m.training:  # in which modules move theirs, once a solve
-            moving.append(buffer)
-            at.append(len(own))
+            if not layer.has_aux:
+                moving.append(buffer)
+                at.append(len(own))
             buffer = buffer.clone()  # the adjoint needs what it was
         own.append(buffer)
     device = leaves[0].device.type
@@ -53,4 +55,9 @@ def call(layer: Any, x0: Any, cold: bool, given: dict[str, Any]) -> Any:
     with torch.no_grad():
         for buffer, moved in zip(moving, out[n + 1 :], strict=True):
             buffer.copy_(moved)
-    return build(tree, out[:n])
+    x = build(tree, out[:n])
+    if not layer.has_aux:
+        return x
+    # The call at the solution is part of the graph itself, with all that it leaves on modules.
+    value = layer.g(x, *given["inputs"], *given["params"], **given["keywords"])
+    return x, pair(value)[1]

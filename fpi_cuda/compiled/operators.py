@@ -109,10 +109,10 @@ def _solved(
         assert isinstance(posed, Posed)
         binding = posed.map.binding
         if not plan.stands(binding):
+            layer._plan = None  # by which the graph is known to be another one's
             raise RuntimeError(
                 "FixedPointLayer: a compiled graph needs the modules that g called when it was "
-                "compiled, and g calls others now; write torch.compiler.reset(), and the next call "
-                "compiles again"
+                "compiled (g calls others now); call again, which compiles again"
             )
         tensors = [*posed.inputs, *posed.params, *own]
         problem, report, keep = posed.problem, Report(), None
@@ -129,6 +129,7 @@ def _solved(
             )
         moved = _settled(posed, x, own, grad)
         assert report.record is not None
+        report.record.evaluations += options.has_aux
         solution = posed.solution(x, report.record)
         layer.last = kept(solution)
         if slot is not None:
@@ -151,7 +152,8 @@ def _settled(posed: Posed, x: Tensor, own: Sequence[Tensor], grad: bool) -> Sequ
     map, binding = posed.map, posed.map.binding
     if binding is None:
         return ()
-    left, n = binding.left, len(binding.params)
+    n = len(binding.params)
+    left = "" if map.has_aux else binding.left  # then the graph has that call itself
     buffers = own[n:]
     if left:
         with torch.set_grad_enabled(grad and left == "attributes"):
@@ -194,7 +196,7 @@ def _adjoint(
     wanted = [i for i, of in enumerate(made.order) if of in need]
     with torch.no_grad(), _torch.unhooked():
         found = gradients(
-            *(made.problem, made.report, x, keep, _packed(made.state, x, v)),
+            *(made.problem, Report(made.report), x, keep, _packed(made.state, x, v)),
             *([plain[i] for i in made.order], wanted),
         )
     sums: dict[int, Tensor] = {}
