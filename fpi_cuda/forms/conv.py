@@ -43,6 +43,8 @@ class ConvForm:
         scale: [B, C, H, W], or None: 1.
         slopes: of the hidden layers, in place of φ_l: [B, O_l, H, W], bool where they are 0 or 1.
         output_scale: d, [B, C, H, W], or None: 1.
+        products: the dtype that convolutions and hidden layers are computed in: autocast's. What
+            follows the last convolution is in x's. None: all is.
     """
 
     weights: tuple[Tensor, ...]
@@ -54,6 +56,7 @@ class ConvForm:
     scale: Tensor | None = None
     slopes: tuple[Tensor, ...] | None = None
     output_scale: Tensor | None = None
+    products: torch.dtype | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """g(x), [B, C, H, W], in plain torch."""
@@ -64,8 +67,10 @@ class ConvForm:
         t = x if self.scale is None else self.scale * x
         before, after = [], [t]
         for layer in range(len(self.weights)):
-            p = _convolve(after[-1], self.weights[layer], self.biases[layer])
             is_last = layer + 1 == len(self.weights)
+            p = self._convolve(after[-1], layer)
+            if is_last and self.products is not None:
+                p = p.to(t.dtype)
             u, scale = self.u[layer], self.output_scale if is_last else None
             if u is not None and scale is None:
                 p = p + u
@@ -91,8 +96,10 @@ class ConvForm:
         t = x if self.scale is None else self.scale * x
         h = t
         for layer in range(len(self.weights)):
-            h = _convolve(h, self.weights[layer], self.biases[layer])
             is_last = layer + 1 == len(self.weights)
+            h = self._convolve(h, layer)
+            if is_last and self.products is not None:
+                h = h.to(t.dtype)
             u, scale = self.u[layer], self.output_scale if is_last else None
             if u is not None and scale is None:
                 h.add_(u)
@@ -137,6 +144,7 @@ class ConvForm:
             scale=slope if transpose else None,
             slopes=None if None in slopes else tuple(slopes),
             output_scale=None if transpose else slope,
+            products=self.products,
         )
 
     def plus(self, v: Tensor) -> ConvForm:
@@ -150,7 +158,19 @@ class ConvForm:
         def put(t: Tensor) -> Tensor:
             return t.contiguous(memory_format=torch.channels_last)
 
-        return self._with(tuple(put(w) for w in self.weights), map(put, self._per_sample))
+        form, dtype = self, self.products
+        if dtype is not None:  # once a solve
+            weights = tuple(w.to(dtype) for w in self.weights)
+            biases = tuple(None if b is None else b.to(dtype) for b in self.biases)
+            form = dataclasses.replace(self, weights=weights, biases=biases)
+        return form._with(tuple(put(w) for w in form.weights), map(put, form._per_sample))
+
+    def _convolve(self, h: Tensor, layer: int) -> Tensor:
+        weight, bias, dtype = self.weights[layer], self.biases[layer], self.products
+        if dtype is not None:
+            h, weight = h.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return F.conv2d(h, weight, bias, padding=weight.shape[-1] // 2)
 
     @property
     def _per_sample(self) -> list[Tensor]:
@@ -183,7 +203,3 @@ class ConvForm:
             return form._with(form.weights, iter(per_sample)).iterated(x)
 
         return g, form._per_sample
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)

@@ -243,6 +243,8 @@ def convolutions(backend: str, form: ConvForm, x: Tensor) -> ModuleType | None:
     """The kernels for this form and a state like x, or None: torch's convolutions serve."""
     if backend not in ("auto", "triton") or (backend == "auto" and x.device.type != "cuda"):
         return None
+    if form.products not in (None, x.dtype):
+        return None
     if triton.missing(x.device.type) is not None:
         return None
     from ..backends.triton import conv

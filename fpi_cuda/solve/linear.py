@@ -14,7 +14,7 @@ from ..derivatives import for_modules
 from ..drivers.eager import Evaluation
 from ..forms import Form
 from ..norms import row_norms
-from ..record import Limits, accumulate_dtype
+from ..record import Limits, Status, accumulate_dtype
 from .direction import Direction, Forward
 from .evaluation import Linearised
 from .failed import masked, pulled_back
@@ -39,6 +39,7 @@ class Linear(Direction):
     """
 
     linear = True
+    _lost: Tensor | None = None  # bool [*batch], see `_overflowed`
 
     def __init__(
         self,
@@ -122,6 +123,31 @@ class Linear(Direction):
         self._y = evaluate.y
         return evaluate
 
+    def kept(self, status: Tensor) -> Tensor | None:
+        """See `Direction`; those too whose u overflowed, which `spoiled` marks."""
+        keep, self._lost = super().kept(status), self._overflowed(status)
+        return keep if keep is None or self._lost is None else keep | self._lost
+
+    def _overflowed(self, status: Tensor) -> Tensor | None:
+        """Bool, shaped like status: where u left the range of float16; None: g computes in another.
+
+        g's derivative and what came in are finite there. The u returned is that of an iteration
+        before, and zero would be as wrong: a loss scaler must see that its scale was too large.
+        """
+        if self.problem.context.precision(self.start.dtype) != torch.float16:
+            return None
+        assert self.floor is not None
+        at_zero = self.evaluation()(torch.zeros_like(self.start)).reshape(len(self.floor), -1)
+        fine = at_zero.isfinite().all(1) & self.floor.isfinite()
+        return (status == Status.NONFINITE) & fine.view_as(status)
+
+    def spoiled(self, x: Tensor) -> Tensor:
+        """See `Direction`."""
+        lost = self._lost
+        if lost is None:
+            return x
+        return torch.where(lost.view(*lost.shape, *(1,) * (x.dim() - lost.dim())), torch.nan, x)
+
     def sound(self, keep: Tensor | None) -> Tensor | None:
         """See `Direction`."""
         if self.skip is None or self.form is not None:  # whose activations have finite derivatives
@@ -152,7 +178,7 @@ class Backward(Linear):
 
     def outputs(self, x: Tensor, keep: Tensor | None) -> Sequence[Tensor | None]:
         """C without the samples that failed, and the gradients by it."""
-        c, y = masked(x, keep), self._y
+        c, y = masked(self.spoiled(x), keep), self._y
         if not self._wanted or y is None or not y.requires_grad:
             return [c, *[None] * len(self._wanted)]
         return [c, *torch.autograd.grad(y, self._wanted, c, allow_unused=True)]
@@ -162,7 +188,10 @@ class Backward(Linear):
         problem, _, _, tensors, need = self._given
         assert isinstance(problem.map, LinearMap)
         assert self.floor is not None
-        c, whose = masked(x, keep), (self.floor != 0).view(x.shape[: problem.batch_dims])
+        c, whose = (
+            masked(self.spoiled(x), keep),
+            (self.floor != 0).view(x.shape[: problem.batch_dims]),
+        )
         if keep is not None:
             whose = keep & whose
         forward = problem._replace(map=problem.map.inner)

@@ -39,6 +39,16 @@ class Context(NamedTuple):
         """Its grad mode, within a solve, where none is needed otherwise."""
         return torch.set_grad_enabled(True) if self.grad_enabled else _NOTHING
 
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        """What g computes in for a state of this dtype: that, or autocast's where it is coarser.
+
+        Autocast leaves float64 alone.
+        """
+        cast = self.autocast_dtype
+        if cast is None or dtype == torch.float64:
+            return dtype
+        return max(dtype, cast, key=lambda d: torch.finfo(d).eps)
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Its autocast state."""
         if self.autocast_dtype is None:

@@ -42,7 +42,7 @@ def solve(direction: Direction, report: Report) -> Outcome:
             keep = direction.sound(keep)
         report.masked = keep is not None
         outputs = _outputs(direction, solved, keep)
-    return solved.x, keep, outputs
+    return direction.spoiled(solved.x), keep, outputs
 
 
 def _run(direction: Direction) -> Solved:
@@ -79,6 +79,7 @@ def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | N
     if record is None:
         return None
     record.lipschitz = problem.lipschitz
+    record.computed = problem.context.precision(solved.x.dtype)
     record.mixes = direction.solver.history > 1 and not direction.linear
     if direction.coupled:
         record.system = solved.x.shape[problem.batch_dims - 1]
@@ -87,15 +88,21 @@ def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | N
         if direction.seen.random:
             warn(f"{problem.name}: {RANDOM}", UserWarning)
         return None
-    _complain(direction, solved.x, record)
-    return direction.kept(record.status)
+    keep = direction.kept(record.status)
+    _complain(direction, solved.x, record, keep)
+    return keep
 
 
-def _complain(direction: Direction, x: Tensor, record: Record) -> None:
+def _complain(direction: Direction, x: Tensor, record: Record, keep: Tensor | None) -> None:
     problem, on_failure = direction.problem, direction.problem.options.on_failure
     if on_failure == "return":
         return
-    failing = record.status[record.wanting]
+    wanting = record.wanting
+    if direction.linear and problem.context.autocast_dtype == torch.float16:
+        # A loss scaler tries scales until one overflows: it sees the NaN or Inf, and says nothing.
+        seen = record.status == Status.NONFINITE
+        wanting = wanting & ~(seen if keep is None else seen & keep)
+    failing = record.status[wanting]
     if not len(failing):
         return
     stuck = (failing == Status.MAX_ITERATIONS) | (failing == Status.STALLED)
