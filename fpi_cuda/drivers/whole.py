@@ -113,11 +113,12 @@ def solve(
     x0 = x0.contiguous()
     progress = Progress(x0, limits, floor, skip)
     history, beta, ridge, restart = solver.mixing(progress.precision)
-    # Autocast asks for less than tf32, which rounds no weight of a half type.
-    cast = form.products is not None and (x0.device.type, x0.dtype) == ("cuda", torch.float32)
-    tf32 = (cast or native.tf32_wanted(x0)) and tf32_allowed(limits)
-    wide = form.widened(x0.dtype)
-    native.dense_solve(progress, x0, wide, beta, history, ridge, restart, tf32, slots)
+    tf32 = native.tf32_wanted(x0)
+    if form.products is not None:  # autocast asks for less than tf32, which rounds no such weight
+        tf32 |= (x0.device.type, x0.dtype) == ("cuda", torch.float32)
+        form = form.widened(x0.dtype)
+    tf32 = tf32 and tf32_allowed(limits)
+    native.dense_solve(progress, x0, form, beta, history, ridge, restart, tf32, slots)
     tally = progress.tally.tolist()
     record = Record(
         progress=progress,

@@ -118,8 +118,6 @@ class DenseForm:
 
         Its products round nothing else: they are exact for the rounded weights, but for sums.
         """
-        if self.products is None:
-            return self
         found = {name: t for name, t in vars(self).items() if isinstance(t, Tensor) and t.dim()}
         for name in ("weight", "hidden_weight"):
             if name in found:

@@ -140,7 +140,9 @@ class Direction:
                 tf32 = wanted and tf32_allowed(self.limits)
                 return Masked(self.seen, kernels, form, self.start, tf32=tf32, norms=norms)
         g, inputs = form.opened()  # what does not depend on x stays out of the loop
-        context = problem.context._replace(autocast_dtype=None)  # a form rounds by itself
+        context = problem.context
+        if context.autocast_dtype is not None:  # a form rounds by itself
+            context = context._replace(autocast_dtype=None)
         return Direct(context, self.seen, g, inputs, None if self.coupled else INDEPENDENT)
 
     def _layers(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
@@ -157,12 +159,15 @@ class Direction:
         elif self.map.arguments is not None:
             reason = "g is given more than tensors by position"
         else:
-            context = problem.context
-            with context.autocast():
+            dtype = problem.context.autocast_dtype
+            if dtype is None:
                 found = self.map.form(x, inputs, params)
+            else:
+                with problem.context.autocast():
+                    found = self.map.form(x, inputs, params)
+                found = found and cast(found, dtype, x.dtype)
             if found is not None:
-                dtype = context.autocast_dtype
-                return found if dtype is None else cast(found, dtype, x.dtype)
+                return found
             reason = "g does more than its layers"
         self.refused = f"layers not used: {reason}"
         return None

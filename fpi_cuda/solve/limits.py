@@ -36,7 +36,9 @@ def limits_of(
         ValueError: a sample's own tolerance or limit is out of range, or there is not one a sample.
     """
     options, dims, dtype = problem.options, problem.batch_dims, start.dtype
-    computed = problem.context.precision(dtype)
+    computed = dtype
+    if problem.context.autocast_dtype is not None:
+        computed = problem.context.precision(dtype)
     rounded = rounded or computed
     size = start.shape[dims:].numel()
     tolerance, most, patience = options.tolerance, options.max_iterations, options.solver.patience

@@ -79,7 +79,8 @@ def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | N
     if record is None:
         return None
     record.lipschitz = problem.lipschitz
-    record.computed = problem.context.precision(solved.x.dtype)
+    if problem.context.autocast_dtype is not None:
+        record.computed = problem.context.precision(solved.x.dtype)
     record.mixes = direction.solver.history > 1 and not direction.linear
     if direction.coupled:
         record.system = solved.x.shape[problem.batch_dims - 1]
