@@ -402,3 +402,12 @@ def test_bad_arguments_of_the_modules():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_an_energys_curvature_is_right_where_nothing_is_active():
+    """At x = 0, z = 0 all activations are 0, and the Hessian holds their slope there."""
+    energy = DenseEnergy(4, 3, hidden=5, activation="tanh").double()
+    x, z = torch.zeros(1, 4, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(lambda x: energy(x, z).sum(), x).view(4, 4)
+    w = energy.state_weight.detach()
+    assert_close(hessian, energy.curvature * torch.eye(4).double() + w.mT @ w, NEAR)

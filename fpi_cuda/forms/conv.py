@@ -45,6 +45,8 @@ class ConvForm:
         output_scale: d, [B, C, H, W], or None: 1.
         products: the dtype that convolutions and hidden layers are computed in: autocast's. What
             follows the last convolution is in x's. None: all is.
+        unit: of a linear step, [B, 1, 1, 1] or one for all, powers of two: the first convolution
+            takes t times that, so that float16 holds it. None: 1.
     """
 
     weights: tuple[Tensor, ...]
@@ -57,6 +59,7 @@ class ConvForm:
     slopes: tuple[Tensor, ...] | None = None
     output_scale: Tensor | None = None
     products: torch.dtype | None = None
+    unit: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """g(x), [B, C, H, W], in plain torch."""
@@ -94,12 +97,14 @@ class ConvForm:
     def iterated(self, x: Tensor) -> Tensor:
         """g(x) where no graph is kept: each layer's value is worked on where it lies."""
         t = x if self.scale is None else self.scale * x
-        h = t
+        h = t if self.unit is None else t * self.unit
         for layer in range(len(self.weights)):
             is_last = layer + 1 == len(self.weights)
             h = self._convolve(h, layer)
             if is_last and self.products is not None:
                 h = h.to(t.dtype)
+                if self.unit is not None:
+                    h = h / self.unit
             u, scale = self.u[layer], self.output_scale if is_last else None
             if u is not None and scale is None:
                 h.add_(u)
@@ -174,7 +179,7 @@ class ConvForm:
 
     @property
     def _per_sample(self) -> list[Tensor]:
-        found = (self.scale, *self.u, *(self.slopes or ()), self.output_scale)
+        found = (self.scale, *self.u, *(self.slopes or ()), self.output_scale, self.unit)
         return [t for t in found if t is not None]
 
     def _with(self, weights: tuple[Tensor, ...], per_sample: Iterator[Tensor]) -> ConvForm:
@@ -188,6 +193,7 @@ class ConvForm:
             u=tuple(following(t) for t in self.u),
             slopes=None if self.slopes is None else tuple(next(per_sample) for _ in self.slopes),
             output_scale=following(self.output_scale),
+            unit=following(self.unit),
         )
 
     @property

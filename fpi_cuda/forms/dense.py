@@ -41,6 +41,8 @@ class DenseForm:
         output_scale: d, [B, N], of the last layer.
         products: the dtype that the operands of products are rounded to, and what they give:
             autocast's. Sums, activations and the state stay in x's. None: nothing is rounded.
+        unit: of a linear step, [B, 1] or [1, 1], powers of two: what is rounded for a product is
+            times that, so that float16 holds it. None: 1.
     """
 
     weight: Tensor
@@ -55,6 +57,7 @@ class DenseForm:
     hidden_scale: Tensor | None = None
     output_scale: Tensor | None = None
     products: torch.dtype | None = None
+    unit: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """g(x), [B, N], in plain torch."""
@@ -78,7 +81,10 @@ class DenseForm:
         dtype = self.products
         if dtype is None:
             return F.linear(t, weight)
-        return F.linear(t.to(dtype), weight.to(dtype)).to(t.dtype)
+        unit = self.unit
+        if unit is None:
+            return F.linear(t.to(dtype), weight.to(dtype)).to(t.dtype)
+        return F.linear((t * unit).to(dtype), weight.to(dtype)).to(t.dtype) / unit
 
     def linearised(self, x: Tensor, *, transpose: bool) -> tuple[Tensor, DenseForm]:
         """g(x), attached to what it depends on, and M = ∂g/∂x there as a form, or its transpose.
@@ -134,7 +140,7 @@ class DenseForm:
         """g(x, *per_sample) and those tensors: the loop may leave samples of them out."""
         names = [
             name
-            for name in ("u", "hidden_u", "gain", "scale", "hidden_scale", "output_scale")
+            for name in ("u", "hidden_u", "gain", "scale", "hidden_scale", "output_scale", "unit")
             if (t := getattr(self, name)) is not None and t.dim() == 2
         ]
 

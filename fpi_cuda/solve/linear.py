@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -92,6 +93,23 @@ class Linear(Direction):
         if memory is not None:
             self.start = memory.adjoint_start(self.v, self.coupled)
 
+    def _unit(self) -> Tensor | None:
+        """Powers of two by which v comes near 1, where autocast rounds u to float16; else None.
+
+        One for each sample, or system: M u is then (M (unit · u)) / unit, and no scale of the loss
+        is out of float16's range.
+        """
+        v, first = self.v, self.problem.batch_dims - self.coupled
+        if self.problem.context.autocast_dtype != torch.float16 or v.dtype != torch.float32:
+            return None
+        if not v.numel():
+            return None
+        most = torch.where(v.isfinite(), v.abs(), 0)
+        for dim in range(first, v.dim()):
+            most = most.amax(dim, keepdim=True)
+        exponent = torch.frexp(most).exponent.clamp(-100, 100)
+        return torch.ldexp(torch.ones_like(most), -exponent)
+
     def _look(self) -> Form | None:
         if not isinstance(self.map, UserMap):
             return None
@@ -101,7 +119,8 @@ class Linear(Direction):
                 return None
             x = self.x.detach().requires_grad_()
             self._y, linear = form.linearised(x, transpose=self.transpose)
-            return linear.plus(self.v)
+            linear, unit = linear.plus(self.v), self._unit()
+            return linear if unit is None else dataclasses.replace(linear, unit=unit)
 
     def _opaque(self) -> Evaluation:
         context, lone = self.problem.context, self.compacting and not self.higher
@@ -119,6 +138,7 @@ class Linear(Direction):
             self._samples() if self.compacting else None,
             unattached if lone else None,
             transpose=self.transpose,
+            unit=self._unit(),
         )
         self._y = evaluate.y
         return evaluate
@@ -129,12 +149,12 @@ class Linear(Direction):
         return keep if keep is None or self._lost is None else keep | self._lost
 
     def _overflowed(self, status: Tensor) -> Tensor | None:
-        """Bool, shaped like status: where u left the range of float16; None: g computes in another.
+        """Bool, shaped like status: where u left float16's range; None: it is of another dtype.
 
         g's derivative and what came in are finite there. The u returned is that of an iteration
         before, and zero would be as wrong: a loss scaler must see that its scale was too large.
         """
-        if self.problem.context.precision(self.start.dtype) != torch.float16:
+        if self.start.dtype != torch.float16:
             return None
         assert self.floor is not None
         at_zero = self.evaluation()(torch.zeros_like(self.start)).reshape(len(self.floor), -1)
