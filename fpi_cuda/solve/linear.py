@@ -149,12 +149,12 @@ class Linear(Direction):
         return keep if keep is None or self._lost is None else keep | self._lost
 
     def _overflowed(self, status: Tensor) -> Tensor | None:
-        """Bool, shaped like status: where u left float16's range; None: it is of another dtype.
+        """Bool, shaped like status: where an adjoint left float16's range; else None.
 
         g's derivative and what came in are finite there. The u returned is that of an iteration
         before, and zero would be as wrong: a loss scaler must see that its scale was too large.
         """
-        if self.start.dtype != torch.float16:
+        if self.start.dtype != torch.float16 or not self.transpose:
             return None
         assert self.floor is not None
         at_zero = self.evaluation()(torch.zeros_like(self.start)).reshape(len(self.floor), -1)

@@ -99,7 +99,7 @@ def _complain(direction: Direction, x: Tensor, record: Record, keep: Tensor | No
     if on_failure == "return":
         return
     wanting = record.wanting
-    if direction.linear and problem.context.autocast_dtype == torch.float16:
+    if direction.transpose and problem.context.autocast_dtype == torch.float16:
         # A loss scaler tries scales until one overflows: it sees the NaN or Inf, and says nothing.
         seen = record.status == Status.NONFINITE
         wanting = wanting & ~(seen if keep is None else seen & keep)
