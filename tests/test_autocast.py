@@ -149,19 +149,25 @@ def test_a_whole_solve_rounds_the_weights_and_no_iterate():
         assert far(s.x, torch.tanh(s.x @ g.state_weight.mT + u.float())) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["opaque", "dense", "convolutions"])
-def test_inputs_and_states_of_half_types(name):
+@pytest.mark.parametrize("driver", ["auto", "eager"])
+@pytest.mark.parametrize("name", STEPS)
+def test_inputs_and_states_of_half_types(name, driver):
     g, z = make(name)
-    layer = FixedPointLayer(g, on_failure="raise")
+    layer = FixedPointLayer(g, on_failure="raise", driver=driver)
     expected = layer(z).detach()
     with autocast():
         x = layer(z.bfloat16().requires_grad_())
-        s = fixed_point(g, torch.zeros_like(expected, dtype=BF16), z, on_failure="raise")
-    assert (x.dtype, s.x.dtype) == (torch.float32, BF16)
-    for found, last in ((x, layer.last), (s.x, s)):
-        assert far(found.detach().float(), expected) < 0.02
+        x0 = torch.zeros_like(expected, dtype=BF16)
+        s = fixed_point(g, x0, z, on_failure="raise", driver=driver)
+    with autocast(FP16):
+        mixed = fixed_point(g, x0, z, on_failure="raise", driver=driver)
+    assert (x.dtype, s.x.dtype, mixed.x.dtype) == (torch.float32, BF16, BF16)
+    whole = name in WHOLE and driver == "auto"
+    for found, last in ((x, layer.last), (s.x, s), (mixed.x, mixed)):
+        assert far(found.float(), expected) < 0.02
         found.square().sum().backward()
-        assert last.path.endswith("whole") == last.adjoint.path.endswith("whole") == (name in WHOLE)
+        assert last.path.endswith("whole") == last.adjoint.path.endswith("whole") == whole
+        assert last.adjoint.converged.all()
 
 
 def test_a_told_tolerance_is_kept_and_noise_ends_as_stalled():

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
-import torch
 from torch import nn
 
 from .._torch import any_global_hook, hooked
@@ -14,7 +12,7 @@ from .activations import ACTIVATIONS
 from .conv import ConvForm
 from .dense import DenseForm
 
-__all__ = ["ACTIVATIONS", "ConvForm", "DenseForm", "Form", "cast", "form_of", "structured"]
+__all__ = ["ACTIVATIONS", "ConvForm", "DenseForm", "Form", "form_of", "structured"]
 
 Form = DenseForm | ConvForm
 
@@ -25,11 +23,6 @@ def form_of(module: Any, method: str, *arguments: Any) -> Form | None:
         return None
     form: Form | None = getattr(module, method)(*arguments)
     return form
-
-
-def cast(form: Form, dtype: torch.dtype, state: torch.dtype) -> Form:
-    """The form as it is computed under autocast of this dtype, for a state of the other one."""
-    return form if state == torch.float64 else dataclasses.replace(form, products=dtype)
 
 
 def structured(g: Any) -> bool:

@@ -152,6 +152,13 @@ class ConvForm:
             products=self.products,
         )
 
+    def cast(self, products: torch.dtype, state: torch.dtype) -> ConvForm:
+        """The step as it is computed under autocast, for a state of the other dtype."""
+        u = [None if u is None else u.to(products) for u in self.u]
+        if u[-1] is not None:  # what follows the last convolution is in the state's
+            u[-1] = u[-1].to(state)
+        return dataclasses.replace(self, products=products, u=tuple(u))
+
     def plus(self, v: Tensor) -> ConvForm:
         """The linear form that adds v, [B, C, H, W]."""
         assert self.u[-1] is None

@@ -119,6 +119,12 @@ class DenseForm:
         assert self.u is None
         return dataclasses.replace(self, u=v)
 
+    def cast(self, products: torch.dtype, state: torch.dtype) -> DenseForm:
+        """The step as it is computed under autocast, for a state of the other dtype."""
+        given = {name: t for name in _GIVEN if isinstance(t := getattr(self, name), Tensor)}
+        wide: dict[str, Any] = {name: t.to(state) for name, t in given.items()}
+        return dataclasses.replace(self, products=products, **wide)
+
     def widened(self, dtype: torch.dtype) -> DenseForm:
         """With the weights rounded to the products' dtype, and all tensors in that of the state.
 
@@ -155,6 +161,9 @@ class DenseForm:
             return dataclasses.replace(form, **given)(x)
 
         return g, [getattr(self, name) for name in names]
+
+
+_GIVEN = "u", "hidden_u", "gain", "residual"  # of a step; a linear form's are made from these
 
 
 def _then(

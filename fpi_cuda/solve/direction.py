@@ -11,7 +11,7 @@ from .._torch import transforming
 from ..backends.native import tf32_wanted
 from ..drivers.eager import Evaluation
 from ..drivers.whole import tf32_allowed
-from ..forms import ConvForm, Form, cast
+from ..forms import ConvForm, Form
 from ..options import Solver
 from ..record import MASKED, Limits
 from ..solvers.coupled import Coupled
@@ -165,7 +165,8 @@ class Direction:
             else:
                 with problem.context.autocast():
                     found = self.map.form(x, inputs, params)
-                found = found and cast(found, dtype, x.dtype)
+                if found is not None and x.dtype != torch.float64:  # which autocast leaves alone
+                    found = found.cast(dtype, x.dtype)
             if found is not None:
                 return found
             reason = "g does more than its layers"
