@@ -208,10 +208,8 @@ class Backward(Linear):
         problem, _, _, tensors, need = self._given
         assert isinstance(problem.map, LinearMap)
         assert self.floor is not None
-        c, whose = (
-            masked(self.spoiled(x), keep),
-            (self.floor != 0).view(x.shape[: problem.batch_dims]),
-        )
+        c = masked(self.spoiled(x), keep)
+        whose = (self.floor != 0).view(x.shape[: problem.batch_dims])
         if keep is not None:
             whose = keep & whose
         forward = problem._replace(map=problem.map.inner)

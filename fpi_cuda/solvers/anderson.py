@@ -27,7 +27,7 @@ class Anderson:
     Args:
         history: iterates in the window, the current one included; 1 is Picard.
         beta: weight of the new value, in (0, 2).
-        ridge: regulariser relative to the trace; None: by dtype (float64 1e-12, float32 1e-6,
+        ridge: regulariser relative to the trace; None: by g's dtype (float64 1e-12, float32 1e-6,
             float16 1e-4, bfloat16 1e-3).
         restart: a residual this many times the best one restarts the sample's window.
 
