@@ -23,7 +23,8 @@ class ImplicitAdjoint(ByValue):
 
     Args:
         solver: None: the forward's.
-        tolerance: None: the state dtype's default rtol. The test is ‖r‖ ≤ rtol·max(‖c‖, ‖v‖), so
+        tolerance: None: the default rtol of `Tolerance`, under the autocast of the forward solve,
+            wherever the backward runs. The test is ‖r‖ ≤ rtol·max(‖c‖, ‖v‖), so
             the scale of the loss does not matter; an atol is added only where it is given.
         max_iterations: None: the forward's. It and the tolerances may be tensors [B].
         failed: "mask" gives samples that ended DIVERGED or NONFINITE a zero gradient; "use" lets

@@ -52,6 +52,11 @@ def fixed_point(
     torch.func transform). Parameters that `fully_shard` spreads over processes are gathered once a
     call. torch.compile around g is taken off: compile what is around the layer.
 
+    Under torch.autocast g runs as it does anywhere, forward and, wherever the backward is called,
+    in every derivative; the solver's own arithmetic and x stay in x0's dtype. Default tolerances
+    are then those of autocast's dtype. A `torch.amp.GradScaler` sees NaN or Inf wherever a gradient
+    can't be finite (docs/math.md, mixed precision).
+
     Args:
         g: a callable or module g(x, *inputs, *params) that returns x's shape, dtype and device.
             It must not write to x (a write raises, but for one through x.data or NumPy, which

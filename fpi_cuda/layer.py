@@ -18,6 +18,7 @@ from .fixed_point import solve
 from .modules import Binding
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each, kept
+from .solve.problem import Context
 from .solvers import Anderson
 from .state import state_of
 from .tree import Tree, build, flatten
@@ -271,7 +272,10 @@ class FixedPointLayer(nn.Module):
     def _evaluating(self, options: Options, x0: State) -> Options:
         """The options in eval mode."""
         options.check()
-        factor, dtype = self.eval_factor, state_of(x0).packed.dtype
+        factor, packed = self.eval_factor, state_of(x0).packed
+        dtype = packed.dtype
+        if not packed.is_meta:
+            dtype = Context.here(packed.device.type).precision(dtype)
         values, most = options.tolerance.resolve(dtype), options.max_iterations
         # In float64, as numbers are: in a narrow dtype tolerances round to 0 and limits overflow.
         rtol, atol = ((t.double() if isinstance(t, Tensor) else t) / factor for t in values)

@@ -46,10 +46,11 @@ class Tolerance(ByValue):
     """When a sample has converged: ‖g(x) − x‖₂ ≤ atol·√N + rtol·‖g(x)‖₂.
 
     Args:
-        rtol: relative tolerance; None takes the state dtype's default (float64 1e-6, float32 1e-4,
-            float16 2e-3, bfloat16 1e-2). A floating tensor [B] has one for each sample of the
-            batch, on any device; what is NaN, negative or of another length is refused by the
-            solve.
+        rtol: relative tolerance; None takes the default of the dtype that g computes in (float64
+            1e-6, float32 1e-4, float16 2e-3, bfloat16 1e-2). That is the state's, or under
+            torch.autocast the coarser one of the state's and autocast's. A floating tensor [B] has
+            one for each sample of the batch, on any device; what is NaN, negative or of another
+            length is refused by the solve.
         atol: absolute tolerance for each value; None likewise (1e-12, 1e-6, 1e-3, 1e-3), so that a
             fixed point at zero converges. The adjoint takes 0 by default: a gradient has no scale.
             May be a tensor [B] too.
@@ -57,6 +58,10 @@ class Tolerance(ByValue):
     `Tolerance(0, 0)` asks for `max_iterations` iterations (fewer only where a residual is exactly
     zero); such a solve, or a sample whose own tolerances are both 0, never fails for want of
     convergence.
+
+    Autocast is seen around the solve, not in g: for a g that takes it off inside, or has no
+    operation that it casts, these defaults are looser than need be; give a tolerance then. One that
+    is given is kept under autocast too. Where g can't reach it, samples end as STALLED.
 
     Raises:
         ValueError: a tolerance is negative or not finite, or a tensor that has not one value a
@@ -81,13 +86,13 @@ class Tolerance(ByValue):
             if value is not None and not _finite(value):
                 raise ValueError(
                     f"Tolerance: {name} must be a finite number >= 0 (got {value!r}); None takes "
-                    "the default of the state's dtype, a tensor [B] has one for each sample"
+                    "the default of g's dtype, a tensor [B] has one for each sample"
                 )
 
     def resolve(
         self, dtype: torch.dtype, *, adjoint: bool = False
     ) -> tuple[float | Tensor, float | Tensor]:
-        """The (rtol, atol) that hold for a state of this dtype."""
+        """The (rtol, atol) that hold where g computes in this dtype."""
         rtol = _RTOL[dtype] if self.rtol is None else self.rtol
         default_atol = 0.0 if adjoint else _ATOL[dtype]
         return rtol, default_atol if self.atol is None else self.atol

@@ -114,6 +114,7 @@ class Limits:
     own: [B, 5] in the accumulate dtype, or None: each sample's own rtol, offset, patience,
     max_iterations and rounding. Those of the solve are then the least rtol and the most iterations
     of any.
+    precision: the dtype that g's values are rounded to; None: the state's.
     """
 
     rtol: float
@@ -122,6 +123,7 @@ class Limits:
     patience: int  # STALLED after this many iterations without a fall by 0.5 %
     max_iterations: int
     own: Tensor | None = field(default=None, compare=False)
+    precision: torch.dtype | None = None
 
     @property
     def thresholds(self) -> tuple[float | Tensor, float | Tensor]:
@@ -171,7 +173,7 @@ class Progress:
         b, device = x.shape[0], x.device
         self.limits = limits
         self.dtype = accumulate_dtype(x.dtype)
-        self.state_dtype = x.dtype
+        self.precision = limits.precision or x.dtype  # that g's values are rounded to
         self.counters = torch.zeros(b, COUNTERS, dtype=torch.int32, device=device)
         self.scalars = torch.zeros(b, SCALARS, dtype=self.dtype, device=device)
         self.bounds = floor  # what the step operators are told of each sample
@@ -298,7 +300,7 @@ class Account:
         """
         record, scalars = self.record, self.record.progress.scalars
         gain, residual = scalars[:, GAIN].sqrt(), record.measured_residual
-        roundoff = torch.finfo(record.progress.state_dtype).eps / 2
+        roundoff = torch.finfo(record.computed or record.progress.precision).eps / 2
         rounding = roundoff * scalars[:, VALUE] * (1 + gain)
         nothing = torch.where(residual == 0, residual, math.inf)
         estimate = torch.where(gain > 0, self._factor * gain * residual + rounding, nothing)
@@ -312,14 +314,17 @@ class Account:
         """A bound of ‖x − x̂‖₂, [B], where the step certifies a Lipschitz constant k < 1, else None.
 
         (k·residual + ε)/(1 − k), with ε = 16 u √N ‖g(x)‖ for the rounding of one evaluation of g,
-        u the unit roundoff of the state or of autocast's dtype, N the state's entries or the
-        sample's `sizes`. Under autocast x̂ is that of g with its weights rounded so.
+        u the unit roundoff of what g computes in, N the state's entries or the sample's `sizes`.
+        Under autocast x̂ is that of g with its weights rounded so.
         """
         record, k = self.record, self.record.lipschitz
         if k is None or not 0 <= k < 1:
             return None
-        scalars = record.progress.scalars
-        rounding = record.coarse * record.progress.limits.roundings * scalars[:, VALUE]
+        progress, scalars = record.progress, record.progress.scalars
+        rounding = progress.limits.roundings * scalars[:, VALUE]
+        if record.computed not in (None, progress.precision):  # weights rounded, their sums not
+            eps = [torch.finfo(d).eps for d in (record.computed, progress.precision)]
+            rounding = rounding * (eps[0] / eps[1])
         return ((k * scalars[:, RESIDUAL] + rounding) / (1 - k)).view(record.batch)
 
 
@@ -334,10 +339,10 @@ class Record(Account):
     failed: int  # samples that did not converge
     evaluations: int = 0  # calls of g with any number of rows, those of the per_sample probe too
     lipschitz: float | None = None  # certified by the step, for error_bound
-    coarse: float = 1.0  # u of what g computes in by the state's, likewise
     adjoint: Record | None = None  # the backward solve's own record, filled by each backward
     tangent: Record | None = None  # likewise, of forward mode
     valued: bool = True  # False: shapes alone are known
+    computed: torch.dtype | None = None  # what g computes in; None: what its values are rounded to
     system: int = 1  # samples that are solved as one system
     mixes: bool = False  # whether g is called at mixtures of iterates, too
     trace: Tensor | None = None  # of an observed solve; and of which iterations, [T]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..backends import native
@@ -61,8 +62,10 @@ _NOT_DENSE = Support()
 
 def _solve(direction: Any, because: str) -> Solved:
     direction.measure()
-    options = direction.problem.options
-    given = direction.form, direction.start, options.solver, direction.limits
+    options, form, limits = direction.problem.options, direction.form, direction.limits
+    if form.products is not None:
+        limits = direction.limits_where(direction.start.dtype)
+    given = form, direction.start, options.solver, limits
     return Solved(*solve(*given, direction.floor, direction.skip))
 
 
@@ -77,7 +80,7 @@ def refusal(form: DenseForm, x0: Tensor, backend: str, solver: Solver) -> str | 
         return lacking
     if any(t.device != x0.device for t in form.tensors):
         return "tensors on several devices"
-    if any(t.dtype != x0.dtype for t in form.tensors if t.dim() > 0):
+    if form.products is None and any(t.dtype != x0.dtype for t in form.tensors if t.dim() > 0):
         return "tensors of several dtypes"
     if not hasattr(solver, "mixing"):
         return f"the kernel has no {type(solver).__name__}"
@@ -96,7 +99,8 @@ def solve(
     """Iterate every sample of x0, [B, N], to its own end.
 
     Args:
-        form: what to iterate; plain tensors.
+        form: what to iterate; plain tensors. Where products are rounded, the weights are, and no
+            iterate is.
         x0: where to start; not written to.
         solver: as `iterate` takes it.
         limits: likewise.
@@ -108,8 +112,12 @@ def solve(
         eager.refuse_capture()
     x0 = x0.contiguous()
     progress = Progress(x0, limits, floor, skip)
-    history, beta, ridge, restart = solver.mixing(x0.dtype)
-    tf32 = native.tf32_wanted(x0) and tf32_allowed(limits)
+    history, beta, ridge, restart = solver.mixing(progress.precision)
+    tf32 = native.tf32_wanted(x0)
+    if form.products is not None:  # autocast asks for less than tf32, which rounds no such weight
+        tf32 |= (x0.device.type, x0.dtype) == ("cuda", torch.float32)
+        form = form.widened(x0.dtype)
+    tf32 = tf32 and tf32_allowed(limits)
     native.dense_solve(progress, x0, form, beta, history, ridge, restart, tf32, slots)
     tally = progress.tally.tolist()
     record = Record(

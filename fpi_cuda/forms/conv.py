@@ -43,6 +43,10 @@ class ConvForm:
         scale: [B, C, H, W], or None: 1.
         slopes: of the hidden layers, in place of φ_l: [B, O_l, H, W], bool where they are 0 or 1.
         output_scale: d, [B, C, H, W], or None: 1.
+        products: the dtype that convolutions and hidden layers are computed in: autocast's. What
+            follows the last convolution is in x's. None: all is.
+        unit: of a linear step, [B, 1, 1, 1] or one for all, powers of two: the first convolution
+            takes t times that, so that float16 holds it. None: 1.
     """
 
     weights: tuple[Tensor, ...]
@@ -54,6 +58,8 @@ class ConvForm:
     scale: Tensor | None = None
     slopes: tuple[Tensor, ...] | None = None
     output_scale: Tensor | None = None
+    products: torch.dtype | None = None
+    unit: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """g(x), [B, C, H, W], in plain torch."""
@@ -64,8 +70,10 @@ class ConvForm:
         t = x if self.scale is None else self.scale * x
         before, after = [], [t]
         for layer in range(len(self.weights)):
-            p = _convolve(after[-1], self.weights[layer], self.biases[layer])
             is_last = layer + 1 == len(self.weights)
+            p = self._convolve(after[-1], layer)
+            if is_last and self.products is not None:
+                p = p.to(t.dtype)
             u, scale = self.u[layer], self.output_scale if is_last else None
             if u is not None and scale is None:
                 p = p + u
@@ -89,10 +97,14 @@ class ConvForm:
     def iterated(self, x: Tensor) -> Tensor:
         """g(x) where no graph is kept: each layer's value is worked on where it lies."""
         t = x if self.scale is None else self.scale * x
-        h = t
+        h = t if self.unit is None else t * self.unit
         for layer in range(len(self.weights)):
-            h = _convolve(h, self.weights[layer], self.biases[layer])
             is_last = layer + 1 == len(self.weights)
+            h = self._convolve(h, layer)
+            if is_last and self.products is not None:
+                h = h.to(t.dtype)
+                if self.unit is not None:
+                    h = h / self.unit
             u, scale = self.u[layer], self.output_scale if is_last else None
             if u is not None and scale is None:
                 h.add_(u)
@@ -137,7 +149,15 @@ class ConvForm:
             scale=slope if transpose else None,
             slopes=None if None in slopes else tuple(slopes),
             output_scale=None if transpose else slope,
+            products=self.products,
         )
+
+    def cast(self, products: torch.dtype, state: torch.dtype) -> ConvForm:
+        """The step as it is computed under autocast, for a state of the other dtype."""
+        u = [None if u is None else u.to(products) for u in self.u]
+        if u[-1] is not None:  # what follows the last convolution is in the state's
+            u[-1] = u[-1].to(state)
+        return dataclasses.replace(self, products=products, u=tuple(u))
 
     def plus(self, v: Tensor) -> ConvForm:
         """The linear form that adds v, [B, C, H, W]."""
@@ -150,11 +170,23 @@ class ConvForm:
         def put(t: Tensor) -> Tensor:
             return t.contiguous(memory_format=torch.channels_last)
 
-        return self._with(tuple(put(w) for w in self.weights), map(put, self._per_sample))
+        form, dtype = self, self.products
+        if dtype is not None:  # once a solve
+            weights = tuple(w.to(dtype) for w in self.weights)
+            biases = tuple(None if b is None else b.to(dtype) for b in self.biases)
+            form = dataclasses.replace(self, weights=weights, biases=biases)
+        return form._with(tuple(put(w) for w in form.weights), map(put, form._per_sample))
+
+    def _convolve(self, h: Tensor, layer: int) -> Tensor:
+        weight, bias, dtype = self.weights[layer], self.biases[layer], self.products
+        if dtype is not None:
+            h, weight = h.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return F.conv2d(h, weight, bias, padding=weight.shape[-1] // 2)
 
     @property
     def _per_sample(self) -> list[Tensor]:
-        found = (self.scale, *self.u, *(self.slopes or ()), self.output_scale)
+        found = (self.scale, *self.u, *(self.slopes or ()), self.output_scale, self.unit)
         return [t for t in found if t is not None]
 
     def _with(self, weights: tuple[Tensor, ...], per_sample: Iterator[Tensor]) -> ConvForm:
@@ -168,6 +200,7 @@ class ConvForm:
             u=tuple(following(t) for t in self.u),
             slopes=None if self.slopes is None else tuple(next(per_sample) for _ in self.slopes),
             output_scale=following(self.output_scale),
+            unit=following(self.unit),
         )
 
     @property
@@ -183,7 +216,3 @@ class ConvForm:
             return form._with(form.weights, iter(per_sample)).iterated(x)
 
         return g, form._per_sample
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)

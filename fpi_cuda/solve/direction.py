@@ -70,6 +70,14 @@ class Direction:
         if self.coupled:
             self.solver = Coupled(self.solver, start.shape[problem.batch_dims - 1])
 
+    def limits_where(self, rounded: torch.dtype) -> Limits:
+        """The stop rule where g's values are rounded to this dtype, whatever autocast's is."""
+        return limits_of(self.problem, self.start, adjoint=self.linear, rounded=rounded)
+
+    def spoiled(self, x: Tensor) -> Tensor:
+        """X with NaN for samples that are kept though no number stands for what is sought."""
+        return x
+
     def around(self, given: Sequence[Tensor], params: Sequence[Tensor], map: UserMap) -> Direction:
         """The same solve with other tensors, for a graph: no host looks at its samples."""
         raise NotImplementedError
@@ -122,6 +130,8 @@ class Direction:
         if form is None:
             return self._opaque()
         if isinstance(form, ConvForm):
+            if form.products == self.start.dtype:
+                form = form.laid_out()  # all in one dtype
             kernels = convolutions(problem.options.backend, form, self.start)
             if kernels is not None:
                 wanted = tf32_wanted(self.start, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
@@ -130,7 +140,10 @@ class Direction:
                 tf32 = wanted and tf32_allowed(self.limits)
                 return Masked(self.seen, kernels, form, self.start, tf32=tf32, norms=norms)
         g, inputs = form.opened()  # what does not depend on x stays out of the loop
-        return Direct(problem.context, self.seen, g, inputs, None if self.coupled else INDEPENDENT)
+        context = problem.context
+        if context.autocast_dtype is not None:  # a form rounds by itself
+            context = context._replace(autocast_dtype=None)
+        return Direct(context, self.seen, g, inputs, None if self.coupled else INDEPENDENT)
 
     def _layers(self, x: Tensor, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Form | None:
         problem, dim = self.problem, self.map.form_dim
@@ -139,8 +152,6 @@ class Direction:
         assert isinstance(self.map, UserMap)
         if problem.batch_dims != 1 or transforming():
             reason = "under a torch.func transform"
-        elif problem.context.autocast_dtype is not None:
-            reason = "autocast"
         elif problem.structure:
             reason = "a state that is not one real tensor"
         elif dim != x.dim():
@@ -148,7 +159,14 @@ class Direction:
         elif self.map.arguments is not None:
             reason = "g is given more than tensors by position"
         else:
-            found = self.map.form(x, inputs, params)
+            dtype = problem.context.autocast_dtype
+            if dtype is None:
+                found = self.map.form(x, inputs, params)
+            else:
+                with problem.context.autocast():
+                    found = self.map.form(x, inputs, params)
+                if found is not None and x.dtype != torch.float64:  # which autocast leaves alone
+                    found = found.cast(dtype, x.dtype)
             if found is not None:
                 return found
             reason = "g does more than its layers"

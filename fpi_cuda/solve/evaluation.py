@@ -128,9 +128,10 @@ class Linearised:
         unattached: Callable[[], Bound] | None = None,
         *,
         transpose: bool,
+        unit: Tensor | None = None,
     ) -> None:
         self.context, self.seen, self.g, self.inputs, self.v = context, seen, g, inputs, v
-        self.samples, self.transpose = samples, transpose
+        self.samples, self.transpose, self.unit = samples, transpose, unit
         # A smaller batch costs one more linearisation: it must save more than that.
         self.compact_below = 0.0 if samples is None or samples.compactable is False else 0.5
         # Gives g without a path to the params, which smaller linearisations do not need.
@@ -152,7 +153,10 @@ class Linearised:
 
     def __call__(self, u: Tensor) -> Tensor:
         before = version(u)
-        mu = vjp(self.of, self.by, u) + self.v
+        if self.unit is None:
+            mu = vjp(self.of, self.by, u) + self.v
+        else:
+            mu = vjp(self.of, self.by, u * self.unit) / self.unit + self.v
         if version(u) != before:
             raise RuntimeError(GRADIENT_WRITTEN)
         return mu
@@ -166,6 +170,7 @@ class Linearised:
         return Linearised(
             *(self.context, self.seen, self.g, x, v, inputs, self.samples),
             transpose=self.transpose,
+            unit=None if self.unit is None else take(self.unit, positions),
         )
 
     def select(self, positions: Tensor, u: Tensor) -> Linearised | None:
@@ -242,6 +247,8 @@ class Masked:
 def convolutions(backend: str, form: ConvForm, x: Tensor) -> ModuleType | None:
     """The kernels for this form and a state like x, or None: torch's convolutions serve."""
     if backend not in ("auto", "triton") or (backend == "auto" and x.device.type != "cuda"):
+        return None
+    if form.products not in (None, x.dtype):
         return None
     if triton.missing(x.device.type) is not None:
         return None

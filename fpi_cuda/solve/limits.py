@@ -18,27 +18,42 @@ __all__ = ["check_values", "limits_of"]
 MOST = 2**24  # of a sample's own limit: the kernels take it as float32, which skips numbers above
 
 
-def limits_of(problem: Problem, start: Tensor, *, adjoint: bool) -> Limits:
+def limits_of(
+    problem: Problem, start: Tensor, *, adjoint: bool, rounded: torch.dtype | None = None
+) -> Limits:
     """The stop rule of a solve that begins at start, [*batch, *sample].
+
+    Under autocast default tolerances, and what counts as the rounding level, are those of the dtype
+    that g computes in.
+
+    Args:
+        problem: what is solved.
+        start: where.
+        adjoint: whether it is a linear problem, whose test is relative to ‖v‖.
+        rounded: the dtype that g's values are rounded to; None: the one that it computes in.
 
     Raises:
         ValueError: a sample's own tolerance or limit is out of range, or there is not one a sample.
     """
     options, dims, dtype = problem.options, problem.batch_dims, start.dtype
+    computed = dtype
+    if problem.context.autocast_dtype is not None:
+        computed = problem.context.precision(dtype)
+    rounded = rounded or computed
     size = start.shape[dims:].numel()
     tolerance, most, patience = options.tolerance, options.max_iterations, options.solver.patience
     sizes = options.sizes
-    rtol, atol = tolerance.resolve(dtype, adjoint=adjoint)
+    rtol, atol = tolerance.resolve(computed, adjoint=adjoint)
     if type(most) is not int and isinstance(most, Tensor) and most.dim() == 0:
         most = int(most)
     if type(most) is int and not tolerance.own and sizes is None:
-        return _limits(rtol, atol, size, dtype, patience, most)
+        return _limits(rtol, atol, size, rounded, patience, most)
     batch, acc = start.shape[:dims], accumulate_dtype(dtype)
     check_values(problem.name, options.tolerance, most, batch[-1])
     if sizes is not None:
         _check_sizes(problem.name, sizes, size, batch[-1])
     if not batch.numel():
-        return _limits(0.0, 0.0, size, dtype, patience, 1)
+        return _limits(0.0, 0.0, size, rounded, patience, 1)
 
     root: float | Tensor = math.sqrt(size)  # of the entries that a sample has
     if sizes is not None:
@@ -58,11 +73,12 @@ def limits_of(problem: Problem, start: Tensor, *, adjoint: bool) -> Limits:
     if problem.samples.coupled:  # one system: it may take what any sample may; one's count is all's
         limit, counted = limit.amax().expand_as(limit), counted.any().expand_as(counted)
         rtol, offset = (torch.where(counted, 0, t) for t in (rtol, offset))
-    rounding = column(_rounding(dtype, 1), root)
+    rounding = column(_rounding(rounded, 1), root)
     own = torch.stack((rtol, offset, torch.where(counted, limit, patience), limit, rounding), 1)
     least, longest = torch.stack((rtol.amin(), limit.amax())).tolist()
     slices = own.expand(*batch, 5).reshape(-1, 5)  # of torch.vmap, which share them
-    return Limits(least, 0.0, _rounding(dtype, size), patience, int(longest), slices)
+    level = _rounding(rounded, size)
+    return Limits(least, 0.0, level, patience, int(longest), slices, precision=rounded)
 
 
 @functools.lru_cache(maxsize=64)
@@ -71,7 +87,8 @@ def _limits(
 ) -> Limits:
     if rtol == atol == 0:  # a fixed count runs to its end, at the rounding level too
         patience = max_iterations
-    return Limits(rtol, atol * math.sqrt(size), _rounding(dtype, size), patience, max_iterations)
+    level = _rounding(dtype, size)
+    return Limits(rtol, atol * math.sqrt(size), level, patience, max_iterations, precision=dtype)
 
 
 def _rounding(dtype: torch.dtype, size: int) -> float:

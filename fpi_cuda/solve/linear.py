@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from ..derivatives import for_modules
 from ..drivers.eager import Evaluation
 from ..forms import Form
 from ..norms import row_norms
-from ..record import Limits, accumulate_dtype
+from ..record import Limits, Status, accumulate_dtype
 from .direction import Direction, Forward
 from .evaluation import Linearised
 from .failed import masked, pulled_back
@@ -39,6 +40,7 @@ class Linear(Direction):
     """
 
     linear = True
+    _lost: Tensor | None = None  # bool [*batch], see `_overflowed`
 
     def __init__(
         self,
@@ -91,6 +93,23 @@ class Linear(Direction):
         if memory is not None:
             self.start = memory.adjoint_start(self.v, self.coupled)
 
+    def _unit(self) -> Tensor | None:
+        """Powers of two by which v comes near 1, where autocast rounds u to float16; else None.
+
+        One for each sample, or system: M u is then (M (unit · u)) / unit, and no scale of the loss
+        is out of float16's range.
+        """
+        v, first = self.v, self.problem.batch_dims - self.coupled
+        if self.problem.context.autocast_dtype != torch.float16 or v.dtype != torch.float32:
+            return None
+        if not v.numel():
+            return None
+        most = torch.where(v.isfinite(), v.abs(), 0)
+        for dim in range(first, v.dim()):
+            most = most.amax(dim, keepdim=True)
+        exponent = torch.frexp(most).exponent.clamp(-100, 100)
+        return torch.ldexp(torch.ones_like(most), -exponent)
+
     def _look(self) -> Form | None:
         if not isinstance(self.map, UserMap):
             return None
@@ -100,7 +119,8 @@ class Linear(Direction):
                 return None
             x = self.x.detach().requires_grad_()
             self._y, linear = form.linearised(x, transpose=self.transpose)
-            return linear.plus(self.v)
+            linear, unit = linear.plus(self.v), self._unit()
+            return linear if unit is None else dataclasses.replace(linear, unit=unit)
 
     def _opaque(self) -> Evaluation:
         context, lone = self.problem.context, self.compacting and not self.higher
@@ -118,9 +138,35 @@ class Linear(Direction):
             self._samples() if self.compacting else None,
             unattached if lone else None,
             transpose=self.transpose,
+            unit=self._unit(),
         )
         self._y = evaluate.y
         return evaluate
+
+    def kept(self, status: Tensor) -> Tensor | None:
+        """See `Direction`; those too whose u overflowed, which `spoiled` marks."""
+        keep, self._lost = super().kept(status), self._overflowed(status)
+        return keep if keep is None or self._lost is None else keep | self._lost
+
+    def _overflowed(self, status: Tensor) -> Tensor | None:
+        """Bool, shaped like status: where an adjoint left float16's range; else None.
+
+        g's derivative and what came in are finite there. The u returned is that of an iteration
+        before, and zero would be as wrong: a loss scaler must see that its scale was too large.
+        """
+        if self.start.dtype != torch.float16 or not self.transpose:
+            return None
+        assert self.floor is not None
+        at_zero = self.evaluation()(torch.zeros_like(self.start)).reshape(len(self.floor), -1)
+        fine = at_zero.isfinite().all(1) & self.floor.isfinite()
+        return (status == Status.NONFINITE) & fine.view_as(status)
+
+    def spoiled(self, x: Tensor) -> Tensor:
+        """See `Direction`."""
+        lost = self._lost
+        if lost is None:
+            return x
+        return torch.where(lost.view(*lost.shape, *(1,) * (x.dim() - lost.dim())), torch.nan, x)
 
     def sound(self, keep: Tensor | None) -> Tensor | None:
         """See `Direction`."""
@@ -152,7 +198,7 @@ class Backward(Linear):
 
     def outputs(self, x: Tensor, keep: Tensor | None) -> Sequence[Tensor | None]:
         """C without the samples that failed, and the gradients by it."""
-        c, y = masked(x, keep), self._y
+        c, y = masked(self.spoiled(x), keep), self._y
         if not self._wanted or y is None or not y.requires_grad:
             return [c, *[None] * len(self._wanted)]
         return [c, *torch.autograd.grad(y, self._wanted, c, allow_unused=True)]
@@ -162,7 +208,8 @@ class Backward(Linear):
         problem, _, _, tensors, need = self._given
         assert isinstance(problem.map, LinearMap)
         assert self.floor is not None
-        c, whose = masked(x, keep), (self.floor != 0).view(x.shape[: problem.batch_dims])
+        c = masked(self.spoiled(x), keep)
+        whose = (self.floor != 0).view(x.shape[: problem.batch_dims])
         if keep is not None:
             whose = keep & whose
         forward = problem._replace(map=problem.map.inner)

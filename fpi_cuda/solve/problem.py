@@ -39,17 +39,21 @@ class Context(NamedTuple):
         """Its grad mode, within a solve, where none is needed otherwise."""
         return torch.set_grad_enabled(True) if self.grad_enabled else _NOTHING
 
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        """What g computes in for a state of this dtype: that, or autocast's where it is coarser.
+
+        Autocast leaves float64 alone.
+        """
+        cast = self.autocast_dtype
+        if cast is None or dtype == torch.float64:
+            return dtype
+        return max(dtype, cast, key=lambda d: torch.finfo(d).eps)
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Its autocast state."""
         if self.autocast_dtype is None:
             return _NOTHING
         return torch.autocast(self.device_type, dtype=self.autocast_dtype, cache_enabled=False)
-
-    def coarseness(self, dtype: torch.dtype) -> float:
-        """The unit roundoff of what g computes in by that of the state's dtype, at least 1."""
-        if self.autocast_dtype is None or dtype == torch.float64:  # which autocast leaves alone
-            return 1.0
-        return max(1.0, torch.finfo(self.autocast_dtype).eps / torch.finfo(dtype).eps)
 
     def full_precision(self) -> contextlib.AbstractContextManager[Any]:
         """No autocast, for the loop's own arithmetic, whoever calls."""

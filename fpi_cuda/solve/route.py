@@ -42,7 +42,7 @@ def solve(direction: Direction, report: Report) -> Outcome:
             keep = direction.sound(keep)
         report.masked = keep is not None
         outputs = _outputs(direction, solved, keep)
-    return solved.x, keep, outputs
+    return direction.spoiled(solved.x), keep, outputs
 
 
 def _run(direction: Direction) -> Solved:
@@ -78,9 +78,9 @@ def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | N
     record, problem = solved.record, direction.problem
     if record is None:
         return None
-    if problem.lipschitz is not None:
-        record.lipschitz = problem.lipschitz
-        record.coarse = problem.context.coarseness(solved.x.dtype)
+    record.lipschitz = problem.lipschitz
+    if problem.context.autocast_dtype is not None:
+        record.computed = problem.context.precision(solved.x.dtype)
     record.mixes = direction.solver.history > 1 and not direction.linear
     if direction.coupled:
         record.system = solved.x.shape[problem.batch_dims - 1]
@@ -89,15 +89,21 @@ def _account(direction: Direction, solved: Solved, report: Report) -> Tensor | N
         if direction.seen.random:
             warn(f"{problem.name}: {RANDOM}", UserWarning)
         return None
-    _complain(direction, solved.x, record)
-    return direction.kept(record.status)
+    keep = direction.kept(record.status)
+    _complain(direction, solved.x, record, keep)
+    return keep
 
 
-def _complain(direction: Direction, x: Tensor, record: Record) -> None:
+def _complain(direction: Direction, x: Tensor, record: Record, keep: Tensor | None) -> None:
     problem, on_failure = direction.problem, direction.problem.options.on_failure
     if on_failure == "return":
         return
-    failing = record.status[record.wanting]
+    wanting = record.wanting
+    if direction.transpose and problem.context.autocast_dtype == torch.float16:
+        # A loss scaler tries scales until one overflows: it sees the NaN or Inf, and says nothing.
+        seen = record.status == Status.NONFINITE
+        wanting = wanting & ~(seen if keep is None else seen & keep)
+    failing = record.status[wanting]
     if not len(failing):
         return
     stuck = (failing == Status.MAX_ITERATIONS) | (failing == Status.STALLED)

@@ -27,7 +27,7 @@ class Anderson:
     Args:
         history: iterates in the window, the current one included; 1 is Picard.
         beta: weight of the new value, in (0, 2).
-        ridge: regulariser relative to the trace; None: by dtype (float64 1e-12, float32 1e-6,
+        ridge: regulariser relative to the trace; None: by g's dtype (float64 1e-12, float32 1e-6,
             float16 1e-4, bfloat16 1e-3).
         restart: a residual this many times the best one restarts the sample's window.
 
@@ -57,11 +57,11 @@ class Anderson:
         return max(10, 2 * self.history)
 
     def ridge_for(self, dtype: torch.dtype) -> float:
-        """The ridge that holds for a state of this dtype."""
+        """The ridge that holds where g computes in this dtype."""
         return _RIDGE[dtype] if self.ridge is None else self.ridge
 
     def mixing(self, dtype: torch.dtype) -> Mixing:
-        """What the kernels take for a state of this dtype."""
+        """What the kernels take where g computes in this dtype."""
         return Mixing(self.history, self.beta, self.ridge_for(dtype), self.restart)
 
     def start(self, backend: Any, progress: Progress, x: Tensor) -> Update:
@@ -70,7 +70,7 @@ class Anderson:
             return Picard(self.beta).start(backend, progress, x)
         b, n = x.shape
         m = self.history
-        _, beta, ridge, restart = self.mixing(x.dtype)
+        _, beta, ridge, restart = self.mixing(progress.precision)
         # Rings by sample, not by row: compaction moves no history.
         scratch = Scratch(x)
         values = scratch.empty((b, m, n), x.dtype, x.device)

@@ -71,7 +71,7 @@ class Coupled:
         systems = x.shape[0] // samples
         whole = (systems, samples * n)
         joint = Progress(x.view(whole), NEVER)
-        joint.out = progress.out.view(whole)
+        joint.out, joint.precision = progress.out.view(whole), progress.precision
         # Limits of its own: a threshold that every residual meets once its samples all end.
         most = progress.limits.max_iterations
         joint.bounds = joint.scalars.new_zeros(systems, BOUNDS)

@@ -52,7 +52,7 @@ class Picard:
         return 10
 
     def mixing(self, dtype: torch.dtype) -> Mixing:
-        """What the kernels take for a state of this dtype."""
+        """What the kernels take where g computes in this dtype."""
         return Mixing(beta=self.beta)
 
     def start(self, backend: Any, progress: Progress, x: Tensor) -> Update:

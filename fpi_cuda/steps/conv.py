@@ -31,8 +31,10 @@ class ConvStep(nn.Module):
     In `fixed_point` and `FixedPointLayer` U ⋆ z + b₁ is computed once a solve; the adjoint iterates
     transposed convolutions and needs no autograd graph. On CUDA Triton's kernels leave finished
     samples out by themselves (`Solution.path` says "masked"); on the CPU the batch is compacted.
-    Anywhere else, and under autocast, it is a module like any other. Fresh weights make a
-    contraction with every activation whose slope is at most 1 (all but gelu, 1.13) where |α| < 0.2;
+    Under torch.autocast the convolutions and hidden layers are computed in its dtype, by torch,
+    and what follows the last of them in x's. Anywhere else it is a module like any other. Fresh
+    weights make a contraction with every activation whose slope is at most 1 (all but gelu, 1.13)
+    where |α| < 0.2;
     `contraction.spectral_normalize` keeps trained ones so.
 
     Args:

@@ -104,6 +104,11 @@ class DenseStep(_Inputs):
     adjoint. Anywhere else it is a module like any other. Fresh weights make a contraction with
     every activation whose slope is at most 1 (all but gelu, 1.13) where |α| < 0.2.
 
+    Under torch.autocast a whole solve takes W, W₁ and W₂ rounded to autocast's dtype, and u as
+    autocast computes it; iterates are not rounded, and sums and the state stay in x's dtype. (On
+    CUDA a product of a float32 state may round them to tf32, where rtol is 2e-3 or looser.) The
+    parameters' gradients are products in autocast's dtype.
+
     Args:
         state_features: N; x is [..., N].
         input_features: values of z; z is [..., input_features]. None: z itself stands for z Uᵀ.
@@ -115,7 +120,8 @@ class DenseStep(_Inputs):
         exact: u too is computed with sums in an order that does not depend on the batch, so that,
             where the solve is whole, the bits of a sample's solution depend neither on the samples
             beside it nor on the number of threads. Those of gradients may: they pass torch's
-            products.
+            products. Under autocast this u is not rounded; a z of another dtype than U's gets
+            torch's product.
 
     Attributes:
         state_weight: W [N, N], or W₁ [H, N].
@@ -217,7 +223,7 @@ class DenseStep(_Inputs):
 
 
 def _log_cosh(p: Tensor) -> Tensor:
-    return p.abs() + F.softplus(-2 * p.abs()) - math.log(2)
+    return p + F.softplus(-2 * p) - math.log(2)  # by |p| the curvature at 0 would be 0, not 1
 
 
 def _gelu_integral(p: Tensor) -> Tensor:
