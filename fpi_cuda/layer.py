@@ -10,11 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import apart, attribute, constant_in_graphs, exporting, transforming
+from ._torch import (
+    apart,
+    attribute,
+    constant_in_graphs,
+    exporting,
+    odd,
+    transforming,
+    valueless,
+)
 from .adjoint import ImplicitAdjoint
 from .arguments import Arguments
 from .derivatives import differentiable
 from .fixed_point import solve
+from .layout import joined
 from .modules import Binding
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each, kept
@@ -241,7 +250,7 @@ class FixedPointLayer(nn.Module):
         if max_iterations is not None:
             options = options._replace(max_iterations=max_iterations)
         slot = None
-        if self._warm is not None:
+        if self._warm is not None and not any(map(valueless, odd(tensors))):
             x0, slot = self._warm.begin(x0, key, not cold)
             options = options._replace(memory=slot)
         return x0, options, slot, given
@@ -374,7 +383,7 @@ class FixedPointLayer(nn.Module):
 
         b = inputs[0].shape[0]
         with torch.no_grad():
-            more = [torch.cat([t, t[:1]]) for t in inputs]
+            more = [joined([t, t[:1]]) for t in inputs]
             whole = takes(zeros(), *inputs) and not takes(zeros(b + 1), *more)
             if whole and takes(zeros(b + 1, skip=1), *more):
                 raise ValueError(

@@ -14,6 +14,15 @@ def take(t: Tensor, positions: Tensor) -> Tensor:
     return layout.state(layout.rows(t).index_select(0, positions), positions.shape)
 
 
+def joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """Tensors of one dtype as one, along dim: torch.cat refuses the half type not autocast's."""
+    device = tensors[0].device.type
+    if tensors[0].is_meta or not torch.is_autocast_enabled(device):
+        return torch.cat(tensors, dim)
+    with torch.autocast(device, enabled=False):
+        return torch.cat(tensors, dim)
+
+
 class Layout:
     """A per-sample order of dimensions, taken from a dense tensor's strides.
 

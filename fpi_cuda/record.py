@@ -313,15 +313,17 @@ class Account:
     def error_bound(self) -> Tensor | None:
         """A bound of ‖x − x̂‖₂, [B], where the step certifies a Lipschitz constant k < 1, else None.
 
-        (k·residual + ε)/(1 − k), with ε = 16 u √N ‖g(x)‖ for the rounding of one evaluation of g,
-        u the unit roundoff of what g computes in, N the state's entries or the sample's `sizes`.
+        (k·residual + ε)/(1 − k), with ε = 16 u √N (‖g(x)‖ + t) for the rounding of one evaluation
+        of g, u the unit roundoff of what g computes in and t its least normal number, N the state's
+        entries or the sample's `sizes`.
         Under autocast x̂ is that of g with its weights rounded so.
         """
         record, k = self.record, self.record.lipschitz
         if k is None or not 0 <= k < 1:
             return None
         progress, scalars = record.progress, record.progress.scalars
-        rounding = progress.limits.roundings * scalars[:, VALUE]
+        least = torch.finfo(record.computed or progress.precision).tiny
+        rounding = progress.limits.roundings * (scalars[:, VALUE] + least)
         if record.computed not in (None, progress.precision):  # weights rounded, their sums not
             eps = [torch.finfo(d).eps for d in (record.computed, progress.precision)]
             rounding = rounding * (eps[0] / eps[1])

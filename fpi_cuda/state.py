@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .layout import joined
 from .tree import Mismatch, Tree, build, flatten, leaves_like, paths, signature
 
 
@@ -81,7 +82,7 @@ def state_of(x0: Any, weights: Any = None) -> State:
                     "fixed_point: g must return all tensors on x's device (got "
                     f"{rows[0].device} at {places[0]} and {row.device} at {leaf.place})"
                 )
-        return rows[0] if alone else torch.cat(rows, 1)
+        return rows[0] if alone else joined(rows, 1)
 
     def unpack(x: Tensor) -> Any:
         alone = len(sizes) == 1

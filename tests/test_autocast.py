@@ -207,6 +207,20 @@ def test_bound_and_estimate_know_of_the_rounding_of_g(name):
         assert (s.error_bound > error).all() and (s.error_bound > 8 * floor).all()
 
 
+def test_a_bound_holds_where_float16_has_nothing_but_zero():
+    class Small(nn.Module):
+        def certified_lipschitz(self):
+            return 0.5
+
+        def forward(self, x, z):
+            return F.linear(z, 1e-5 * torch.eye(3))
+
+    z = torch.full((2, 3), 1e-3)
+    with autocast(FP16):
+        s = fixed_point(Small(), torch.zeros(2, 3), z)
+    assert not s.x.any() and (s.error_bound > (1e-5 * z).norm(dim=1)).all()
+
+
 # --- loss scaling -----------------------------------------------------------------------------
 
 
@@ -258,6 +272,34 @@ def test_a_scaler_sees_what_overflows_and_goes_on(name, options, request):
     moved = [m for _, m in found]
     assert not moved[0] and moved[-1] and moved == sorted(moved)
     assert layer.last.adjoint.converged.all()
+
+
+@pytest.mark.parametrize("driver", ["auto", "eager"])
+@pytest.mark.parametrize("name", ["opaque", "dense", "convolutions"])
+def test_a_state_in_bfloat16_too_has_any_scale_of_the_loss_under_float16(name, driver):
+    g, z = make(name)
+    g.to(BF16)
+    with autocast(FP16):
+        x0 = torch.zeros_like(FixedPointLayer(g)(z), dtype=BF16)
+        s = fixed_point(g, x0, z.requires_grad_(), driver=driver, on_failure="raise")
+    v, found = torch.randn_like(x0), []
+    for scale in (2.0**-30, 1.0, 2.0**20):
+        torch.autograd.grad(s.x, z, v * scale, retain_graph=True)
+        found.append((s.adjoint.iterations, s.adjoint.residual_norm / scale))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_a_state_of_several_tensors_may_have_the_other_half_type(dtype):
+    z = torch.randn(4, 3, dtype=FP16 if dtype == BF16 else BF16)
+    layer = FixedPointLayer(lambda x, z: (0.5 * x[1], z), state_shape=((3,), (3,)))
+    x0 = torch.zeros_like(z), torch.zeros_like(z)
+    with autocast(dtype):
+        x = layer(z, x0=x0)
+        same([x[0], x[1]], [0.5 * z, z])
+        square = FixedPointLayer(lambda x, z: 0.5 * x + z[:, :1], state_shape=(4,))
+        assert square(z).shape == (4, 4)  # of as many samples as values: the shape is looked at
 
 
 def test_an_infinite_loss_reaches_the_gradients_of_any_dtype():

@@ -411,3 +411,13 @@ def test_an_energys_curvature_is_right_where_nothing_is_active():
     hessian = torch.autograd.functional.hessian(lambda x: energy(x, z).sum(), x).view(4, 4)
     w = energy.state_weight.detach()
     assert_close(hessian, energy.curvature * torch.eye(4).double() + w.mT @ w, NEAR)
+
+
+def test_the_energy_of_tanh_is_even_and_exact_far_out():
+    energy = DenseEnergy(1, None, hidden=1, curvature=0.0, bias=False)
+    energy.state_weight.data.fill_(1.0)
+    x = torch.tensor([[12.0], [-12.0]], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(energy.double()(x, 0 * x.detach()).sum(), x)
+    torch.testing.assert_close(slope, torch.tanh(x.detach()), rtol=0, atol=1e-15)
+    far = torch.tensor([[4e4], [-4e4]], dtype=torch.float16)
+    assert (energy.half()(0 * far, far) == 4e4).all()

@@ -1,6 +1,7 @@
 """Solves where there are shapes and no values: on the meta device, and of fake tensors."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_operations_are_counted_and_values_are_not_looked_at(without):
 
 def test_fake_tensors_leave_nothing_for_a_solve_with_values():
     layer, z = FixedPointLayer(DenseStep(3, 3), warm=True), torch.ones(4, 3)
-    x = layer(z)
+    x, seen = layer(z), layer.warm.misses
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for around in (mode, contextlib.nullcontext()):  # fake tensors work outside of their mode too
         with around:
@@ -183,7 +184,8 @@ def test_fake_tensors_leave_nothing_for_a_solve_with_values():
     again = layer(z)
     assert type(again) is torch.Tensor
     torch.testing.assert_close(again, x)
-    assert bool(layer.last.converged.all())
+    assert bool(layer.last.converged.all()) and layer.last.iterations.max() == 1
+    assert layer.warm.misses == seen
 
 
 def test_one_world_at_a_time():
@@ -219,6 +221,47 @@ def test_a_model_made_on_the_meta_device_is_filled_later():
             layer.to_empty(device="cpu")
         layer.load_state_dict(true.state_dict(), assign=assign)
         assert torch.equal(layer(z), true(z))
+
+
+@pytest.mark.parametrize("by", ["hooks", "forward"])
+def test_weights_may_be_filled_when_a_module_is_called(by):
+    """As offloading does: between calls they are on the meta device."""
+
+    def offload(m):
+        held, forward = {k: p.detach() for k, p in m.named_parameters(recurse=False)}, m.forward
+
+        def fill(*_, device=None):
+            for name, t in held.items():
+                setattr(m, name, nn.Parameter(t.to(device)))
+
+        def filled(*given):
+            fill()
+            out = forward(*given)
+            fill(device="meta")
+            return out
+
+        fill(device="meta")
+        if by == "forward":
+            m.forward = filled
+        else:
+            m.register_forward_pre_hook(fill)
+            m.register_forward_hook(lambda *_: fill(device="meta"))
+
+    for true in (Normed().eval(), DenseStep(3, 3)):
+        z, g, found = torch.randn(4, 3, requires_grad=True), copy.deepcopy(true), []
+        for m in g.modules():
+            if list(m.parameters(recurse=False)):
+                offload(m)
+        assert all(p.is_meta for p in g.parameters())
+        for step in (g, true):
+            x = FixedPointLayer(step)(z)
+            found.append((x.detach(), *torch.autograd.grad(x.square().sum(), z)))
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+    step = ConvStep(2, 1)
+    for layer in step.layers:
+        offload(layer)
+    with pytest.raises(RuntimeError, match=r"hooks of a layer never run|offload the step whole"):
+        FixedPointLayer(step)(torch.ones(2, 1, 4, 4))
 
 
 def test_symbolic_sizes_stay_open():

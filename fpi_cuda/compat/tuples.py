@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._torch import tree_map
+from ..layout import joined
 from ..solve.maps import UserMap
 from ..state import check_tuple
 from .conditions import Tensors
@@ -89,7 +90,7 @@ class TupleMap(UserMap):
         def pack(x: Any) -> Tensor:
             check_value(x, shapes)
             rows = [t.reshape(1, -1) for t in x]
-            return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+            return rows[0] if len(rows) == 1 else joined(rows, 1)
 
         def unpack(x: Tensor) -> Tensors:
             lead = x.shape[:-2]  # dimensions that torch.vmap added

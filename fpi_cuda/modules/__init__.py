@@ -76,6 +76,19 @@ class Binding:
         """Whether processes hold parts of its parameters."""
         return bool(self._sharded)
 
+    def unfilled(self) -> list[Tensor]:
+        """The tensors of modules that no call may give others first, as offloading's hooks do."""
+        if _torch.any_global_hook():
+            return []
+        modules = [m for m in self.objects if isinstance(m, nn.Module)]
+        hooks = [m for m in modules if _torch.pre_hooks(m) or "forward" in vars(m)]
+        inside = {id(m) for around in hooks for m in around.modules()}
+        bare = [m for m in modules if id(m) not in inside]
+        held = [
+            t for m in bare for of in (_torch.parameters, _torch.buffers) for t in of(m).values()
+        ]
+        return [t for t in held if t is not None]
+
     @property
     def moved(self) -> Sequence[Tensor]:
         """The buffers of what was bound last, as its calls left them."""

@@ -144,7 +144,8 @@ def enter(
         if fake_mode(*strange) is not None:
             g = map.taking(map.g, posed.params)
             return shapes(g, posed.state, posed.inputs, posed.params, options, own)
-        refuse_meta(strange)
+        assert map.binding is not None
+        refuse_meta(map.binding.unfilled())
     try:
         tensors = (*posed.inputs, *posed.params, *own)
         x = options.adjoint.attach(problem, posed.state.packed, tensors, report)

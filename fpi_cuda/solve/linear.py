@@ -100,9 +100,9 @@ class Linear(Direction):
         is out of float16's range.
         """
         v, first = self.v, self.problem.batch_dims - self.coupled
-        if self.problem.context.autocast_dtype != torch.float16 or v.dtype != torch.float32:
+        if self.problem.context.autocast_dtype != torch.float16 or not v.numel():
             return None
-        if not v.numel():
+        if v.dtype not in (torch.float32, torch.bfloat16):  # float16's own range, or not rounded
             return None
         most = torch.where(v.isfinite(), v.abs(), 0)
         for dim in range(first, v.dim()):

@@ -164,6 +164,12 @@ class ConvStep(nn.Module):
                 "spectral_norm and weight_norm and torch's pruning are such hooks); use "
                 "torch.nn.utils.parametrizations, or a hook of the step"
             )
+        if not z.is_meta and any(w.is_meta for layer in (first, *rest) for w in layer.parameters()):
+            raise RuntimeError(
+                "ConvStep: its layers' parameters must have values (got one on the meta device); a "
+                "forward of a layer's own, with which offloading fills it, never runs: offload "
+                "the step whole"
+            )
         u = torch.conv2d(z, self.input_weight, first.bias, padding=self.kernel_size // 2)
         last = len(rest)
         return ConvForm(

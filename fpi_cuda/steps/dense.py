@@ -223,7 +223,8 @@ class DenseStep(_Inputs):
 
 
 def _log_cosh(p: Tensor) -> Tensor:
-    return p + F.softplus(-2 * p) - math.log(2)  # by |p| the curvature at 0 would be 0, not 1
+    size = torch.where(p < 0, -p, p)  # not p.abs(), by which the curvature at 0 would be 0, not 1
+    return size + F.softplus(-2 * size) - math.log(2)
 
 
 def _gelu_integral(p: Tensor) -> Tensor:
