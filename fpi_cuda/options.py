@@ -60,8 +60,9 @@ class Tolerance(ByValue):
     convergence.
 
     Autocast is seen around the solve, not in g: for a g that takes it off inside, or has no
-    operation that it casts, these defaults are looser than need be; give a tolerance then. One that
-    is given is kept under autocast too. Where g can't reach it, samples end as STALLED.
+    operation that it casts, these defaults are looser than need be, and for one that alone enters
+    it they are tighter than its noise; give a tolerance then. One that is given is kept under
+    autocast too. Where g can't reach it, samples end as STALLED.
 
     Raises:
         ValueError: a tolerance is negative or not finite, or a tensor that has not one value a

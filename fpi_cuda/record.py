@@ -115,6 +115,7 @@ class Limits:
     max_iterations and rounding. Those of the solve are then the least rtol and the most iterations
     of any.
     precision: the dtype that g's values are rounded to; None: the state's.
+    spread: by what factor its roundings may exceed the level below which a sample is stalled.
     """
 
     rtol: float
@@ -124,6 +125,7 @@ class Limits:
     max_iterations: int
     own: Tensor | None = field(default=None, compare=False)
     precision: torch.dtype | None = None
+    spread: float | Tensor = field(default=1.0, compare=False)
 
     @property
     def thresholds(self) -> tuple[float | Tensor, float | Tensor]:
@@ -133,7 +135,7 @@ class Limits:
     @property
     def roundings(self) -> float | Tensor:
         """Of ‖g(x)‖: 16 u √N, a number for all samples or [B]; N of its own `sizes`."""
-        return self.rounding if self.own is None else self.own[:, 4]
+        return self.spread * (self.rounding if self.own is None else self.own[:, 4])
 
     @property
     def counted(self) -> bool | Tensor:

@@ -182,6 +182,26 @@ def test_a_told_tolerance_is_kept_and_noise_ends_as_stalled():
     assert dense.residual_norm.max() < 1e-5 and wide.residual_norm.max() < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_a_residual_that_grows_before_it_falls_is_no_stall(dtype):
+    """Of a causal g each entry is done after the one before, and those behind grow until then."""
+    n, steps = 260, 13
+    w = torch.diag(torch.full((n - 1,), 1.5), -1)
+    w[::steps] = 0
+    z, v, eye = torch.randn(4, n, requires_grad=True), torch.randn(4, n), torch.eye(n)
+    for cast, tolerance in ((True, Tolerance()), (False, Tolerance(1e-2, 0))):
+        to = torch.float32 if cast else dtype
+        with autocast(dtype, cast):
+            s = fixed_point(
+                *(lambda x, z: F.linear(x, w.to(x)) + z, torch.zeros(4, n, dtype=to), z.to(to)),
+                **{"solver": Picard(), "tolerance": tolerance, "on_failure": "raise"},
+            )
+        (grad,) = torch.autograd.grad(s.x, z, v.to(to))
+        assert s.iterations.max() <= steps + 2 and s.adjoint.converged.all()
+        assert far(s.x, torch.linalg.solve(eye - w, z.mT).mT) < 0.02
+        assert far(grad, torch.linalg.solve((eye - w).mT, v.mT).mT) < 0.02
+
+
 def test_eval_factor_divides_what_holds_under_autocast():
     g, z = make("opaque")
     layer = FixedPointLayer(g, eval_factor=2.0).eval()

@@ -18,10 +18,17 @@ def limits_of(n=3, dtype=torch.float32, g=torch.cos, **options):
 
 @pytest.mark.parametrize("n", [1, 100])
 def test_the_rounding_level_is_16_roundings_of_each_value(dtype, n):
-    unit_roundoff = torch.finfo(dtype).eps / 2
-    assert limits_of(n, dtype).rounding == pytest.approx(16 * unit_roundoff * math.sqrt(n))
-    own = limits_of(n, dtype, tolerance=Tolerance(torch.full((2,), 0.1)))
-    assert own.rounding == limits_of(n, dtype).rounding
+    """In half types of the state's norm: √N roundings would soon be all of it. Bounds have √N."""
+    info = torch.finfo(dtype)
+    shared = limits_of(n, dtype)
+    spread = 1 if info.bits > 16 else math.sqrt(n)
+    assert shared.roundings == pytest.approx(8 * info.eps * math.sqrt(n))
+    assert shared.rounding == pytest.approx(shared.roundings / spread)
+    for sizes in (None, torch.full((2,), n)):
+        own = limits_of(n, dtype, tolerance=Tolerance(torch.full((2,), 0.1)), sizes=sizes)
+        assert own.rounding == shared.rounding
+        assert own.own[:, 4].tolist() == pytest.approx([shared.rounding] * 2)
+        assert own.roundings.tolist() == pytest.approx([shared.roundings] * 2)
 
 
 def test_patience_is_ten_iterations_or_two_windows():

@@ -73,12 +73,16 @@ def limits_of(
     if problem.samples.coupled:  # one system: it may take what any sample may; one's count is all's
         limit, counted = limit.amax().expand_as(limit), counted.any().expand_as(counted)
         rtol, offset = (torch.where(counted, 0, t) for t in (rtol, offset))
-    rounding = column(_rounding(rounded, 1), root)
+    grows = _grows(rounded)
+    rounding = column(_rounding(rounded, 1), root if grows else 1.0)
     own = torch.stack((rtol, offset, torch.where(counted, limit, patience), limit, rounding), 1)
     least, longest = torch.stack((rtol.amin(), limit.amax())).tolist()
     slices = own.expand(*batch, 5).reshape(-1, 5)  # of torch.vmap, which share them
-    level = _rounding(rounded, size)
-    return Limits(least, 0.0, level, patience, int(longest), slices, precision=rounded)
+    level, spread = _rounding(rounded, size if grows else 1), 1.0 if grows else root
+    if isinstance(spread, Tensor):
+        spread = spread.to(acc).expand(batch).reshape(-1)
+    more: Any = {"precision": rounded, "spread": spread}
+    return Limits(least, 0.0, level, patience, int(longest), slices, **more)
 
 
 @functools.lru_cache(maxsize=64)
@@ -87,8 +91,18 @@ def _limits(
 ) -> Limits:
     if rtol == atol == 0:  # a fixed count runs to its end, at the rounding level too
         patience = max_iterations
-    level = _rounding(dtype, size)
-    return Limits(rtol, atol * math.sqrt(size), level, patience, max_iterations, precision=dtype)
+    root, grows = math.sqrt(size), _grows(dtype)
+    level, spread = _rounding(dtype, size if grows else 1), 1.0 if grows else root
+    most = max_iterations
+    return Limits(rtol, atol * root, level, patience, most, precision=dtype, spread=spread)
+
+
+def _grows(dtype: torch.dtype) -> bool:
+    """Whether a solve is stalled below 16 u √N ‖g(x)‖; else below 16 u ‖g(x)‖.
+
+    In a half type the first is soon above ‖g(x)‖, and any solve that falls late would be stalled.
+    """
+    return torch.finfo(dtype).bits > 16
 
 
 def _rounding(dtype: torch.dtype, size: int) -> float:
