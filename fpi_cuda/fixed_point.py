@@ -50,7 +50,8 @@ def fixed_point(
     They keep the modes of this call until its last backward, their buffers move once a call, and
     attributes that forward sets are those of the solution, attached to it (neither under a
     torch.func transform). Parameters that `fully_shard` spreads over processes are gathered once a
-    call. torch.compile around g is taken off: compile what is around the layer.
+    call. torch.compile around g is taken off: compile what is around the layer (docs/compile.md; a
+    layer is part of the compiled graph, this function leaves it).
 
     Under torch.autocast g runs as it does anywhere, forward and, wherever the backward is called,
     in every derivative; the solver's own arithmetic and x stay in x0's dtype. Default tolerances
