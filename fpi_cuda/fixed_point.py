@@ -132,7 +132,8 @@ def fixed_point(
         *(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
         *(trace, callback, has_aux, norm_weights, sizes),
     )
-    return solve(g, x0, inputs, params, options)
+    # A loop whose length depends on the data is no part of a compiled graph.
+    return apart(solve, g, x0, inputs, params, options)  # type: ignore[no-any-return]
 
 
 def solve(
@@ -144,5 +145,4 @@ def solve(
     keywords: Mapping[str, Any] | None = None,
 ) -> Solution:
     """What `fixed_point` does; for `keywords` see `enter`."""
-    # A loop whose length depends on the data.
-    return apart(enter, g, x0, inputs, params, options, keywords)  # type: ignore[no-any-return]
+    return enter(g, x0, inputs, params, options, keywords)
