@@ -183,8 +183,7 @@ build() {
 
 # Each against float64, in a process of its own: an error of CUDA spoils the process it is in.
 smoke() {
-  local seconds
-  local name
+  local name seconds
   smoke_names
   for name in $SMOKE; do
     ((${#RUNNING[@]} < AT_ONCE)) || reap
