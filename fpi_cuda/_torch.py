@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import Function, forward_ad
 from torch.fx.experimental import proxy_tensor
 
@@ -150,6 +151,16 @@ def recording() -> bool:
 def unrecorded() -> contextlib.AbstractContextManager[Any]:
     """No recording: values may be looked at, which are constants of the graph then."""
     return proxy_tensor.disable_proxy_modes_tracing()
+
+
+# Traces a function into a graph of torch's operators; torch.export is made of it, and torch.fx's
+# documentation leaves it out.
+make_fx = proxy_tensor.make_fx
+
+
+def real_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Tensors made here have values, where torch.export works with such as have none."""
+    return unset_fake_temporarily()
 
 
 def _named(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -365,8 +376,19 @@ def before_compile(f: Any) -> Any:
     return f._torchdynamo_orig_callable
 
 
+def constant_while_compiling(f: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that Dynamo calls once, as it is, for a constant.
+
+    `torch.compiler.assume_constant_result` does this, but imports the compiler: 3 seconds.
+    """
+    f._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return f
+
+
 # torch.jit is deprecated since 2.5 and may go; these say what its results are, while it is there.
 ScriptModule, ScriptFunction = torch.jit.ScriptModule, torch.jit.ScriptFunction
+# Whether torch.jit.trace runs what is around.
+jit_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 # ---- CUDA ----

@@ -50,7 +50,8 @@ def fixed_point(
     They keep the modes of this call until its last backward, their buffers move once a call, and
     attributes that forward sets are those of the solution, attached to it (neither under a
     torch.func transform). Parameters that `fully_shard` spreads over processes are gathered once a
-    call. torch.compile around g is taken off: compile what is around the layer.
+    call. torch.compile around g is taken off: compile what is around the layer. torch.export takes
+    a solve for inference (docs/deploy.md).
 
     Args:
         g: a callable or module g(x, *inputs, *params) that returns x's shape, dtype and device.
@@ -138,6 +139,10 @@ def solve(
     keywords: Mapping[str, Any] | None = None,
 ) -> Solution:
     """What `fixed_point` does; for `keywords` see `enter`."""
+    if torch.compiler.is_exporting():
+        from .export import solve as exported
+
+        return exported(g, x0, inputs, params, options, keywords)
     if torch.compiler.is_compiling():
         # A loop whose length depends on the data: one graph break, and the solve runs as it is.
         from ._uncompiled import uncompiled

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import attribute
+from ._torch import attribute, constant_while_compiling
 from .adjoint import ImplicitAdjoint
 from .arguments import Arguments
 from .derivatives import differentiable
@@ -31,7 +31,8 @@ _OPTIONS = tuple(n for n in Options._fields if n not in ("sizes", "memory"))  # 
 class FixedPointLayer(nn.Module):
     """x̂ = g(x̂, z; θ) as a layer: `layer(z)` returns the fixed point of x ↦ g(x, z).
 
-    Adds no parameter and no buffer to g's. The record of the last call is in `last`.
+    Adds no parameter and no buffer to g's. The record of the last call is in `last`; forward of an
+    exported model may return its tensors (docs/deploy.md).
 
     Args:
         g: a module or callable g(x, *inputs).
@@ -84,7 +85,8 @@ class FixedPointLayer(nn.Module):
     state_shape: Any
     eval_factor: float = 1.0
     norm_weights: Any = None
-    last: Solution | None
+    _last: Solution | None
+    _traced: Solution | None = None  # of torch.export, while it runs
     _fits: Any = None  # state_shape and a batch size that are no mistake
     _warm: Warm | None = None
 
@@ -124,8 +126,16 @@ class FixedPointLayer(nn.Module):
         self.state_shape = state_shape
         for name in _OPTIONS:
             setattr(self, name, getattr(options, name))
-        self.last = None
+        self._last = None
         self.warm = warm
+
+    @property
+    def last(self) -> Solution | None:
+        """The solution of the last call, detached; while torch.export traces one, of that."""
+        if not torch.compiler.is_exporting():
+            self._traced = None  # of an export that has ended
+            return self._last
+        return self._last if self._traced is None else self._traced
 
     @property
     def warm(self) -> Warm | None:
@@ -179,6 +189,9 @@ class FixedPointLayer(nn.Module):
         Raises:
             TypeError: no input and no x0 was given; key is a tensor or not hashable.
         """
+        if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
+            others = params, tolerance, max_iterations, sizes
+            return self._strictly(inputs, x0, keywords or others != ((), None, None, None))
         tensors = [t for t in inputs if isinstance(t, Tensor)]
         given = None if len(tensors) == len(inputs) and not keywords else keywords
         if given is not None:
@@ -198,19 +211,42 @@ class FixedPointLayer(nn.Module):
         if max_iterations is not None:
             options = options._replace(max_iterations=max_iterations)
         slot = None
-        if self._warm is not None:
+        exporting = torch.compiler.is_exporting()
+        if self._warm is not None and not exporting:  # a program has no memory
             begin = _apart(self._warm.begin)
             x0, slot = begin(x0, key, not cold)
             options = options._replace(memory=slot)
         solution = solve(self.g, x0, inputs, params, options, given)
-        self.last = kept(solution)
+        if exporting:
+            self._traced = solution
+        else:
+            self._last = kept(solution)
         if slot is not None:
-            _apart(slot.keep)(self.last)
+            _apart(slot.keep)(self._last)
         # What is kept, for a warm start and for the backward, is the solver's own: the caller may
         # change the output in place.
         x = solution.x
         x = x.clone() if isinstance(x, Tensor) else each(lambda t: t.clone(), x)
         return (x, solution.aux) if self.has_aux else x
+
+    def _strictly(self, inputs: Sequence[Any], x0: Any, others: Any) -> Tensor:
+        """The call while torch.export reads Python, strict=True."""
+        from .export import strict
+
+        given = inputs if x0 is None else (*inputs, x0)
+        if others or not all([isinstance(t, Tensor) for t in given]):
+            raise TypeError(strict.TENSORS)
+        own, rate = [*self.parameters(), *self.buffers()], self.solver.contraction
+        one = self.per_sample is False
+        self._traced = strict.call(self._kept_by(), own, inputs, x0, rate, one)
+        x: Tensor = self._traced.x.clone()
+        return x
+
+    @constant_while_compiling
+    def _kept_by(self) -> int:  # of this very layer, whatever it was copied from
+        from .export import strict
+
+        return strict.keep(self)
 
     def _evaluating(self, options: Options, x0: State) -> Options:
         """The options in eval mode."""
@@ -320,7 +356,7 @@ class FixedPointLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the record of the last call, and what is kept between calls."""
-        state = {**self.__dict__, "last": None}
+        state = {**self.__dict__, "_last": None, "_traced": None}
         if self._warm is not None:  # copy.copy would share it
             state["_warm"] = Warm(self._warm.capacity)
         return state

@@ -17,7 +17,7 @@ FLOORS = (
     ("backends", "operators", "solution", "state"),
     ("drivers", "solvers", "warm"),
     ("solve",),
-    ("_uncompiled", "adjoint"),
+    ("_uncompiled", "adjoint", "export"),
     ("fixed_point", "steps"),
     ("bridges", "compat", "contraction", "layer"),
     ("__init__",),

@@ -19,6 +19,7 @@ from ..solution import FixedPointWarning, warn
 from ..solve.independence import INDEPENDENT
 from ..solve.problem import Context, Problem, Report
 from ..solvers import Picard
+from ..state import refuse_recorders
 from .conditions import Condition, Tensors, default_term_cond
 from .tuples import Step, TupleMap
 
@@ -35,6 +36,7 @@ def solve(
     param: Tensors,
 ) -> Tensors:
     """The last state, attached."""
+    refuse_recorders("compat.fixed_point_iteration")
     map = TupleMap(g, y, x0, param)
     adjoint = _Swapping(failed="use", forward=forward_cond, backward=backward_cond)
     problem = Problem(

@@ -13,7 +13,7 @@ from .._torch import attribute, transforming
 from ..arguments import Arguments, numbers
 from ..options import Options
 from ..solution import FixedPointError, Solution, State
-from ..state import check_inputs, state_of
+from ..state import check_inputs, refuse_jit, state_of
 from .again import Again
 from .independence import samples_of
 from .maps import UserMap
@@ -54,6 +54,7 @@ def enter(
             the keywords, count as params, behind those.
         together: g can't be given a part of the batch: finished samples are frozen, and stay in it.
     """
+    refuse_jit("fixed_point")
     options.check()
     state = state_of(x0, options.norm_weights)
     packed = state.packed
