@@ -327,7 +327,7 @@ def _solved(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Written out: torch's own has no kernel in programs that are compiled ahead of time.
     """
     n = b.shape[1]
-    sound = torch.ones_like(b[:, 0], dtype=torch.bool)
+    sound = torch.ones(b.shape[0], dtype=torch.bool, device=b.device)
     columns, y = [], []
     for j in range(n):
         pivot = a[:, j, j]
@@ -341,7 +341,7 @@ def _solved(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         for i in range(j + 1, n):
             y[j] = y[j] - columns[j][:, i] * y[i]
         y[j] = y[j] / columns[j][:, j]
-    solution = torch.stack(y, 1)
+    solution = torch.stack(y, 1) if y else b  # a window of one has no differences
     return solution, sound & solution.isfinite().all(1)
 
 
