@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._torch import apart
+from ._torch import apart, exporting
 from .adjoint import ImplicitAdjoint
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State
@@ -51,7 +51,8 @@ def fixed_point(
     attributes that forward sets are those of the solution, attached to it (neither under a
     torch.func transform). Parameters that `fully_shard` spreads over processes are gathered once a
     call. torch.compile around g is taken off: compile what is around the layer (docs/compile.md; a
-    layer is part of the compiled graph, this function leaves it).
+    layer is part of the compiled graph, this function leaves it). torch.export takes a solve for
+    inference (docs/deploy.md).
 
     Under torch.autocast g runs as it does anywhere, forward and, wherever the backward is called,
     in every derivative; the solver's own arithmetic and x stay in x0's dtype. Default tolerances
@@ -145,4 +146,8 @@ def solve(
     keywords: Mapping[str, Any] | None = None,
 ) -> Solution:
     """What `fixed_point` does; for `keywords` see `enter`."""
+    if exporting():
+        from .export import solve as exported
+
+        return exported(g, x0, inputs, params, options, keywords)
     return enter(g, x0, inputs, params, options, keywords)
