@@ -131,9 +131,9 @@ def _solved(
         assert report.record is not None
         report.record.evaluations += options.has_aux
         solution = posed.solution(x, report.record)
-        layer.last = kept(solution)
+        last = layer.__dict__["_last"] = kept(solution)
         if slot is not None:
-            slot.keep(layer.last)
+            slot.keep(last)
         ticket = torch.zeros(1, dtype=torch.int64)
         if grad and not attached:
             at = {id(t): i for i, t in reversed(list(enumerate([*given, *own])))}

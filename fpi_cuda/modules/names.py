@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _torch
 from .search import OF_ANY_MODULE, global_names, is_object
 
-__all__ = ["reached"]
+__all__ = ["reached", "tensors_reached"]
 
 _DEPTH, _SHOWN, _ITEMS = 5, 3, 64
 
@@ -29,6 +29,11 @@ def reached(f: Any, wanted: Callable[[Tensor], bool]) -> str:
         if wanted(t) and len(found) < _SHOWN:
             found.setdefault(id(t), f"{name} of shape {tuple(t.shape)}")
     return f" ({' or '.join(found.values())})" if found else ""
+
+
+def tensors_reached(f: Any) -> list[Tensor]:
+    """These tensors, each once."""
+    return list({id(t): t for _, t in _tensors(f, "", _DEPTH, set())}.values())
 
 
 def _tensors(o: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
