@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._torch import apart, exporting
+from ._torch_graphs import apart, exporting
 from .adjoint import ImplicitAdjoint
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State

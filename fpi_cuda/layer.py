@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import apart, attribute, constant_in_graphs, exporting, odd, transforming, valueless
+from ._torch import attribute, transforming
+from ._torch_graphs import apart, constant_in_graphs, exporting, odd, valueless
 from .adjoint import ImplicitAdjoint
 from .arguments import Arguments
 from .derivatives import differentiable

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _torch
+from . import _torch, _torch_graphs
 from .captures import followed, refuse_captures
 from .derivatives import (
     Scalar,
@@ -230,8 +230,8 @@ class _Partial(Function):
 
     @staticmethod
     def forward(r: Scalar, which: tuple[int, ...], tape: _Tape, *s: Tensor) -> tuple[Tensor, ...]:
-        if _torch.recording():
-            return _torch.as_one_call(functools.partial(partial_bound, r, which), *s)  # type: ignore[no-any-return]
+        if _torch_graphs.recording():
+            return _torch_graphs.as_one_call(functools.partial(partial_bound, r, which), *s)  # type: ignore[no-any-return]
         with _torch.no_inference(), torch.enable_grad(), _torch.unhooked():
             if tape.leaves is None:
                 # No more than what derivatives are taken by: what g writes to (running statistics)

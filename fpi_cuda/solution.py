@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ._torch import apart, stripped, transforming, tree_map
+from ._torch import stripped, transforming, tree_map
+from ._torch_graphs import apart
 from .options import Tolerance
 from .record import Account, Record, Status
 from .tree import build, flatten, paths

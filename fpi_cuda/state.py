@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._torch import exporting, jit_tracing
+from ._torch_graphs import exporting, jit_tracing
 from .layout import joined
 from .tree import Mismatch, Tree, build, flatten, leaves_like, paths, signature
 

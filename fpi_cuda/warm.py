@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_whole
-from ._torch import valueless
+from ._torch_graphs import valueless
 from .captures import followed
 from .norms import row_norms
 from .record import Record, Status, accumulate_dtype

@@ -10,8 +10,8 @@ PACKAGE = Path(fpi_cuda.__file__).parent
 
 # The floors, from the ground up. A room imports from floors below its own, and from itself.
 FLOORS = (
-    ("_uncompiled",),
-    ("_check", "_moved", "_torch", "_version", "layout", "norms", "record"),
+    ("_check", "_moved", "_torch", "_uncompiled", "_version", "layout", "norms", "record"),
+    ("_torch_graphs",),
     ("_build", "arguments", "forms", "modules", "options", "tree"),
     ("captures",),
     ("derivatives",),

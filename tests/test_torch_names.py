@@ -20,7 +20,7 @@ from torch.autograd import Function, forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fpi_cuda import _torch
+from fpi_cuda import _torch, _torch_graphs
 
 pytestmark = pytest.mark.no_poison
 
@@ -101,18 +101,18 @@ def test_forward_mode_is_off_in_a_nodes_rule_for_tangents_until_it_is_switched_o
 
 def test_a_function_is_one_call_in_a_graph_that_is_recorded():
     def looking(x):
-        seen.append(_torch.recording())
+        seen.append(_torch_graphs.recording())
         return x * (2 if x.sum() > 0 else 3), x + 1  # recorded as it runs, this would raise
 
     def f(x):
-        assert _torch.recording()
-        y, z = _torch.as_one_call(looking, x)
-        with _torch.unrecorded():
+        assert _torch_graphs.recording()
+        y, z = _torch_graphs.as_one_call(looking, x)
+        with _torch_graphs.unrecorded():
             assert y.sum() == 4
         return y * z
 
     seen = []
-    assert not _torch.recording()
+    assert not _torch_graphs.recording()
     graph = make_fx(f)(torch.ones(2))
     names = [getattr(n.target, "__name__", "") for n in graph.graph.nodes]
     assert names.count("solve") == 1
@@ -407,17 +407,17 @@ def test_an_older_norm_is_known_and_computes_the_weight(norm):
 COMPILED = """
 import sys, torch
 assert "torch._subclasses.fake_tensor" in sys.modules  # which costs us nothing then
-from fpi_cuda import _torch
+from fpi_cuda import _torch_graphs
 m = torch.nn.Linear(2, 2)
-assert not _torch.compiled_module(m) and not _torch.compiled_function(print)
+assert not _torch_graphs.compiled_module(m) and not _torch_graphs.compiled_function(print)
 assert "torch._dynamo" not in sys.modules  # the question loads no compiler
-assert _torch.compiled_module(torch.compile(m, backend="eager"))
+assert _torch_graphs.compiled_module(torch.compile(m, backend="eager"))
 f = lambda x: x
 compiled = torch.compile(f, backend="eager")
-assert _torch.compiled_function(compiled) and _torch.before_compile(compiled) is f
+assert _torch_graphs.compiled_function(compiled) and _torch_graphs.before_compile(compiled) is f
 m.compile(backend="eager")  # it keeps what it calls as an attribute
-(call,) = filter(_torch.compiled_function, vars(m).values())
-before = _torch.before_compile(call)  # a method of m, or from 2.14 on the class's function
+(call,) = filter(_torch_graphs.compiled_function, vars(m).values())
+before = _torch_graphs.before_compile(call)  # a method of m, or from 2.14 on the class's function
 assert getattr(before, "__self__", m) is m and before.__name__ == "_call_impl"
 """
 
@@ -446,26 +446,26 @@ def test_a_tensor_without_values_is_seen_behind_transforms():
         x, w = torch.ones(3), nn.Parameter(torch.ones(2))
     plain = torch.ones(2)
     for t in (x, w):
-        assert _torch.fake_mode(plain, t) is mode  # outside of the mode too
-        assert _torch.valueless(t)
-        assert _torch.fake_world(plain, t) is mode
-    assert _torch.fake_world(plain) is None
-    assert [t is w for t in _torch.odd([plain, nn.Parameter(plain), w])] == [True]
+        assert _torch_graphs.fake_mode(plain, t) is mode  # outside of the mode too
+        assert _torch_graphs.valueless(t)
+        assert _torch_graphs.fake_world(plain, t) is mode
+    assert _torch_graphs.fake_world(plain) is None
+    assert [t is w for t in _torch_graphs.odd([plain, nn.Parameter(plain), w])] == [True]
     with mode:
-        assert _torch.fake_world(plain) is mode
-    assert _torch.fake_mode(plain, nn.Parameter(plain)) is None
-    assert seen_in(torch.vmap, _torch.fake_mode) is None
+        assert _torch_graphs.fake_world(plain) is mode
+    assert _torch_graphs.fake_mode(plain, nn.Parameter(plain)) is None
+    assert seen_in(torch.vmap, _torch_graphs.fake_mode) is None
 
     def look(x):
-        found.append(_torch.fake_mode(plain, x))
+        found.append(_torch_graphs.fake_mode(plain, x))
         return x.sum()
 
     found = []
     torch.vmap(torch.func.grad(look))(x)
     assert found == [mode]
-    assert _torch.valueless(plain.to("meta")) and not _torch.valueless(plain)
+    assert _torch_graphs.valueless(plain.to("meta")) and not _torch_graphs.valueless(plain)
     real = mode.from_tensor(plain)
-    assert _torch.fake_mode(real) is mode and real.shape == (2,)
+    assert _torch_graphs.fake_mode(real) is mode and real.shape == (2,)
     assert not mode.allow_non_fake_inputs
 
 
@@ -477,8 +477,10 @@ def test_what_jit_made_is_seen():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, in some versions aloud
         module, f = torch.jit.script(nn.Linear(2, 2)), torch.jit.trace(torch.abs, torch.ones(1))
-    assert isinstance(module, _torch.ScriptModule) and isinstance(f, _torch.ScriptFunction)
-    assert not isinstance(nn.Linear(2, 2), _torch.ScriptModule)
+    assert isinstance(module, _torch_graphs.ScriptModule) and isinstance(
+        f, _torch_graphs.ScriptFunction
+    )
+    assert not isinstance(nn.Linear(2, 2), _torch_graphs.ScriptModule)
 
 
 def test_a_graph_can_be_taken_raw():
@@ -551,7 +553,7 @@ def test_hooks_on_what_autograd_saves_are_seen_and_can_be_left_out():
 
 def test_a_function_is_traced_into_a_graph_of_operators():
     held, examples = torch.ones(2), (torch.zeros(2), torch.zeros(2))
-    graph = _torch.make_fx(lambda x, y: x.mul(2).add_(y) + held)(*examples)
+    graph = _torch_graphs.make_fx(lambda x, y: x.mul(2).add_(y) + held)(*examples)
     kinds = [n.op for n in graph.graph.nodes]
     assert kinds.count("placeholder") == 2 and kinds.count("get_attr") == 1
     written = [n.target for n in graph.graph.nodes if getattr(n.target, "_schema", None)]
@@ -563,7 +565,7 @@ def test_torch_jit_tells_that_it_traces():
     seen = []
 
     def f(x):
-        seen.append(_torch.jit_tracing())
+        seen.append(_torch_graphs.jit_tracing())
         return x + 1
 
     f(torch.ones(1))
@@ -574,7 +576,7 @@ def test_torch_jit_tells_that_it_traces():
 def test_tensors_with_values_can_be_made_while_fake_ones_are():
     with torch._subclasses.FakeTensorMode():
         fake = torch.zeros(2)
-        with _torch.real_tensors():
+        with _torch_graphs.real_tensors():
             real = torch.zeros(2)
     assert type(real) is torch.Tensor and type(fake) is not torch.Tensor
 
@@ -584,7 +586,7 @@ def test_a_marked_function_is_a_constant_to_the_compiler():
     def marked():
         return 1
 
-    @_torch.constant_in_graphs
+    @_torch_graphs.constant_in_graphs
     def ours():
         return 1
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import drivers
 from .._check import check_whole
-from .._torch import apart
+from .._torch_graphs import apart
 from ..adjoint import ImplicitAdjoint
 from ..modules import Binding
 from ..norms import row_norms

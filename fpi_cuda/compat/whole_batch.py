@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import backends
-from .._torch import valueless
+from .._torch_graphs import valueless
 from ..adjoint import ImplicitAdjoint
 from ..drivers.support import Solved, Support
 from ..options import Options, Solver, Tolerance

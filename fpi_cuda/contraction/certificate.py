@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._torch import FORWARD_HOOKS, hooked, valueless
+from .._torch import FORWARD_HOOKS, hooked
+from .._torch_graphs import valueless
 from ..forms.activations import SLOPES, steepest
 from ..modules import Binding
 from ..steps import ConvStep, DenseEnergy, DenseStep, GradientStep, NeuralStep

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _torch
+from .. import _torch, _torch_graphs
 from ..modules import keeps_all_in_dict
 
 __all__ = ["Unseen", "owner_of", "precision", "python_values"]
@@ -109,7 +109,7 @@ _CONSTANT = (
     *(types.GenericAlias, types.UnionType, types.MethodDescriptorType, types.WrapperDescriptorType),
     *(types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-    *(_torch.ScriptFunction, type(_Two.a)),
+    *(_torch_graphs.ScriptFunction, type(_Two.a)),
 )
 _EXACT = frozenset({bool, int, bytes, type(None)})
 _BASES = (int, float, complex, str, bytes)  # of classes that add attributes to a number or a string
@@ -325,7 +325,7 @@ class _Look:
         )
 
     def _module(self, m: nn.Module) -> Any:
-        if isinstance(m, _torch.ScriptModule):
+        if isinstance(m, _torch_graphs.ScriptModule):
             raise self._compiled("torch.jit")
         self._class(type(m))
         own = vars(m)
@@ -367,7 +367,7 @@ class _Look:
                 self._members.append((owner.__name__, name, found))
 
     def _function(self, f: FunctionType) -> Any:
-        if _torch.compiled_function(f):
+        if _torch_graphs.compiled_function(f):
             raise self._compiled("torch.compile")
         of_library = _of_library(f.__globals__.get("__name__"))
         if of_library and not f.__closure__:

@@ -10,15 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import (
-    attribute,
-    forward_level,
-    real_tensors,
-    transforming,
-    tree_flatten,
-    tree_unflatten,
-    unrecorded,
-)
+from .._torch import attribute, forward_level, transforming, tree_flatten, tree_unflatten
+from .._torch_graphs import real_tensors, unrecorded
 from ..arguments import Arguments
 from ..backends import native
 from ..drivers import whole

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .. import _torch
+from .. import _torch_graphs
 from .._torch import storage_id
 
 __all__ = ["Body", "traced", "without_gradient"]
@@ -58,17 +58,17 @@ def traced(f: Callable[..., Any], carry: Sequence[Tensor], given: Sequence[Tenso
         RuntimeError: f writes to what it is given or captures, or draws random numbers.
     """
     # The same tensor twice would become one argument.
-    with _torch.unrecorded():
+    with _torch_graphs.unrecorded():
         examples = [t.clone() for t in (*carry, *given)]
         try:
-            graph = _torch.make_fx(f)(*examples)
+            graph = _torch_graphs.make_fx(f)(*examples)
         except RuntimeError as error:
             error.add_note(CONTROL)
             raise
         captured = _lift(graph)
         if any(_written(node) for node in graph.graph.nodes):
             pure = torch.func.functionalize(graph)
-            graph = _torch.make_fx(pure)(*examples, *map(torch.clone, captured))
+            graph = _torch_graphs.make_fx(pure)(*examples, *map(torch.clone, captured))
     graph.graph.eliminate_dead_code()
     _check(graph)
     return _divided(graph, len(carry), (*given, *map(without_gradient, captured)))

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .. import _torch
+from .. import _torch, _torch_graphs
 from .search import OF_ANY_MODULE, Found, global_names, unwraps
 
 __all__ = ["clone", "freeze_parametrizations"]
@@ -40,8 +40,8 @@ def clone(value: Any, found: Found, memo: Memo) -> Any:
         new = memo[key] = CellType()
         new.cell_contents = again(value.cell_contents)
     elif isinstance(value, FunctionType):
-        if _torch.compiled_function(value):
-            new = again(_torch.before_compile(value))
+        if _torch_graphs.compiled_function(value):
+            new = again(_torch_graphs.before_compile(value))
         else:
             closure = tuple(_cell(c, found, memo) for c in value.__closure__ or ())
             if key in memo:  # a function that calls itself
@@ -109,7 +109,7 @@ def _copied(v: Any, memo: Memo) -> Any:
 
 def _module(m: nn.Module, found: Found, memo: Memo) -> nn.Module:
     if unwraps(m):
-        memo[id(m)] = unwrapped = clone(_torch.within_compiled(m), found, memo)
+        memo[id(m)] = unwrapped = clone(_torch_graphs.within_compiled(m), found, memo)
         return unwrapped  # type: ignore[no-any-return]
     new: nn.Module = object.__new__(type(m))
     memo[id(m)] = new

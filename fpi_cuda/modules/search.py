@@ -28,7 +28,7 @@ from weakref import CallableProxyType, ProxyType, WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from .. import _torch
+from .. import _torch, _torch_graphs
 
 __all__ = [
     "OF_ANY_MODULE",
@@ -91,7 +91,7 @@ def _holds_values(g: Any) -> bool:
 
 def unwraps(m: nn.Module) -> bool:
     """Whether m is torch.compile's wrapper and no more: what it wraps may be a known layer."""
-    return _torch.compiled_module(m) and not _torch.hooked(m, _torch.FORWARD_HOOKS)
+    return _torch_graphs.compiled_module(m) and not _torch.hooked(m, _torch.FORWARD_HOOKS)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -181,8 +181,8 @@ def _inside(value: Any, room: int, names: Set[str] | None) -> list[_Part] | None
     """What is looked at in a value that is no module; None: it is not looked into."""
     parts: list[_Part]
     if isinstance(value, FunctionType):
-        if _torch.compiled_function(value):
-            return [(_torch.before_compile(value), _ROOM, None)]
+        if _torch_graphs.compiled_function(value):
+            return [(_torch_graphs.before_compile(value), _ROOM, None)]
         parts = [(v, _ROOM, None) for v in value.__defaults__ or ()]
         if value.__kwdefaults__:
             parts += [(v, _ROOM, None) for v in value.__kwdefaults__.values()]
@@ -240,7 +240,7 @@ def _runs_elsewhere(m: nn.Module) -> bool:
     That is so of torch.jit's; and FullyShardedDataParallel gathers its parameters while it runs.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import
-    return isinstance(m, _torch.ScriptModule) or (
+    return isinstance(m, _torch_graphs.ScriptModule) or (
         fsdp is not None and isinstance(m, fsdp.FullyShardedDataParallel)
     )
 

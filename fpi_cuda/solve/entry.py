@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .. import drivers
-from .._torch import attribute, fake_mode, fake_world, odd, transforming
+from .._torch import attribute, transforming
+from .._torch_graphs import fake_mode, fake_world, odd
 from ..arguments import Arguments, numbers
 from ..options import Options
 from ..record import Record

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import of_vmap, recording, unrecorded
+from .._torch import of_vmap
+from .._torch_graphs import recording, unrecorded
 from ..derivatives import Scalar
 from ..operators import linear_in, partial_bound, taking
 from .maps import LinearMap, Map, VmappedMap

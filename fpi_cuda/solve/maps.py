@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import attribute, fake_mode, transforming
+from .._torch import attribute, transforming
+from .._torch_graphs import fake_mode
 from ..arguments import Arguments
 from ..captures import followed
 from ..derivatives import free, pulled, vjp

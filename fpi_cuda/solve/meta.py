@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._torch import fake_mode, fake_world, recording, stripped
+from .._torch import stripped
+from .._torch_graphs import fake_mode, fake_world, recording
 from ..captures import carries_tangent, primals
 from ..options import Options
 from ..record import NEVER, Progress, Record

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import _torch
+from .. import _torch, _torch_graphs
 from ..captures import followed, note_captures, refuse_captures
 from ..derivatives import differentiated, needs_gradients, over_legacy_batch, tangents_by
 from ..drivers import graph
@@ -112,10 +112,10 @@ class FixedPoint(Function):
             tensors: those of the map.
         """
         problem = call.problem
-        if _torch.recording():
+        if _torch_graphs.recording():
             assert attached is None
             again = functools.partial(FixedPoint.apply, _Call(problem, call.report))
-            return _torch.as_one_call(lambda x0, *t: again(x0, None, *t), x0, *tensors)  # type: ignore[no-any-return]
+            return _torch_graphs.as_one_call(lambda x0, *t: again(x0, None, *t), x0, *tensors)  # type: ignore[no-any-return]
         if call.given is None:
             plain = [t.detach() for t in tensors]
             start = x0.detach()
@@ -145,7 +145,7 @@ class FixedPoint(Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, _: Any) -> tuple[Any, ...]:
         if not _torch.graphless():
-            return _torch.apart(FixedPoint.gradients, ctx, v, ctx.saved_tensors)  # type: ignore[no-any-return]
+            return _torch_graphs.apart(FixedPoint.gradients, ctx, v, ctx.saved_tensors)  # type: ignore[no-any-return]
         with _torch.no_inference():
             saved = list(map(_torch.normal, ctx.saved_tensors))
             return FixedPoint.gradients(ctx, v if v is None else _torch.normal(v), saved)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import valueless
+from .._torch_graphs import valueless
 from ..arguments import Arguments
 from ..forms import Form, form_of
 from ..operators import partial
