@@ -10,20 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import attribute, transforming
+from ._torch import transforming
 from ._torch_graphs import apart, constant_in_graphs, exporting, odd, valueless
 from .adjoint import ImplicitAdjoint
-from .arguments import Arguments
-from .derivatives import differentiable
 from .fixed_point import solve
-from .layout import joined
-from .modules import Binding
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State, each, kept
 from .solve.problem import Context
 from .solvers import Anderson
+from .start import start_of
 from .state import state_of
-from .tree import Tree, build, flatten
 from .warm import CAPACITY, Slot, Warm, check_key
 
 __all__ = ["FixedPointLayer"]
@@ -244,7 +240,7 @@ class FixedPointLayer(nn.Module):
         if key is not None:
             check_key(key)
         if x0 is None:
-            x0 = self._zeros(tensors, inputs, params, given)
+            x0 = start_of(self, tensors, inputs, params, given)
         # All of them: a compiler of torch 2.11 makes a tuple without the defaults.
         values: list[Any] = [*[getattr(self, name) for name in _OPTIONS], sizes, None]
         options = Options(*values)
@@ -273,7 +269,7 @@ class FixedPointLayer(nn.Module):
         cold = x0 is None
         if x0 is None:
             tensors = [t for t in inputs if isinstance(t, Tensor)]
-            x0 = self._zeros(tensors, inputs, params, given["keywords"])
+            x0 = start_of(self, tensors, inputs, params, given["keywords"])
         return call(self, x0, cold, {"inputs": inputs, "params": params, **given})
 
     @constant_in_graphs
@@ -319,104 +315,6 @@ class FixedPointLayer(nn.Module):
             most = math.ceil(most * factor)
         return options._replace(tolerance=Tolerance(rtol, atol), max_iterations=most)
 
-    def _zeros(
-        self, tensors: Sequence[Tensor], inputs: Sequence[Any], params: Any, keywords: Any
-    ) -> State:
-        if not tensors:
-            given = [*(type(v).__name__ for v in inputs), *(f"{name}=" for name in keywords or ())]
-            raise TypeError(
-                "FixedPointLayer: needs an input or x0 to know the batch size: a tensor [B, ...] "
-                f"by position (got {', '.join(given) or 'nothing'})"
-            )
-        z = tensors[0]
-        if z.is_nested:
-            raise TypeError(
-                "FixedPointLayer: an input must be a plain tensor [B, ...] (got a nested one); pad "
-                "it, torch.nested.to_padded_tensor(z, 0.0), give g the lengths by name, and the "
-                "valid entries of each sample as sizes="
-            )
-        shape, shapes, tree = self._shapes(z)
-        dtype = torch.real(z).dtype if differentiable(z) else torch.get_default_dtype()
-        if not z.is_meta and torch.is_autocast_enabled(z.device.type):
-            dtype = torch.promote_types(dtype, torch.float32)  # the state stays wide
-
-        def zeros(*batch: int, skip: int = 0) -> State:
-            d = z.device
-            of = [torch.zeros(*batch, *s[skip:], dtype=dtype, device=d) for s in shapes]
-            return of[0] if tree is None else build(tree, of)
-
-        b = z.shape[0]
-        if shape is self.state_shape and b > 1 and not torch.compiler.is_compiling():
-            doubtful = all(s and s[0] == b for s in shapes)
-            if doubtful and self._fits != (shape, b):
-                self._check_shape(shape, zeros, inputs, params, keywords)
-                self._fits = shape, b
-        return zeros(b)
-
-    def _shapes(self, z: Tensor) -> tuple[Any, list[Any], Tree]:
-        """The shape of one sample's state for a first input z: as given, and taken apart."""
-        shape: Any = self.state_shape
-        if shape is None:
-            shape = attribute(self.g, "state_shape")
-        if callable(shape):
-            shape = shape(z)
-        if shape is None:
-            shape = tuple(z.shape[1:])
-        if _is_shape(shape):
-            return shape, [shape], None
-        shapes, tree = flatten(shape, _is_shape)
-        if not shapes or not all(map(_is_shape, shapes)):
-            raise TypeError(
-                "FixedPointLayer: state_shape must be the shape of one sample's state, or a "
-                "tuple, list, dict or dataclass of shapes, nested, where a shape is a tuple "
-                f"(got {shape!r}); write state_shape=(n,)"
-            )
-        return shape, shapes, tree
-
-    def _tree(self, inputs: Sequence[Any]) -> Tree:
-        """The structure of the layer's own start for these inputs."""
-        return self._shapes(next(t for t in inputs if isinstance(t, Tensor)))[2]
-
-    def _check_shape(
-        self,
-        shape: Any,
-        zeros: Callable[..., State],
-        inputs: Sequence[Any],
-        params: Any,
-        keywords: Any,
-    ) -> None:
-        """Raise where state_shape holds the batch too, which a g that broadcasts would hide.
-
-        Such a g takes it as the shape of the whole batch, and takes no batch of another size.
-        """
-        g = self.g
-        binding = Binding.of(g)
-        if binding is not None:  # on copies of the buffers
-            g = binding.bind(binding.own(), watch=False)
-        arguments = Arguments(inputs, keywords or {})
-        g, inputs = arguments.put(g, (*params, *arguments.shared)), arguments.inputs
-
-        def takes(x0: State, *inputs: Tensor) -> bool:
-            try:
-                gx = g(x0, *inputs)
-                if self.has_aux:
-                    gx = gx[0]
-                of_gx, of_x0 = flatten(gx)[0], flatten(x0)[0]
-                return [t.shape for t in of_gx] == [t.shape for t in of_x0]
-            except Exception:
-                return False
-
-        b = inputs[0].shape[0]
-        with torch.no_grad():
-            more = [joined([t, t[:1]]) for t in inputs]
-            whole = takes(zeros(), *inputs) and not takes(zeros(b + 1), *more)
-            if whole and takes(zeros(b + 1, skip=1), *more):
-                raise ValueError(
-                    "FixedPointLayer: state_shape must be the shape of one sample's state, without "
-                    f"the batch (got {shape!r} for a batch of {b}, and g returns that shape "
-                    "for the whole batch); leave its first number out"
-                )
-
     def extra_repr(self) -> str:
         """The solver and its limits."""
         return f"solver={self.solver}, max_iterations={self.max_iterations}"
@@ -433,11 +331,6 @@ class FixedPointLayer(nn.Module):
 def _last(layer: FixedPointLayer) -> Solution | None:
     layer._traced = None  # of an export that has ended
     return layer._last
-
-
-def _is_shape(v: Any) -> bool:
-    """Whether it is the shape of one tensor: a tuple of whole numbers."""
-    return isinstance(v, (tuple, list)) and all([hasattr(n, "__index__") for n in v])
 
 
 def _check_first(inputs: Sequence[Any]) -> None:

@@ -16,7 +16,7 @@ FLOORS = (
     ("captures",),
     ("derivatives",),
     ("backends", "operators", "solution", "state"),
-    ("drivers", "solvers", "warm"),
+    ("drivers", "solvers", "start", "warm"),
     ("solve",),
     ("adjoint", "compiled", "export"),
     ("fixed_point", "steps"),

@@ -23,6 +23,7 @@ from ..solve.linear import direction_of
 from ..solve.node import gradients
 from ..solve.problem import Problem, Report
 from ..solve.route import solve as route
+from ..start import tree_of
 from ..state import State
 from ..tree import build, flatten
 from .given import together
@@ -102,7 +103,7 @@ def _solved(
     if autocast is not None:
         mode = torch.autocast(device, autocast, cache_enabled=False)
     with torch.set_grad_enabled(grad), mode:
-        start = build(layer._tree(call["inputs"]) if cold else None, [t.detach() for t in x0])
+        start = build(tree_of(layer, call["inputs"]) if cold else None, [t.detach() for t in x0])
         start, options, slot, keywords = layer._prepared(start, cold, **call)
         options.check()
         posed = pose(layer.g, start, call["inputs"], call["params"], options, keywords)
