@@ -15,7 +15,8 @@ from torch import Tensor
 from ._torch import stripped, transforming, tree_map
 from ._torch_graphs import apart
 from .options import Tolerance
-from .record import Account, Record, Status
+from .record import Account, Record
+from .status import Status
 from .tree import build, flatten, paths
 
 __all__ = ["FixedPointError", "FixedPointWarning", "Record", "Solution", "Status", "Tolerance"]

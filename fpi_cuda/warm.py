@@ -14,8 +14,9 @@ from ._check import check_whole
 from ._torch_graphs import valueless
 from .captures import followed
 from .norms import row_norms
-from .record import Record, Status, accumulate_dtype
+from .record import Record, accumulate_dtype
 from .solution import Solution, State, each
+from .status import Status
 from .tree import flatten, signature
 
 __all__ = ["Slot", "Warm", "check_key"]

@@ -10,8 +10,8 @@ PACKAGE = Path(fpi_cuda.__file__).parent
 
 # The floors, from the ground up. A room imports from floors below its own, and from itself.
 FLOORS = (
-    ("_check", "_moved", "_torch", "_uncompiled", "_version", "layout", "norms", "record"),
-    ("_torch_graphs",),
+    ("_check", "_moved", "_torch", "_uncompiled", "_version", "layout", "norms", "status"),
+    ("_torch_graphs", "record"),
     ("_build", "arguments", "forms", "modules", "options", "tree"),
     ("captures",),
     ("derivatives",),

@@ -32,8 +32,8 @@ from ..record import (
     TRAIL,
     VALUE,
     WINDOW,
-    Status,
 )
+from ..status import Status
 
 __all__ = ["Rows", "Rule", "anderson", "code", "measurable", "measured", "picard", "shifted"]
 

@@ -9,15 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..record import (
-    ACTIVE,
-    ACTIVE_ROWS,
-    FAILED,
-    HEAD,
-    ITERATION,
-    Progress,
-    Status,
-)
+from ..record import ACTIVE, ACTIVE_ROWS, FAILED, HEAD, ITERATION, Progress
+from ..status import Status
 from . import formulas
 from .formulas import Rows, Rule, code
 

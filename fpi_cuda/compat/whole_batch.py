@@ -15,12 +15,13 @@ from .._torch_graphs import valueless
 from ..adjoint import ImplicitAdjoint
 from ..drivers.support import Solved, Support
 from ..options import Options, Solver, Tolerance
-from ..record import ACTIVE_ROWS, NEVER, STATUS, Progress, Status
+from ..record import ACTIVE_ROWS, NEVER, STATUS, Progress
 from ..solution import FixedPointWarning, warn
 from ..solve.independence import INDEPENDENT
 from ..solve.problem import Context, Problem, Report
 from ..solvers import Picard
 from ..state import refuse_recorders
+from ..status import Status
 from .conditions import Condition, Tensors, default_term_cond
 from .tuples import Step, TupleMap, check_start, check_value
 

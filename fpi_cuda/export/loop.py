@@ -15,10 +15,11 @@ from torch import Tensor
 from ..backends import formulas
 from ..backends.formulas import Rows, Rule, code
 from ..options import Options
-from ..record import ACTIVE, GAIN, HEAD, NEVER, STATUS, TRAIL, Limits, Progress, Record, Status
+from ..record import ACTIVE, GAIN, HEAD, NEVER, STATUS, TRAIL, Limits, Progress, Record
 from ..solve.maps import check_output
 from ..solve.problem import Context
 from ..solvers.picard import Mixing
+from ..status import Status
 from .trace import traced
 
 __all__ = ["iterate"]

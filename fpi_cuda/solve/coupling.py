@@ -11,7 +11,8 @@ from torch import Tensor
 from ..drivers.support import Solved
 from ..forms import structured
 from ..norms import row_norms
-from ..record import Record, Status
+from ..record import Record
+from ..status import Status
 from .direction import Direction
 from .independence import agree
 from .problem import Report

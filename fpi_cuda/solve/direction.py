@@ -13,9 +13,10 @@ from ..drivers.eager import Evaluation
 from ..drivers.whole import tf32_allowed
 from ..forms import ConvForm, Form
 from ..options import Solver
-from ..record import MASKED, Limits
+from ..record import Limits
 from ..solvers.coupled import Coupled
 from ..state import refuse_freed
+from ..status import MASKED
 from .evaluation import Direct, Masked, Seen, convolutions
 from .independence import INDEPENDENT, Samples
 from .limits import limits_of

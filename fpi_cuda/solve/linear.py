@@ -15,7 +15,8 @@ from ..derivatives import for_modules
 from ..drivers.eager import Evaluation
 from ..forms import Form
 from ..norms import row_norms
-from ..record import Limits, Status, accumulate_dtype
+from ..record import Limits, accumulate_dtype
+from ..status import Status
 from .direction import Direction, Forward
 from .evaluation import Linearised
 from .failed import masked, pulled_back

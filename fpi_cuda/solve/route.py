@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .._torch import unhooked
 from ..drivers.support import Solved
-from ..record import DERIVATIVE, INCOMING, TANGENT, Record, Status
+from ..record import Record
 from ..solution import FixedPointError, FixedPointWarning, Solution, warn
+from ..status import DERIVATIVE, INCOMING, TANGENT, Status
 from .coupling import RANDOM, random, wrong
 from .direction import Direction
 from .failed import finite

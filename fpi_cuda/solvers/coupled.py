@@ -26,8 +26,8 @@ from ..record import (
     RETREATS,
     STATUS,
     Progress,
-    Status,
 )
+from ..status import Status
 from .picard import Update
 
 _CONVERGED = Status.CONVERGED + 1

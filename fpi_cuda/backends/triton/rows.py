@@ -35,7 +35,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import record as progress
-from ...record import Progress, Status
+from ...record import Progress
+from ...status import Status
 from .language import bound
 from .norms import is_finite
 
