@@ -432,6 +432,29 @@ def constant_in_graphs(f: Callable[..., Any]) -> Callable[..., Any]:
     return f
 
 
+def unwritten() -> set[int] | None:
+    """The ids of the objects to which the graph that torch.compile makes here writes at its end.
+
+    Those with attributes, lists, dicts, cells of closures, and tensors that were made before, to
+    which a graph may write late. None: it writes to a global variable. What the compiler says of
+    all this is documented nowhere.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    output = InstructionTranslator.current_tx().output
+    effects = output.side_effects
+    if any(type(v).__name__ == "NewGlobalVariable" for v in effects.store_attr_mutations):
+        return None
+    found = {key for key, v in effects.id_to_variable.items() if effects.is_modified(v)}
+    for tracer in output.tracers:
+        for node in tracer.graph.find_nodes(op="placeholder"):
+            given, fake = node.meta.get("grapharg"), node.meta.get("example_value")
+            t = given.example if given is not None and isinstance(fake, Tensor) else None
+            if isinstance(t, Tensor) and not t.is_inference() and version(t) != version(fake):
+                found.add(id(t))
+    return found
+
+
 def exporting() -> bool:
     """Whether torch.export makes a program; `torch.compiler.is_exporting` says so of any graph.
 

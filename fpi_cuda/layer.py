@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from numbers import Real
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from .warm import CAPACITY, Slot, Warm, check_key
 __all__ = ["FixedPointLayer"]
 
 _OPTIONS = tuple(n for n in Options._fields if n not in ("sizes", "memory"))  # of each call
+
+
+_layers: WeakValueDictionary[int, FixedPointLayer] = WeakValueDictionary()  # that live, by id
 
 
 class FixedPointLayer(nn.Module):
@@ -111,6 +115,7 @@ class FixedPointLayer(nn.Module):
         norm_weights: Any = None,
     ) -> None:
         super().__init__()
+        _layers[id(self)] = self
         options = Options(
             *(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
             *(trace, callback, has_aux, norm_weights),
@@ -191,7 +196,8 @@ class FixedPointLayer(nn.Module):
             TypeError: no input and no x0 was given; key is a tensor or not hashable.
         """
         given = x0, inputs, params, tolerance, max_iterations, sizes, key, keywords
-        if torch.compiler.is_compiling() and not exporting():
+        # (Of other threads is_compiling tells, too.)
+        if torch.compiler.is_dynamo_compiling() and not exporting():
             found = self._compiled(*given)
             if found is not None:
                 return found
@@ -252,7 +258,8 @@ class FixedPointLayer(nn.Module):
 
         if transforming():
             return None
-        self._planned()
+        if not self._planned():
+            return None
         names = "tolerance", "max_iterations", "sizes", "key", "keywords"
         given = dict(zip(names, of_call, strict=True))
         cold = x0 is None
@@ -263,11 +270,14 @@ class FixedPointLayer(nn.Module):
 
     @constant_in_graphs
     def _planned(self) -> bool:
-        """Whether `_plan` is the one for what g is now; while a graph is made."""
-        from .compiled.plan import plan_for
+        """Whether `_plan` is the one for what g is now, while a graph is made; False: no graph can.
 
-        self._plan = plan_for(self, self._plan)
-        return True
+        A method, of which the compiler asks no identity: a graph serves layers that are alike.
+        """
+        from .compiled.plan import plan_all, waits
+
+        plan_all(self, [ref() for ref in _layers.valuerefs()])
+        return not waits(self)
 
     def _evaluating(self, options: Options, x0: State) -> Options:
         """The options in eval mode."""
@@ -395,6 +405,11 @@ class FixedPointLayer(nn.Module):
             state["_warm"] = Warm(self._warm.capacity)
         return state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or one of another process."""
+        super().__setstate__(state)
+        _layers[id(self)] = self
+
 
 def _last(layer: FixedPointLayer) -> Solution | None:
     return layer._last
@@ -402,7 +417,9 @@ def _last(layer: FixedPointLayer) -> Solution | None:
 
 def _is_shape(v: Any) -> bool:
     """Whether it is the shape of one tensor: a tuple of whole numbers."""
-    return isinstance(v, (tuple, list)) and all([hasattr(n, "__index__") for n in v])
+    return isinstance(v, (tuple, list)) and all(
+        [isinstance(n, int) or hasattr(n, "__index__") for n in v]  # what the compiler knows: int
+    )
 
 
 def _check_first(inputs: Sequence[Any]) -> None:

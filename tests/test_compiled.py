@@ -477,7 +477,7 @@ def test_shapes_are_known_without_a_solve():
     from fpi_cuda.compiled.operators import _fake, _fake_adjoint
 
     with FakeTensorMode():
-        x0, ticket, moved = _fake([torch.empty(2, 3)], [], [torch.empty(4)], [], [0])
+        x0, ticket, moved = _fake([torch.empty(2, 3)], [], [torch.empty(4)], None, [], [], [0])
         assert (x0.shape, ticket.shape, moved.shape) == ((2, 3), (1,), (4,))
         (g,) = _fake_adjoint([None], [torch.empty(2), torch.empty(3)], ticket, [1])
         assert g.shape == (3,)
