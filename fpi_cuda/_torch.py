@@ -449,9 +449,8 @@ def unwritten() -> set[int] | None:
     for tracer in output.tracers:
         for node in tracer.graph.find_nodes(op="placeholder"):
             given, fake = node.meta.get("grapharg"), node.meta.get("example_value")
-            t = given.example if given is not None and isinstance(fake, Tensor) else None
-            if isinstance(t, Tensor) and not t.is_inference() and version(t) != version(fake):
-                found.add(id(t))
+            if given is not None and isinstance(fake, Tensor) and version(fake):  # from 0 on
+                found.add(id(given.example))
     return found
 
 

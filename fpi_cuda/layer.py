@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from numbers import Real
 from typing import Any
@@ -115,7 +116,6 @@ class FixedPointLayer(nn.Module):
         norm_weights: Any = None,
     ) -> None:
         super().__init__()
-        _layers[id(self)] = self
         options = Options(
             *(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
             *(trace, callback, has_aux, norm_weights),
@@ -132,6 +132,8 @@ class FixedPointLayer(nn.Module):
         for name in _OPTIONS:
             setattr(self, name, getattr(options, name))
         self.warm = warm
+        if not torch.compiler.is_dynamo_compiling():
+            _made(self)
 
     @property
     def last(self) -> Solution | None:
@@ -274,9 +276,10 @@ class FixedPointLayer(nn.Module):
 
         A method, of which the compiler asks no identity: a graph serves layers that are alike.
         """
-        from .compiled.plan import plan_all, waits
+        from .compiled.plan import plan, plan_each, waits
 
-        plan_all(self, [ref() for ref in _layers.valuerefs()])
+        plan_each([ref() for ref in _layers.valuerefs()])
+        plan(self)
         return not waits(self)
 
     def _evaluating(self, options: Options, x0: State) -> Options:
@@ -408,7 +411,15 @@ class FixedPointLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or one of another process."""
         super().__setstate__(state)
-        _layers[id(self)] = self
+        _made(self)
+
+
+def _made(layer: FixedPointLayer) -> None:
+    """Note a layer for graphs to come; where there are some, that they may serve it too."""
+    _layers[id(layer)] = layer
+    compiled = sys.modules.get("fpi_cuda.compiled.plan")
+    if compiled is not None:
+        compiled.plan_each([layer])
 
 
 def _last(layer: FixedPointLayer) -> Solution | None:

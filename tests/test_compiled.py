@@ -425,16 +425,6 @@ def test_a_tensor_that_g_comes_to_capture_is_refused():
         call(Z)
 
 
-def test_other_modules_than_those_compiled_are_refused_once():
-    layer = layer_of(NeuralStep(Net(d=3)))
-    call = compiled(layer)
-    call(Z)
-    layer.g.net = Net(d=3)
-    with pytest.raises(RuntimeError, match="needs the modules that g called"):
-        call(Z)
-    close(call(Z), layer(Z))
-
-
 def test_copies_and_pickles_have_their_own_g():
     layer = layer_of(Net(d=3))
     call = compiled(layer)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import BUFFERS, PARAMETERS
+from .._torch import BUFFERS, CHILDREN, PARAMETERS
 from ..solve.maps import pair
 from ..tree import build, flatten
 from .given import Unknown, another, registered, taken
@@ -36,6 +36,10 @@ def call(layer: Any, x0: Any, cold: bool, given: dict[str, Any]) -> Any:
         spec = taken(given, tensors, whole, real)
     except Unknown:
         return None
+    for m in plan.modules:  # with other tensors, or other kinds of modules, it is another graph
+        for kind in (PARAMETERS, BUFFERS, CHILDREN):
+            for part in getattr(m, kind).values():
+                isinstance(part, Tensor)
     own: list[Tensor] = [getattr(m, PARAMETERS)[name] for m, name in plan.params]
     moving, at = [], []
     for m, name in plan.buffers:

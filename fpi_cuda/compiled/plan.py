@@ -15,7 +15,7 @@ from .. import _torch
 from ..derivatives import needs_gradients
 from ..modules import Binding, leads_to, reached
 
-__all__ = ["Plan", "plan_all", "plan_of", "waits"]
+__all__ = ["Plan", "plan", "plan_each", "plan_of", "waits"]
 
 _numbers = itertools.count(1)
 _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
@@ -42,6 +42,7 @@ class Plan:
         g: Any = layer.g
         binding = Binding.of(g)
         self.objects = [] if binding is None else binding.objects
+        self.modules = [m for m in self.objects if isinstance(m, nn.Module)]
         self.params, self.buffers = ([], []) if binding is None else binding.places()
         self._held = [] if binding is None else binding.held()
         self.look(g, binding)
@@ -55,29 +56,28 @@ class Plan:
         self.whole = made and not spread and not reached(g, needs_gradients)
 
     def stands(self, binding: Binding | None) -> bool:
-        """Whether g calls the modules that it called when the plan was made, and they hold as many
-        tensors, the same ones shared."""
+        """Whether g calls the modules of the plan, and they hold as many tensors, shared alike."""
         now = [] if binding is None else binding.objects
         if [*map(id, now)] != [*map(id, self.objects)]:
             return False
         return self._held == ([] if binding is None else binding.held())
 
 
-def plan_all(layer: Any, others: Iterable[Any]) -> None:
-    """Plan layers that have no plan which stands: a graph of one serves others with plans alike."""
-    for other in others:
-        if other is not None and other is not layer:
-            with contextlib.suppress(Exception):  # which is for its own call to raise
-                _plan(other)
-    _plan(layer)
-
-
-def _plan(layer: Any) -> None:
-    plan, binding = layer._plan, Binding.of(layer.g)
-    if plan is None or not plan.stands(binding):
+def plan(layer: Any) -> None:
+    """Plan a layer anew if its plan does not stand."""
+    last, binding = layer._plan, Binding.of(layer.g)
+    if last is None or not last.stands(binding):
         layer._plan = Plan(layer)
     else:
-        plan.look(layer.g, binding)
+        last.look(layer.g, binding)
+
+
+def plan_each(layers: Iterable[Any]) -> None:
+    """Plan layers that no graph has yet, so that one of a layer like them serves them too."""
+    for layer in layers:
+        if layer is not None:
+            with contextlib.suppress(Exception):  # its own call raises it
+                plan(layer)
 
 
 def waits(layer: Any) -> bool:
