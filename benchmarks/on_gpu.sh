@@ -183,11 +183,12 @@ build() {
 
 # Each against float64, in a process of its own: an error of CUDA spoils the process it is in.
 smoke() {
-  local name
+  local name seconds
   smoke_names
   for name in $SMOKE; do
     ((${#RUNNING[@]} < AT_ONCE)) || reap
-    launch "smoke-$name" 30 "${MODULE[@]}" benchmarks.smoke "$name" --device cuda
+    [ "$name" = compiled ] && seconds=90 || seconds=30  # inductor takes its time
+    launch "smoke-$name" "$seconds" "${MODULE[@]}" benchmarks.smoke "$name" --device cuda
   done
   drain
 }

@@ -67,7 +67,8 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict: `version`; `torch_built` and `torch_running`; `compiler`, `cxx_flags`, `build_type`;
         `cpu_capability` (in use), `cpu_capabilities_built` and `cpu_capabilities_available`;
-        `cuda_built`, `cuda_loaded`, `cuda_missing` (the reason, or None), `cuda_archs` and `nvcc`.
+        `cuda_built`, `cuda_loaded`, `cuda_missing` (the reason, or None), `cuda_archs` and `nvcc`;
+        `libraries`, the paths of those that define operators, for torch.ops.load_library.
 
     Example:
         >>> info = build_info()
@@ -82,4 +83,5 @@ def build_info() -> dict[str, Any]:
         **built,
         "cuda_loaded": _cuda_missing is None,
         "cuda_missing": _cuda_missing,
+        "libraries": [file for m in (_C, cuda) if (file := getattr(m, "__file__", None))],
     }

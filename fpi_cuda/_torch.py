@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 # A mode in which tensors have shapes and no values. `import torch` itself has loaded the module.
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd import Function, forward_ad
 from torch.fx.experimental import proxy_tensor
 
@@ -159,6 +159,16 @@ def recording() -> bool:
 def unrecorded() -> contextlib.AbstractContextManager[Any]:
     """No recording: values may be looked at, which are constants of the graph then."""
     return proxy_tensor.disable_proxy_modes_tracing()
+
+
+# Traces a function into a graph of torch's operators; torch.export is made of it, and torch.fx's
+# documentation leaves it out.
+make_fx = proxy_tensor.make_fx
+
+
+def real_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Tensors made here have values, where torch.export works with such as have none."""
+    return unset_fake_temporarily()
 
 
 def _named(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -467,6 +477,8 @@ _looking = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 # torch.jit is deprecated since 2.5 and may go; these say what its results are, while it is there.
 ScriptModule, ScriptFunction = torch.jit.ScriptModule, torch.jit.ScriptFunction
+# Whether torch.jit.trace runs what is around.
+jit_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 # ---- CUDA ----

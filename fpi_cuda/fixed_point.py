@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._torch import apart
+from ._torch import apart, exporting
 from .adjoint import ImplicitAdjoint
 from .options import Options, Solver, Tolerance
 from .solution import Solution, State
@@ -50,7 +50,9 @@ def fixed_point(
     They keep the modes of this call until its last backward, their buffers move once a call, and
     attributes that forward sets are those of the solution, attached to it (neither under a
     torch.func transform). Parameters that `fully_shard` spreads over processes are gathered once a
-    call. torch.compile around g is taken off: compile what is around the layer.
+    call. torch.compile around g is taken off: compile what is around the layer (docs/compile.md; a
+    layer is part of the compiled graph, this function leaves it). torch.export takes a solve for
+    inference (docs/deploy.md).
 
     Under torch.autocast g runs as it does anywhere, forward and, wherever the backward is called,
     in every derivative; the solver's own arithmetic and x stay in x0's dtype. Default tolerances
@@ -131,7 +133,8 @@ def fixed_point(
         *(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
         *(trace, callback, has_aux, norm_weights, sizes),
     )
-    return solve(g, x0, inputs, params, options)
+    # A loop whose length depends on the data is no part of a compiled graph.
+    return apart(solve, g, x0, inputs, params, options)  # type: ignore[no-any-return]
 
 
 def solve(
@@ -143,5 +146,8 @@ def solve(
     keywords: Mapping[str, Any] | None = None,
 ) -> Solution:
     """What `fixed_point` does; for `keywords` see `enter`."""
-    # A loop whose length depends on the data.
-    return apart(enter, g, x0, inputs, params, options, keywords)  # type: ignore[no-any-return]
+    if exporting():
+        from .export import solve as exported
+
+        return exported(g, x0, inputs, params, options, keywords)
+    return enter(g, x0, inputs, params, options, keywords)

@@ -37,7 +37,8 @@ _layers: WeakValueDictionary[int, FixedPointLayer] = WeakValueDictionary()  # th
 class FixedPointLayer(nn.Module):
     """x̂ = g(x̂, z; θ) as a layer: `layer(z)` returns the fixed point of x ↦ g(x, z).
 
-    Adds no parameter and no buffer to g's. The record of the last call is in `last`.
+    Adds no parameter and no buffer to g's. The record of the last call is in `last`; forward of an
+    exported model may return its tensors (docs/deploy.md).
 
     Args:
         g: a module or callable g(x, *inputs).
@@ -91,6 +92,7 @@ class FixedPointLayer(nn.Module):
     eval_factor: float = 1.0
     norm_weights: Any = None
     _last: Solution | None = None
+    _traced: Solution | None = None  # of torch.export, while it runs
     _fits: Any = None  # state_shape and a batch size that are no mistake
     _warm: Warm | None = None
     _plan: Any = None  # a `compiled.Plan`, where the layer is part of a compiled graph
@@ -137,7 +139,9 @@ class FixedPointLayer(nn.Module):
 
     @property
     def last(self) -> Solution | None:
-        """The record of the last call, detached; None before the first."""
+        """The solution of the last call, detached; while torch.export traces one, of that."""
+        if exporting():
+            return self._last if self._traced is None else self._traced
         # A compiled graph leaves it when it runs, not while it is made.
         return apart(_last, self)  # type: ignore[no-any-return]
 
@@ -198,20 +202,28 @@ class FixedPointLayer(nn.Module):
             TypeError: no input and no x0 was given; key is a tensor or not hashable.
         """
         given = x0, inputs, params, tolerance, max_iterations, sizes, key, keywords
-        # (Of other threads is_compiling tells, too.)
-        if torch.compiler.is_dynamo_compiling() and not exporting():
-            found = self._compiled(*given)
-            if found is not None:
-                return found
+        if torch.compiler.is_compiling():
+            if exporting():
+                if torch.compiler.is_dynamo_compiling():
+                    others = params, tolerance, max_iterations, sizes
+                    return self._strictly(inputs, x0, keywords or others != ((), None, None, None))
+                return self._solved(*given)
+            if torch.compiler.is_dynamo_compiling():  # here, and not in another thread
+                found = self._compiled(*given)
+                if found is not None:
+                    return found
         return apart(self._solved, *given)
 
     def _solved(self, x0: State | None, inputs: Sequence[Any], params: Any, *of_call: Any) -> Any:
         """The output; for the arguments see `_prepared`."""
         start, options, slot, given = self._prepared(x0, x0 is None, inputs, params, *of_call)
         solution = solve(self.g, start, inputs, params, options, given)
-        self.last = kept(solution)
-        if slot is not None:
-            slot.keep(self.last)
+        if exporting():
+            self._traced = solution
+        else:
+            last = self.__dict__["_last"] = kept(solution)  # nn.Module's own way takes 2 µs
+            if slot is not None:
+                slot.keep(last)
         # What is kept, for a warm start and for the backward, is the solver's own: the caller may
         # change the output in place.
         x = solution.x
@@ -249,7 +261,7 @@ class FixedPointLayer(nn.Module):
         if max_iterations is not None:
             options = options._replace(max_iterations=max_iterations)
         slot = None
-        if self._warm is not None:
+        if self._warm is not None and not exporting():  # a program has no memory
             x0, slot = self._warm.begin(x0, key, not cold)
             options = options._replace(memory=slot)
         return x0, options, slot, given
@@ -281,6 +293,25 @@ class FixedPointLayer(nn.Module):
         plan_each([ref() for ref in _layers.valuerefs()])
         plan(self)
         return not waits(self)
+
+    def _strictly(self, inputs: Sequence[Any], x0: Any, others: Any) -> Tensor:
+        """The call while torch.export reads Python, strict=True."""
+        from .export import strict
+
+        given = inputs if x0 is None else (*inputs, x0)
+        if others or not all([isinstance(t, Tensor) for t in given]):
+            raise TypeError(strict.TENSORS)
+        own, rate = [*self.parameters(), *self.buffers()], self.solver.contraction
+        one = self.per_sample is False
+        self._traced = strict.call(self._kept_by(), own, inputs, x0, rate, one)
+        x: Tensor = self._traced.x.clone()
+        return x
+
+    @constant_in_graphs
+    def _kept_by(self) -> int:  # of this very layer, whatever it was copied from
+        from .export import strict
+
+        return strict.keep(self)
 
     def _evaluating(self, options: Options, x0: State) -> Options:
         """The options in eval mode."""
@@ -401,8 +432,8 @@ class FixedPointLayer(nn.Module):
         return f"solver={self.solver}, max_iterations={self.max_iterations}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the record of the last call, what is kept between calls, and a graph's handle."""
-        state = {**self.__dict__, "_last": None}
+        """Without what calls left behind, and a graph's handle."""
+        state = {**self.__dict__, "_last": None, "_traced": None}
         state.pop("_plan", None)
         if self._warm is not None:  # copy.copy would share it
             state["_warm"] = Warm(self._warm.capacity)
@@ -410,7 +441,7 @@ class FixedPointLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or one of another process."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         _made(self)
 
 
@@ -423,6 +454,7 @@ def _made(layer: FixedPointLayer) -> None:
 
 
 def _last(layer: FixedPointLayer) -> Solution | None:
+    layer._traced = None  # of an export that has ended
     return layer._last
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -336,8 +336,9 @@ class Record(Account):
     batch: torch.Size
     rate: Callable[[Tensor, Tensor], Tensor]  # the solver's contraction
     path: str  # which backend and driver ran
-    failed: int  # samples that did not converge
-    evaluations: int = 0  # calls of g with any number of rows, those of the per_sample probe too
+    failed: int  # samples that did not converge; -1: a program's, unknown
+    # Calls of g with any number of rows, those of the per_sample probe too; in a program a tensor.
+    evaluations: Any = 0
     lipschitz: float | None = None  # certified by the step, for error_bound
     adjoint: Record | None = None  # the backward solve's own record, filled by each backward
     tangent: Record | None = None  # likewise, of forward mode
@@ -360,7 +361,8 @@ class Record(Account):
         There a sample's error comes from the others' residuals too.
         """
         residual = self.progress.scalars[:, RESIDUAL]
-        if self.system == 1 or not len(residual):
+        unknown = isinstance(self.system, torch.SymInt)  # in a program, which serves any batch
+        if not unknown and (self.system == 1 or not len(residual)):
             return residual
         systems = residual.view(-1, self.system)
         unit = systems.amax(1, keepdim=True).clamp(min=torch.finfo(residual.dtype).tiny)

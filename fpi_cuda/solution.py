@@ -106,8 +106,8 @@ class Solution(Account):
 
     @property
     def evaluations(self) -> int:
-        """Calls of g."""
-        return self.record.evaluations
+        """Calls of g; in an exported program a tensor without dimensions."""
+        return self.record.evaluations  # type: ignore[no-any-return]
 
     @property
     def residual_at_x(self) -> Tensor:
@@ -122,15 +122,15 @@ class Solution(Account):
             RuntimeError: g or a tensor that the solve was given is gone, since a solution keeps
                 none of them alive; or one, x or a parameter was written to since, or a module's
                 mode changed (a write through .data is seen by nobody); or the solve ran under a
-                torch.func transform, on the meta device or of fake tensors, or this is the copy of
-                a solution that was not asked.
+                torch.func transform, in torch.export, on the meta device or of fake tensors, or
+                this is the copy of a solution that was not asked.
         """
         again = self._again
         if again is None:
             raise RuntimeError(
                 "Solution.residual_at_x needs a solve of this process that ran under no torch.func "
-                "transform, not on the meta device and not of fake tensors, or its value from "
-                "before a copy was made; compute it from g"
+                "transform, not in torch.export, not on the meta device and not of fake tensors, "
+                "or its value from before a copy was made; compute it from g"
             )
         if again.value is None:
             again.value = apart(again, self.x)

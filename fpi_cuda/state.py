@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._torch import exporting, jit_tracing
 from .tree import Mismatch, Tree, build, flatten, leaves_like, paths, signature
 
 
@@ -329,3 +330,23 @@ def _instead(value: Any) -> str:
     if isinstance(value, (tuple, list)) and value and all(isinstance(t, Tensor) for t in value):
         return "pass its tensors one by one, and take them together: lambda x, *u: g(x, u)"
     return "bind other values to g with functools.partial"
+
+
+def refuse_recorders(owner: str) -> None:
+    """Raise where a recorder of programs runs a loop that asks Python whether to go on."""
+    refuse_jit(owner)
+    if exporting():
+        raise RuntimeError(
+            f"{owner}: can't be exported, since its conditions are asked in Python; export a "
+            "fpi_cuda.FixedPointLayer around the same g (docs/deploy.md)"
+        )
+
+
+def refuse_jit(owner: str) -> None:
+    """Raise under torch.jit.trace, which would keep this call's number of iterations for good."""
+    if jit_tracing():
+        raise RuntimeError(
+            f"{owner}: torch.jit.trace records as many iterations as its example takes, and would "
+            "repeat those for every input; use torch.export.export, which keeps the loop "
+            "(docs/deploy.md)"
+        )

@@ -18,7 +18,7 @@ FLOORS = (
     ("backends", "operators", "solution", "state"),
     ("drivers", "solvers", "warm"),
     ("solve",),
-    ("adjoint", "compiled"),
+    ("adjoint", "compiled", "export"),
     ("fixed_point", "steps"),
     ("bridges", "compat", "contraction", "layer"),
     ("__init__",),

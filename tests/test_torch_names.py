@@ -547,3 +547,80 @@ def test_hooks_on_what_autograd_saves_are_seen_and_can_be_left_out():
             y = x**2
     y.sum().backward()
     assert x.grad.tolist() == [2.0, 2.0]
+
+
+def test_a_function_is_traced_into_a_graph_of_operators():
+    held, examples = torch.ones(2), (torch.zeros(2), torch.zeros(2))
+    graph = _torch.make_fx(lambda x, y: x.mul(2).add_(y) + held)(*examples)
+    kinds = [n.op for n in graph.graph.nodes]
+    assert kinds.count("placeholder") == 2 and kinds.count("get_attr") == 1
+    written = [n.target for n in graph.graph.nodes if getattr(n.target, "_schema", None)]
+    assert [t._schema.is_mutable for t in written] == [False, True, False]
+    assert torch.equal(graph(held, held), 4 * held)
+
+
+def test_torch_jit_tells_that_it_traces():
+    seen = []
+
+    def f(x):
+        seen.append(_torch.jit_tracing())
+        return x + 1
+
+    f(torch.ones(1))
+    torch.jit.trace(f, torch.ones(1), check_trace=False)
+    assert seen == [False, True]
+
+
+def test_tensors_with_values_can_be_made_while_fake_ones_are():
+    with torch._subclasses.FakeTensorMode():
+        fake = torch.zeros(2)
+        with _torch.real_tensors():
+            real = torch.zeros(2)
+    assert type(real) is torch.Tensor and type(fake) is not torch.Tensor
+
+
+def test_a_marked_function_is_a_constant_to_the_compiler():
+    @torch.compiler.assume_constant_result
+    def marked():
+        return 1
+
+    @_torch.constant_in_graphs
+    def ours():
+        return 1
+
+    assert vars(ours) == vars(marked)
+
+
+@pytest.mark.no_poison
+def test_what_a_graph_writes_to_late_is_told():
+    cell, told = 1, []
+    items, t, quiet = [1], torch.ones(2), torch.ones(2).mul_(1)
+
+    class Plain:
+        pass
+
+    o = Plain()
+
+    class Asked:
+        def __init__(self):
+            self.ask = _torch.constant_in_graphs(lambda: told.append(_torch.unwritten()) or True)
+
+    asked = Asked()
+
+    def f(z):
+        nonlocal cell
+        z = z + t + quiet
+        asked.ask()
+        cell = cell + 1
+        o.a = 2
+        items[0] = 2
+        t.mul_(2)
+        asked.ask()
+        return z
+
+    torch.compile(f, backend="eager", fullgraph=True)(torch.ones(2))
+    first, last = told
+    assert not first
+    cells = dict(zip(f.__code__.co_freevars, f.__closure__, strict=True))
+    assert {id(o), id(items), id(t), id(cells["cell"])} <= last
+    assert id(quiet) not in last and id(asked) not in last

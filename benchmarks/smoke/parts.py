@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import drivers, kernels, loops, solves
+from . import drivers, kernels, loops, models, solves
 from .check import Part
 
 PARTS: dict[str, Part] = {
@@ -24,6 +24,8 @@ PARTS: dict[str, Part] = {
     "compaction": loops.compaction,
     "own_limits": loops.own_limits,
     "training": solves.training,
+    "autocast": models.autocast,
+    "compiled": models.compiled,
     "threads": loops.threads,
     "streams": loops.streams,
 }

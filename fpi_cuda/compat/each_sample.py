@@ -15,6 +15,7 @@ from ..fixed_point import fixed_point
 from ..norms import row_norms
 from ..options import Solver, Tolerance
 from ..solution import Solution, State
+from ..state import refuse_recorders
 from .conditions import Condition, Tensors, read
 from .tuples import Step, Substitute, check_start, check_value
 
@@ -31,6 +32,7 @@ def solve(
     param: Tensors,
 ) -> Solution:
     """The fixed point, each sample stopped by itself; x is a tensor where x0 holds one."""
+    refuse_recorders("compat.fixed_point_iteration")
     forward, backward = read("forward_cond", forward_cond), read("backward_cond", backward_cond)
     check_start(x0)
     b = x0[0].shape[:1]

@@ -20,6 +20,7 @@ from ..solution import FixedPointWarning, warn
 from ..solve.independence import INDEPENDENT
 from ..solve.problem import Context, Problem, Report
 from ..solvers import Picard
+from ..state import refuse_recorders
 from .conditions import Condition, Tensors, default_term_cond
 from .tuples import Step, TupleMap, check_start, check_value
 
@@ -36,6 +37,7 @@ def solve(
     param: Tensors,
 ) -> Tensors:
     """The last state, attached."""
+    refuse_recorders("compat.fixed_point_iteration")
     if any([valueless(t) for t in x0]):  # one call for the shapes, as `fixed_point` does it
         check_start(x0)
         shaped = tuple(g(tuple(t.detach() for t in x0), y))

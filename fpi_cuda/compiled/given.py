@@ -47,7 +47,7 @@ def taken(
         return _WHOLE, len(whole) - 1
     if isinstance(value, (float, torch.SymFloat)):
         # As a tensor, by a product: of all ways this one has no number in the graph.
-        real.append(torch.ones((), dtype=torch.float64, device="cpu") * value)
+        real.append(torch.ones((), dtype=torch.float64, device="cpu") * value)  # type: ignore[operator]
         return _REAL, len(real) - 1
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         kind = _TUPLE if type(value) is tuple else _LIST

@@ -85,7 +85,7 @@ def _solved(
     real: Sequence[Tensor],
     moving: Sequence[int],
     spec: int,
-    _: int,
+    place: int,
     cold: bool,
     grad: bool,
     autocast: torch.dtype | None,
@@ -101,7 +101,7 @@ def _solved(
         real: its other numbers, float64 [] on the CPU.
         moving: positions in `own` of buffers to return as the solve leaves them.
         spec: of what the call was given.
-        _: tells equal calls apart.
+        place: tells equal calls in a graph apart.
         cold: whether the start is the layer's own.
         grad: whether the graph was traced with gradients on.
         autocast: the dtype under which it was traced; None: without autocast.
@@ -148,9 +148,9 @@ def _solved(
         assert report.record is not None
         report.record.evaluations += options.has_aux
         solution = posed.solution(x, report.record)
-        layer.last = kept(solution)
+        last = layer.__dict__["_last"] = kept(solution)
         if slot is not None:
-            slot.keep(layer.last)
+            slot.keep(last)
         ticket = torch.zeros(1, dtype=torch.int64)
         if grad and not attached:
             at = {id(t): i for i, t in reversed(list(enumerate([*given, *own])))}
@@ -354,8 +354,9 @@ _library = torch.library.Library("fpi_cuda", "FRAGMENT")
 # A device can't record what a host decides.
 _tags = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 _library.define(
-    "_layer(Tensor[] x0, Tensor[] given, Tensor[] own, Tensor handle, SymInt[] whole, Tensor[] real, "
-    "int[] moving, int spec, int call, bool cold, bool grad, ScalarType? autocast) -> Tensor[]",
+    "_layer(Tensor[] x0, Tensor[] given, Tensor[] own, Tensor handle, SymInt[] whole, "
+    "Tensor[] real, int[] moving, int spec, int place, bool cold, bool grad, "
+    "ScalarType? autocast) -> Tensor[]",
     tags=_tags,
 )
 _library.define(

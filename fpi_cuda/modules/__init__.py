@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from .. import _torch
 from .clones import COPIES, clone, freeze_parametrizations
-from .names import leads_to, reached
+from .names import leads_to, reached, tensors_reached
 from .search import Found, find, is_object, keeps_all_in_dict, unwraps
 from .shards import sharded, shards, whole
 
-__all__ = ["Binding", "keeps_all_in_dict", "leads_to", "reached"]
+__all__ = ["Binding", "keeps_all_in_dict", "leads_to", "reached", "tensors_reached"]
 
 _LAZY = frozenset({nn.UninitializedParameter, nn.UninitializedBuffer})
 

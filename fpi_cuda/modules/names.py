@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _torch
 from .search import OF_ANY_MODULE, global_names, is_object
 
-__all__ = ["leads_to", "reached"]
+__all__ = ["leads_to", "reached", "tensors_reached"]
 
 _DEPTH, _SHOWN, _ITEMS = 5, 3, 64
 
@@ -54,6 +54,11 @@ def leads_to(f: Any, ids: Set[int]) -> bool:
             stack += o.__closure__ or ()
         stack += [part for _, part in _parts(o)]
     return False
+
+
+def tensors_reached(f: Any) -> list[Tensor]:
+    """These tensors, each once."""
+    return list({id(t): t for _, t in _tensors(f, "", _DEPTH, set())}.values())
 
 
 def _tensors(o: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from ..options import Options
 from ..record import Record
 from ..solution import FixedPointError, Solution, State
 from ..state import State as PackedState
-from ..state import check_inputs, state_of
+from ..state import check_inputs, refuse_jit, state_of
 from .again import Again
 from .independence import samples_of
 from .maps import UserMap
@@ -130,6 +130,7 @@ def enter(
             the keywords, count as params, behind those.
         together: g can't be given a part of the batch: finished samples are frozen, and stay in it.
     """
+    refuse_jit("fixed_point")
     options.check()
     shown = None
     if options.callback is not None:

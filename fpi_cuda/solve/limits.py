@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..options import Tolerance
 from ..record import Limits, accumulate_dtype
 from .problem import Problem
 
-__all__ = ["check_values", "limits_of"]
+__all__ = ["check_values", "limits_of", "of_numbers", "own_limits"]
 
 MOST = 2**24  # of a sample's own limit: the kernels take it as float32, which skips numbers above
 
@@ -47,44 +48,73 @@ def limits_of(
     if type(most) is not int and isinstance(most, Tensor) and most.dim() == 0:
         most = int(most)
     if type(most) is int and not tolerance.own and sizes is None:
-        return _limits(rtol, atol, size, rounded, patience, most)
-    batch, acc = start.shape[:dims], accumulate_dtype(dtype)
+        return of_numbers(rtol, atol, size, rounded, patience, most)
+    batch = start.shape[:dims]
     check_values(problem.name, options.tolerance, most, batch[-1])
     if sizes is not None:
         _check_sizes(problem.name, sizes, size, batch[-1])
     if not batch.numel():
-        return _limits(0.0, 0.0, size, rounded, patience, 1)
+        return of_numbers(0.0, 0.0, size, rounded, patience, 1)
 
     root: float | Tensor = math.sqrt(size)  # of the entries that a sample has
     if sizes is not None:
         root = sizes.to(start.device, torch.float64).sqrt()
-
-    def column(value: float | Tensor, factor: float | Tensor = 1.0) -> Tensor:
-        if isinstance(value, Tensor):
-            wide = value.to(start.device, torch.float64)
-        else:
-            wide = torch.full(batch[-1:], value, dtype=torch.float64, device=start.device)
-        least = torch.finfo(acc).tiny * wide.sign()  # what rounds to 0 is no fixed count
-        return torch.maximum(factor * wide, least).to(acc)
-
-    rtol, offset = column(rtol), column(atol, root)
-    limit = column(most if isinstance(most, Tensor) else min(most, 2**30))
-    counted = (rtol == 0) & (offset == 0)
-    if problem.samples.coupled:  # one system: it may take what any sample may; one's count is all's
-        limit, counted = limit.amax().expand_as(limit), counted.any().expand_as(counted)
-        rtol, offset = (torch.where(counted, 0, t) for t in (rtol, offset))
-    rounding = column(_rounding(rounded, 1), root)
-    own = torch.stack((rtol, offset, torch.where(counted, limit, patience), limit, rounding), 1)
-    least, longest = torch.stack((rtol.amin(), limit.amax())).tolist()
+    given = (rtol, atol), most, root, patience, start, batch[-1:]
+    own = own_limits(*given, rounded, coupled=problem.samples.coupled)
+    least, longest = torch.stack((own[:, 0].amin(), own[:, 3].amax())).tolist()
     slices = own.expand(*batch, 5).reshape(-1, 5)  # of torch.vmap, which share them
     level = _rounding(rounded, size)
     return Limits(least, 0.0, level, patience, int(longest), slices, precision=rounded)
 
 
+def own_limits(
+    tolerance: tuple[float | Tensor, float | Tensor],
+    most: int | Tensor,
+    root: float | Tensor,
+    patience: int,
+    start: Tensor,
+    batch: Sequence[int],
+    rounded: torch.dtype,
+    *,
+    coupled: bool,
+) -> Tensor:
+    """What each sample is told of its own, [B, 5]: see `Limits`; its values are not looked at.
+
+    Args:
+        tolerance: rtol and atol, numbers or [B].
+        most: iterations, likewise.
+        root: √N of the entries that a sample has, likewise.
+        patience: the solver's.
+        start: a state of the solve.
+        batch: (B,).
+        rounded: the dtype that g's values are rounded to.
+        coupled: whether the batch is one system.
+    """
+    acc = accumulate_dtype(start.dtype)
+
+    def column(value: float | Tensor, factor: float | Tensor = 1.0) -> Tensor:
+        if isinstance(value, Tensor):
+            wide = value.to(start.device, torch.float64)
+        else:
+            wide = torch.full(batch, value, dtype=torch.float64, device=start.device)
+        least = torch.finfo(acc).tiny * wide.sign()  # what rounds to 0 is no fixed count
+        return torch.maximum(factor * wide, least).to(acc)
+
+    rtol, offset = column(tolerance[0]), column(tolerance[1], root)
+    limit = column(most if isinstance(most, Tensor) else min(most, 2**30))
+    counted = (rtol == 0) & (offset == 0)
+    if coupled:  # one system: it may take what any sample may; one's count is all's
+        limit, counted = limit.amax().expand_as(limit), counted.any().expand_as(counted)
+        rtol, offset = (torch.where(counted, 0, t) for t in (rtol, offset))
+    rounding = column(_rounding(rounded, 1), root)
+    return torch.stack((rtol, offset, torch.where(counted, limit, patience), limit, rounding), 1)
+
+
 @functools.lru_cache(maxsize=64)
-def _limits(
+def of_numbers(
     rtol: float, atol: float, size: int, dtype: torch.dtype, patience: int, max_iterations: int
 ) -> Limits:
+    """The stop rule of samples that share it, of so many entries each."""
     if rtol == atol == 0:  # a fixed count runs to its end, at the rounding level too
         patience = max_iterations
     level = _rounding(dtype, size)
