@@ -128,6 +128,24 @@ def test_a_counter_beside_the_layer_keeps_one_graph():
     assert model.steps == 1
 
 
+def test_an_attribute_of_a_class_and_the_meta_device():
+    class G(nn.Module):
+        scale = 0.5
+
+        def forward(self, x, z):
+            return self.scale * torch.tanh(x) + z
+
+    layer = layer_of(G())
+
+    def f(z):
+        G.scale = 0.25
+        return layer(z)
+
+    x = compiled(f)(Z)
+    close(x, layer(Z))
+    assert compiled(layer)(Z.to("meta")).shape == Z.shape
+
+
 def test_functional_call_moves_the_buffers_that_it_is_given():
     layer = layer_of(Normalised().train(), per_sample=False)
     before, found = copy.deepcopy(dict(layer.named_buffers())), []

@@ -27,7 +27,7 @@ def call(layer: Any, x0: Any, cold: bool, given: dict[str, Any]) -> Any:
     """
     plan = layer._plan
     leaves, tree = flatten(x0)
-    if not plan.whole or not (cold or tree is None):
+    if not plan.whole or not (cold or tree is None) or leaves[0].is_meta:
         return None
     tensors: list[Tensor] = []
     whole: list[int] = []

@@ -46,6 +46,8 @@ def leads_to(f: Any, ids: Set[int]) -> bool:
             return True
         if isinstance(o, Tensor):
             continue
+        if is_object(o):
+            stack += type(o).__mro__  # attributes of the class
         if isinstance(o, nn.Module):
             stack += [_torch.children(o), *(getattr(o, kind) for kind in _torch.FORWARD_HOOKS)]
         if isinstance(o, MethodType):
