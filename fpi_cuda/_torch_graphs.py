@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental import proxy_tensor
 
-from ._torch import children, transforming, unwrapped, wrapped
+from ._torch import children, transforming, unwrapped, version, wrapped
 
 # ---- recorders ----
 
@@ -161,6 +161,28 @@ def constant_in_graphs(f: Callable[..., Any]) -> Callable[..., Any]:
     """
     f._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return f
+
+
+def unwritten() -> set[int] | None:
+    """The ids of the objects to which the graph that torch.compile makes here writes at its end.
+
+    Those with attributes, lists, dicts, cells of closures, and tensors that were made before, to
+    which a graph may write late. None: it writes to a global variable. What the compiler says of
+    all this is documented nowhere.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    output = InstructionTranslator.current_tx().output
+    effects = output.side_effects
+    if any(type(v).__name__ == "NewGlobalVariable" for v in effects.store_attr_mutations):
+        return None
+    found = {key for key, v in effects.id_to_variable.items() if effects.is_modified(v)}
+    for tracer in output.tracers:
+        for node in tracer.graph.find_nodes(op="placeholder"):
+            given, fake = node.meta.get("grapharg"), node.meta.get("example_value")
+            if given is not None and isinstance(fake, Tensor) and version(fake):  # from 0 on
+                found.add(id(given.example))
+    return found
 
 
 def exporting() -> bool:

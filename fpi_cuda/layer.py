@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from numbers import Real
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,9 @@ from .warm import CAPACITY, Slot, Warm, check_key
 __all__ = ["FixedPointLayer"]
 
 _OPTIONS = tuple(n for n in Options._fields if n not in ("sizes", "memory"))  # of each call
+
+
+_layers: WeakValueDictionary[int, FixedPointLayer] = WeakValueDictionary()  # that live, by id
 
 
 class FixedPointLayer(nn.Module):
@@ -127,6 +132,8 @@ class FixedPointLayer(nn.Module):
         for name in _OPTIONS:
             setattr(self, name, getattr(options, name))
         self.warm = warm
+        if not torch.compiler.is_dynamo_compiling():
+            _made(self)
 
     @property
     def last(self) -> Solution | None:
@@ -199,9 +206,10 @@ class FixedPointLayer(nn.Module):
                     others = params, tolerance, max_iterations, sizes
                     return self._strictly(inputs, x0, keywords or others != ((), None, None, None))
                 return self._solved(*given)
-            found = self._compiled(*given)
-            if found is not None:
-                return found
+            if torch.compiler.is_dynamo_compiling():  # here, and not in another thread
+                found = self._compiled(*given)
+                if found is not None:
+                    return found
         return apart(self._solved, *given)
 
     def _solved(self, x0: State | None, inputs: Sequence[Any], params: Any, *of_call: Any) -> Any:
@@ -263,7 +271,8 @@ class FixedPointLayer(nn.Module):
 
         if transforming():
             return None
-        self._planned()
+        if not self._planned():
+            return None
         names = "tolerance", "max_iterations", "sizes", "key", "keywords"
         given = dict(zip(names, of_call, strict=True))
         cold = x0 is None
@@ -274,11 +283,15 @@ class FixedPointLayer(nn.Module):
 
     @constant_in_graphs
     def _planned(self) -> bool:
-        """Whether `_plan` is the one for what g is now; while a graph is made."""
-        from .compiled.plan import plan_for
+        """Whether `_plan` is the one for what g is now, while a graph is made; False: no graph can.
 
-        self._plan = plan_for(self, self._plan)
-        return True
+        A method, of which the compiler asks no identity: a graph serves layers that are alike.
+        """
+        from .compiled.plan import plan, plan_each, waits
+
+        plan_each([ref() for ref in _layers.valuerefs()])
+        plan(self)
+        return not waits(self)
 
     def _strictly(self, inputs: Sequence[Any], x0: Any, others: Any) -> Tensor:
         """The call while torch.export reads Python, strict=True."""
@@ -326,6 +339,19 @@ class FixedPointLayer(nn.Module):
         if self._warm is not None:  # copy.copy would share it
             state["_warm"] = Warm(self._warm.capacity)
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or one of another process."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _made(self)
+
+
+def _made(layer: FixedPointLayer) -> None:
+    """Note a layer for graphs to come; where there are some, that they may serve it too."""
+    _layers[id(layer)] = layer
+    compiled = sys.modules.get("fpi_cuda.compiled.plan")
+    if compiled is not None:
+        compiled.plan_each([layer])
 
 
 def _last(layer: FixedPointLayer) -> Solution | None:

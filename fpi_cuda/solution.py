@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -43,12 +44,18 @@ class FixedPointWarning(UserWarning):
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line outside this package and torch that led here."""
     level, frame = 1, sys._getframe()
-    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+    while frame is not None and _of_ours(frame):
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
     warnings.warn(message, category, stacklevel=level)
 
 
-_OURS = tuple(str(Path(file).parent) for file in (__file__, str(torch.__file__)))
+def _of_ours(frame: FrameType) -> bool:
+    file, module = frame.f_code.co_filename, frame.f_globals.get("__name__")
+    compiled = isinstance(module, str) and module.startswith("torch.")
+    return compiled or file.startswith(_OURS)
+
+
+_OURS = ("<eval_with_key>", *(str(Path(file).parent) for file in (__file__, str(torch.__file__))))
 
 
 class FixedPointError(RuntimeError):

@@ -136,4 +136,6 @@ def _check_shape(
 
 def _is_shape(v: Any) -> bool:
     """Whether it is the shape of one tensor: a tuple of whole numbers."""
-    return isinstance(v, (tuple, list)) and all([hasattr(n, "__index__") for n in v])
+    return isinstance(v, (tuple, list)) and all(
+        [isinstance(n, int) or hasattr(n, "__index__") for n in v]  # what the compiler knows: int
+    )

@@ -591,3 +591,41 @@ def test_a_marked_function_is_a_constant_to_the_compiler():
         return 1
 
     assert vars(ours) == vars(marked)
+
+
+@pytest.mark.no_poison
+def test_what_a_graph_writes_to_late_is_told():
+    cell, told = 1, []
+    items, t, quiet = [1], torch.ones(2), torch.ones(2).mul_(1)
+
+    class Plain:
+        pass
+
+    o = Plain()
+
+    class Asked:
+        def __init__(self):
+            self.ask = _torch_graphs.constant_in_graphs(
+                lambda: told.append(_torch_graphs.unwritten()) or True
+            )
+
+    asked = Asked()
+
+    def f(z):
+        nonlocal cell
+        z = z + t + quiet
+        asked.ask()
+        cell = cell + 1
+        o.a = 2
+        items[0] = 2
+        t.mul_(2)
+        asked.ask()
+        return z
+
+    torch.compile(f, backend="eager", fullgraph=True)(torch.ones(2))
+    first, last = told
+    cells = dict(zip(f.__code__.co_freevars, f.__closure__, strict=True))
+    written = {id(o), id(items), id(t), id(cells["cell"])}
+    assert not first & written
+    assert written <= last
+    assert id(quiet) not in last and id(asked) not in last

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import BUFFERS, PARAMETERS
+from .._torch import BUFFERS, CHILDREN, PARAMETERS
 from ..solve.maps import pair
 from ..tree import build, flatten
-from .given import Unknown, registered, taken
+from .given import Unknown, another, registered, taken
 from .operators import solve
 
 __all__ = ["call"]
@@ -27,34 +27,38 @@ def call(layer: Any, x0: Any, cold: bool, given: dict[str, Any]) -> Any:
     """
     plan = layer._plan
     leaves, tree = flatten(x0)
-    if not plan.whole or not (cold or tree is None):
+    if not plan.whole or not (cold or tree is None) or leaves[0].is_meta:
         return None
     tensors: list[Tensor] = []
     whole: list[int] = []
+    real: list[Tensor] = []
     try:
-        spec = taken(given, tensors, whole)
+        spec = taken(given, tensors, whole, real)
     except Unknown:
         return None
+    for m in plan.modules:  # with other tensors, or other kinds of modules, it is another graph
+        for kind in (PARAMETERS, BUFFERS, CHILDREN):
+            for part in getattr(m, kind).values():
+                isinstance(part, Tensor)
     own: list[Tensor] = [getattr(m, PARAMETERS)[name] for m, name in plan.params]
     moving, at = [], []
     for m, name in plan.buffers:
         buffer = getattr(m, BUFFERS)[name]
-        if m.training:  # in which modules move theirs, once a solve
-            if not layer.has_aux:
-                moving.append(buffer)
-                at.append(len(own))
-            buffer = buffer.clone()  # the adjoint needs what it was
-        own.append(buffer)
+        if m.training and not layer.has_aux:  # in which modules move theirs, once a solve
+            moving.append(buffer)
+            at.append(len(own))
+        own.append(buffer.clone())  # the adjoint needs what it was
     device = leaves[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     number, grad = registered(spec), torch.is_grad_enabled()
     out = solve(
-        *(leaves, tensors, own, whole, at, plan.handle, number, cold, grad, autocast),
+        *(leaves, tensors, own, plan.handle, whole, real, at, number, another(), cold, grad),
+        autocast,
     )
     n = len(leaves)
     with torch.no_grad():
         for buffer, moved in zip(moving, out[n + 1 :], strict=True):
-            buffer.copy_(moved)
+            buffer.data.copy_(moved)  # not counted as a write: most stay what they are
     x = build(tree, out[:n])
     if not layer.has_aux:
         return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,25 +11,28 @@ from torch import Tensor
 
 from ..options import Tolerance
 
-__all__ = ["Unknown", "registered", "taken", "together"]
+__all__ = ["Unknown", "another", "registered", "taken", "together"]
 
 # The first of a pair says what the second is.
-_TENSOR, _WHOLE, _VALUE, _TUPLE, _LIST, _DICT, _TOLERANCE = range(7)
-_VALUES = (type(None), bool, float, str)
+_TENSOR, _WHOLE, _REAL, _VALUE, _TUPLE, _LIST, _DICT, _TOLERANCE = range(8)
+_VALUES = (type(None), bool, str)
 
 _known: dict[Any, int] = {}
 _specs: list[Any] = []
+_calls = itertools.count()
 
 
 class Unknown(Exception):
     """A value that an operator can't be given."""
 
 
-def taken(value: Any, tensors: list[Tensor], whole: list[int]) -> tuple[int, Any]:
-    """Append the tensors in a value and its whole numbers to the lists; say what it is made of.
+def taken(
+    value: Any, tensors: list[Tensor], whole: list[int], real: list[Tensor]
+) -> tuple[int, Any]:
+    """Append the tensors in a value and its numbers to the lists; say what it is made of.
 
-    Whole numbers are apart, so that another one need not be another graph. The compiler traces
-    this: it holds to plain loops.
+    Numbers are apart, so that another one need not be another graph. The compiler traces this: it
+    holds to plain loops.
 
     Raises:
         Unknown: there is something else in it.
@@ -38,21 +42,25 @@ def taken(value: Any, tensors: list[Tensor], whole: list[int]) -> tuple[int, Any
         return _TENSOR, len(tensors) - 1
     if isinstance(value, _VALUES):
         return _VALUE, value
-    if isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, (int, torch.SymInt)) and -(2**63) <= value < 2**63:
         whole.append(value)  # type: ignore[arg-type]
         return _WHOLE, len(whole) - 1
+    if isinstance(value, (float, torch.SymFloat)):
+        # As a tensor, by a product: of all ways this one has no number in the graph.
+        real.append(torch.ones((), dtype=torch.float64, device="cpu") * value)  # type: ignore[operator]
+        return _REAL, len(real) - 1
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         kind = _TUPLE if type(value) is tuple else _LIST
-        return kind, tuple([taken(v, tensors, whole) for v in value])
+        return kind, tuple([taken(v, tensors, whole, real) for v in value])
     if isinstance(value, dict) and type(value) is dict:
         parts = []
         for k, v in value.items():
             if not isinstance(k, str):
                 raise Unknown
-            parts.append((k, taken(v, tensors, whole)))
+            parts.append((k, taken(v, tensors, whole, real)))
         return _DICT, tuple(parts)
     if isinstance(value, Tolerance) and type(value) is Tolerance:
-        return _TOLERANCE, taken((value.rtol, value.atol), tensors, whole)
+        return _TOLERANCE, taken((value.rtol, value.atol), tensors, whole, real)
     raise Unknown
 
 
@@ -66,22 +74,37 @@ def registered(spec: Any) -> int:
     return number
 
 
-def together(number: int, tensors: Sequence[Tensor], whole: Sequence[int]) -> Any:
-    """The value that `taken` took apart, with these tensors and whole numbers in it."""
-    return _together(_specs[number], tensors, whole)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def another() -> int:
+    """Another number for each call in a graph.
+
+    The compiler makes one of two equal calls of an operator: g may be random, or change by itself.
+    """
+    return next(_calls)
 
 
-def _together(spec: tuple[int, Any], tensors: Sequence[Tensor], whole: Sequence[int]) -> Any:
+def together(
+    number: int, tensors: Sequence[Tensor], whole: Sequence[int], real: Sequence[Tensor]
+) -> Any:
+    """The value that `taken` took apart, with these tensors and numbers in it."""
+    return _together(_specs[number], tensors, whole, real)
+
+
+def _together(
+    spec: tuple[int, Any], tensors: Sequence[Tensor], whole: Sequence[int], real: Sequence[Tensor]
+) -> Any:
     kind, of = spec
     if kind == _TENSOR:
         return tensors[of]
     if kind == _WHOLE:
         return whole[of]
+    if kind == _REAL:
+        return real[of].item()
     if kind == _VALUE:
         return of
     if kind == _DICT:
-        return {k: _together(v, tensors, whole) for k, v in of}
+        return {k: _together(v, tensors, whole, real) for k, v in of}
     if kind == _TOLERANCE:
-        return Tolerance(*_together(of, tensors, whole))
+        return Tolerance(*_together(of, tensors, whole, real))
     make: Callable[..., Any] = tuple if kind == _TUPLE else list
-    return make(_together(v, tensors, whole) for v in of)
+    return make(_together(v, tensors, whole, real) for v in of)

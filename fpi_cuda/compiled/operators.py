@@ -62,6 +62,17 @@ def _new() -> _Kept:
     return made
 
 
+def _of(ticket: Tensor) -> _Kept:
+    made = _all_kept.get(int(ticket))
+    if made is None:
+        raise RuntimeError(
+            "FixedPointLayer: in a compiled graph the backward needs the very tensors that the "
+            "forward saved, and hooks on saved tensors gave copies; let the hooks return int64 "
+            "tensors of shape [1] on the CPU as they are"
+        )
+    return made
+
+
 _PLAIN = frozenset({Tensor, nn.Parameter})
 _NOTHING = contextlib.nullcontext()
 
@@ -70,10 +81,12 @@ def _solved(
     x0: Sequence[Tensor],
     given: Sequence[Tensor],
     own: Sequence[Tensor],
+    handle: Tensor,
     whole: Sequence[int],
+    real: Sequence[Tensor],
     moving: Sequence[int],
-    handle: int,
     spec: int,
+    place: int,
     cold: bool,
     grad: bool,
     autocast: torch.dtype | None,
@@ -84,10 +97,12 @@ def _solved(
         x0: the leaves of the start.
         given: the tensors of the call.
         own: those of g's modules.
-        whole: the whole numbers of the call.
-        moving: positions in `own` of buffers to return as the solve leaves them.
         handle: the layer's.
+        whole: the whole numbers of the call.
+        real: its other numbers, float64 [] on the CPU.
+        moving: positions in `own` of buffers to return as the solve leaves them.
         spec: of what the call was given.
+        place: tells equal calls in a graph apart.
         cold: whether the start is the layer's own.
         grad: whether the graph was traced with gradients on.
         autocast: the dtype under which it was traced; None: without autocast.
@@ -95,10 +110,10 @@ def _solved(
     Returns:
         The leaves of x̂; a ticket for the adjoint; the buffers asked for.
     """
-    plan, layer = plan_of(handle)
+    plan, layer = plan_of(int(handle))
     device = x0[0].device.type
     attached = torch.is_grad_enabled()
-    call = together(spec, given, whole)
+    call = together(spec, given, whole, real)
     mode: contextlib.AbstractContextManager[Any] = _NOTHING
     if autocast is not None:
         mode = torch.autocast(device, autocast, cache_enabled=False)
@@ -113,7 +128,8 @@ def _solved(
             layer._plan = None  # by which the graph is known to be another one's
             raise RuntimeError(
                 "FixedPointLayer: a compiled graph needs the modules that g called when it was "
-                "compiled (g calls others now); call again, which compiles again"
+                "compiled, with as many parameters and buffers, the same ones shared (g has others "
+                "now); call again, which compiles again"
             )
         tensors = [*posed.inputs, *posed.params, *own]
         problem, report, keep = posed.problem, Report(), None
@@ -123,12 +139,13 @@ def _solved(
             plain = [t.detach() for t in tensors]
             x, keep, _ = route(direction_of(problem, posed.state.packed, plain), report)
         if report.closure:
+            layer._plan = None
             raise RuntimeError(
                 "FixedPointLayer: in a compiled graph g must not capture a tensor that needs "
                 "gradients, which would be lost; pass it in the layer's inputs or params, or make "
                 "it a parameter of a module that g calls"
             )
-        moved = _settled(posed, x, own, grad)
+        moved = _settled(posed, x, own, grad, moving)
         assert report.record is not None
         report.record.evaluations += options.has_aux
         solution = posed.solution(x, report.record)
@@ -148,8 +165,14 @@ def _solved(
     return [*leaves, ticket, *(moved[i - n].clone() for i in moving)]
 
 
-def _settled(posed: Posed, x: Tensor, own: Sequence[Tensor], grad: bool) -> Sequence[Tensor]:
-    """The buffers as the solve leaves them; see `UserMap.settle`."""
+def _settled(
+    posed: Posed, x: Tensor, own: Sequence[Tensor], grad: bool, moving: Sequence[int]
+) -> Sequence[Tensor]:
+    """The buffers as the solve leaves them; see `UserMap.settle`.
+
+    The graph itself writes to those in moving, and to all with has_aux: it may have put others in
+    their place (`torch.func.functional_call`).
+    """
     map, binding = posed.map, posed.map.binding
     if binding is None:
         return ()
@@ -169,7 +192,7 @@ def _settled(posed: Posed, x: Tensor, own: Sequence[Tensor], grad: bool) -> Sequ
                 "gradients on a module (a router's loss), which would be lost; return it from g "
                 "with has_aux=True"
             )
-        binding.move()
+        binding.move(frozenset(i - n for i in moving))
         buffers = binding.moved
     binding.close(keep=grad)
     return buffers
@@ -189,7 +212,7 @@ def _adjoint(
     Returns:
         A gradient for each of those.
     """
-    made = _all_kept[int(ticket)]
+    made = _of(ticket)
     x, keep = made.x, made.keep
     plain = [t.detach() for t in tensors]
     if keep is None:
@@ -316,7 +339,9 @@ def _above(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _fake(x0: list[Tensor], given: Any, own: Any, whole: Any, moving: Any, *_: Any) -> list[Tensor]:
+def _fake(
+    x0: list[Tensor], given: Any, own: Any, handle: Any, whole: Any, real: Any, moving: Any, *_: Any
+) -> list[Tensor]:
     ticket = torch.empty(1, dtype=torch.int64)
     return [*map(torch.empty_like, x0), ticket, *(torch.empty_like(own[i]) for i in moving)]
 
@@ -330,8 +355,9 @@ _library = torch.library.Library("fpi_cuda", "FRAGMENT")
 # A device can't record what a host decides.
 _tags = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 _library.define(
-    "_layer(Tensor[] x0, Tensor[] given, Tensor[] own, SymInt[] whole, int[] moving, int handle, "
-    "int spec, bool cold, bool grad, ScalarType? autocast) -> Tensor[]",
+    "_layer(Tensor[] x0, Tensor[] given, Tensor[] own, Tensor handle, SymInt[] whole, "
+    "Tensor[] real, int[] moving, int spec, int place, bool cold, bool grad, "
+    "ScalarType? autocast) -> Tensor[]",
     tags=_tags,
 )
 _library.define(

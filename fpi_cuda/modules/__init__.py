@@ -8,7 +8,7 @@ for good: private to one solve, and free of the swap's cost in every iteration.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from .. import _torch
 from .clones import COPIES, clone, freeze_parametrizations
-from .names import reached, tensors_reached
+from .names import leads_to, reached, tensors_reached
 from .search import Found, find, is_object, keeps_all_in_dict, unwraps
 from .shards import sharded, shards, whole
 
-__all__ = ["Binding", "keeps_all_in_dict", "reached", "tensors_reached"]
+__all__ = ["Binding", "keeps_all_in_dict", "leads_to", "reached", "tensors_reached"]
 
 _LAZY = frozenset({nn.UninitializedParameter, nn.UninitializedBuffer})
 
@@ -106,6 +106,16 @@ class Binding:
             return [at[id(t)] for t in tensors]
 
         return of(self.params, _torch.parameters), of(self.buffers, _torch.buffers)
+
+    def held(self) -> list[list[tuple[str, int | None]]]:
+        """What each module holds: under which names which of `params` and `buffers`."""
+        index = self._index
+        modules = [m for m in self.objects if isinstance(m, nn.Module)]
+        return [
+            [(name, index.get(id(t))) for name, t in held(m).items()]
+            for m in modules
+            for held in (_torch.parameters, _torch.buffers)
+        ]
 
     def _each(self, of_modules: Iterable[dict[str, Tensor | None]]) -> list[Tensor]:
         index, each = self._index, []
@@ -229,10 +239,14 @@ class Binding:
                 if type(v) is Tensor and before.get(name) is None:
                     before[name] = v.detach()
 
-    def move(self) -> None:
-        """Leave the same on g's own modules, detached, as the calls did on what was bound last."""
+    def move(self, but: Collection[int] = ()) -> None:
+        """Leave the same on g's own modules, detached, as the calls did on what was bound last.
+
+        but: positions of buffers that are not written to.
+        """
         with torch.no_grad():
-            for mine, moved in zip(self.buffers, self._moving, strict=False):
+            pairs = zip(self.buffers, self._moving, strict=False)
+            for mine, moved in [pair for i, pair in enumerate(pairs) if i not in but]:
                 # Counted as the write was: batch norm's are not, so they spoil no backward.
                 (mine if _written(moved) else mine.data).copy_(moved)
             values = [*self.objects, *(m for m in self.objects if isinstance(m, nn.Module))]

@@ -1,9 +1,9 @@
-"""Under which names a function can reach tensors that it does not take as arguments."""
+"""What a function can reach that it does not take as an argument, and under which names."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _torch
 from .search import OF_ANY_MODULE, global_names, is_object
 
-__all__ = ["reached", "tensors_reached"]
+__all__ = ["leads_to", "reached", "tensors_reached"]
 
 _DEPTH, _SHOWN, _ITEMS = 5, 3, 64
 
@@ -29,6 +29,33 @@ def reached(f: Any, wanted: Callable[[Tensor], bool]) -> str:
         if wanted(t) and len(found) < _SHOWN:
             found.setdefault(id(t), f"{name} of shape {tuple(t.shape)}")
     return f" ({' or '.join(found.values())})" if found else ""
+
+
+def leads_to(f: Any, ids: Set[int]) -> bool:
+    """Whether one of the objects with these ids is f or reached from it, a closure's cells too.
+
+    Parameters and buffers are not.
+    """
+    stack, seen = [f], set()
+    while stack:
+        o = stack.pop()
+        if id(o) in seen:
+            continue
+        seen.add(id(o))
+        if id(o) in ids:
+            return True
+        if isinstance(o, Tensor):
+            continue
+        if is_object(o):
+            stack += type(o).__mro__  # attributes of the class
+        if isinstance(o, nn.Module):
+            stack += [_torch.children(o), *(getattr(o, kind) for kind in _torch.FORWARD_HOOKS)]
+        if isinstance(o, MethodType):
+            stack.append(o.__func__)
+        elif isinstance(o, FunctionType):
+            stack += o.__closure__ or ()
+        stack += [part for _, part in _parts(o)]
+    return False
 
 
 def tensors_reached(f: Any) -> list[Tensor]:
