@@ -122,8 +122,8 @@ class Solution(Account):
         if again is None:
             raise RuntimeError(
                 "Solution.residual_at_x needs a solve of this process that ran under no torch.func "
-                "transform, not in torch.export, not on the meta device and not of fake tensors, or "
-                "its value from before a copy was made; compute it from g"
+                "transform, not in torch.export, not on the meta device and not of fake tensors, "
+                "or its value from before a copy was made; compute it from g"
             )
         if again.value is None:
             again.value = apart(again, self.x)
