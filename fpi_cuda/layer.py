@@ -139,7 +139,9 @@ class FixedPointLayer(nn.Module):
     def last(self) -> Solution | None:
         """The solution of the last call, detached; while torch.export traces one, of that."""
         if exporting():
-            return self._last if self._traced is None else self._traced
+            from .export import traced_last
+
+            return traced_last(self._traced, self._last)
         # A compiled graph leaves it when it runs, not while it is made.
         return apart(_last, self)  # type: ignore[no-any-return]
 

@@ -24,6 +24,7 @@ from fpi_cuda import (
 
 B = torch.export.Dim("B", min=1)
 DYNAMIC = {"inputs": ({0: B},)}
+DYNAMIC_Z = {"z": {0: B}}
 
 
 class Model(nn.Module):
@@ -249,6 +250,38 @@ def test_no_gradient_flows_and_nothing_traced_stays(saved):
     assert fresh.layer.last is None and not fresh.layer.warm.hits + fresh.layer.warm.misses
 
 
+def test_attention_without_dropout_draws_no_random_numbers():
+    heads = nn.MultiheadAttention(4, 2, dropout=0.3, batch_first=True)
+    heads.eval()
+    g = lambda x, z: 0.2 * heads(x, x, x, need_weights=False)[0] + z  # noqa: E731
+    model = Model(g, solver=Picard())
+    dynamic = {"inputs": ({0: B, 1: torch.export.Dim("T", min=2)},)}
+    program = exported(model, torch.randn(2, 3, 4), dynamic=dynamic).module()
+    assert_same(program, model, torch.randn(3, 5, 4))
+
+
+def test_each_export_begins_with_the_last_eager_solution():
+    class Continued(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = FixedPointLayer(STEP)
+
+        def forward(self, z):
+            last = self.layer.last
+            return self.layer(z, x0=None if last is None else last.x)
+
+    model, z = Continued(), torch.randn(2, 4)
+    for _ in range(2):  # not with what the export before traced
+        torch.export.export(model, (z,))
+    assert model.layer.last is None
+
+
+def test_a_model_on_the_meta_device():
+    layer = FixedPointLayer(DenseStep(4, 4).to("meta"), solver=Picard())
+    program = torch.export.export(layer, (torch.empty(2, 4, device="meta"),))
+    assert any("while_loop" in t or "_dense_solve" in t for t in operators(program))
+
+
 class Dropped(nn.Module):
     def forward(self, x, z):
         return 0.5 * nn.functional.dropout(x, 0.1, training=True) + z
@@ -307,6 +340,23 @@ def test_strict_export_takes_a_layer(g):
     program = torch.export.export(model, inputs, dynamic_shapes=DYNAMIC, strict=True).module()
     assert model.layer.last is None
     assert_same(program, model, torch.randn(5, 4))
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_strict_export_sees_autocast():
+    class Cast(Model):
+        def forward(self, z):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(z)
+
+    model, inputs = Cast(STEP, solver=Picard(0.8)).eval(), (torch.randn(2, 4),)
+    program = torch.export.export(model, inputs, dynamic_shapes=DYNAMIC_Z, strict=True).module()
+    z = torch.randn(5, 4)
+    (x, status, _, _, error), expected = program(z), model(z)
+    torch.testing.assert_close(x, expected[0].detach(), rtol=0.02, atol=0.02)
+    # Where it ends is bfloat16's tolerance, and what the estimate covers its rounding.
+    assert torch.equal(status, expected[1])
+    torch.testing.assert_close(error, expected[4], rtol=1, atol=1e-3)
 
 
 def test_strict_export_refuses_the_function_by_name():

@@ -158,3 +158,14 @@ def test_a_cotangent_times_a_power_of_two(backend, solver, dtype, data):
     jacobian = neighbours(eye, 0, a.double()).mT
     direct = torch.linalg.solve(eye - jacobian.mT, v.double().mT).mT
     torch.testing.assert_close(plain.double(), direct, rtol=1e-3, atol=1e-5)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_residuals_near_the_largest_number(backend, dtype):
+    """Two iterates tell all of a line, so the third is its fixed point."""
+    c = 0.44 * torch.finfo(dtype).max
+    x0 = torch.zeros(1, 1, dtype=dtype)
+    solution = fixed_point(lambda x: c - 1.2 * x, x0, backend=backend, on_failure="return")
+    assert solution.status.tolist() == [0] and solution.iterations.tolist() == [3]
+    torch.testing.assert_close(solution.x / c, torch.full_like(x0, 1 / 2.2))

@@ -234,7 +234,7 @@ def anderson(
     system = scaled @ scaled.mT
     trace = system.diagonal(dim1=1, dim2=2).sum(1)
     system = system + torch.diag_embed(torch.where(valid, ridge * trace[:, None], 1.0))
-    gamma, sound = _solved(system, (scaled * newest * scale).sum(2))
+    gamma, sound = _solved(system, (scaled * (newest * scale)).sum(2))
     too_small = trace <= (noise * scale[:, 0, 0]) ** 2
     bad = ~sound | ((window > 1) & too_small)
     gamma = torch.where(bad[:, None], 0, gamma)[..., None]  # [R, m-1, 1]

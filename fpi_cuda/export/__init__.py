@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch import attribute, forward_level, transforming, tree_flatten, tree_unflatten
-from .._torch_graphs import real_tensors, unrecorded
+from .._torch_graphs import fake_mode, fake_world, real_tensors, unrecorded
 from ..arguments import Arguments
 from ..backends import native
 from ..drivers import whole
@@ -27,7 +27,7 @@ from ..state import check_inputs, state_of
 from .loop import iterate
 from .trace import traced, without_gradient
 
-__all__ = ["solve"]
+__all__ = ["solve", "traced_last"]
 
 STRICT = (
     "fixed_point: torch.export with strict=True, which reads Python, takes a FixedPointLayer but "
@@ -92,6 +92,19 @@ def solve(
             aux = _aux(lambda *given: pair(called(*given))[1], x, tensors, context)
             record.evaluations = record.evaluations + 1
         return Solution(state.unpack(x), record, aux)
+
+
+def traced_last(traced: Solution | None, last: Solution | None) -> Solution | None:
+    """What `layer.last` is: what this export traced, or the eager one where it traced none yet.
+
+    Args:
+        traced: what an export left, this one or one before.
+        last: the eager one.
+    """
+    if traced is None or torch.compiler.is_dynamo_compiling():
+        return last if traced is None else traced
+    # Each export has a mode of its own.
+    return traced if fake_mode(traced.record.progress.counters) is fake_world() else last
 
 
 def _form(g: Any, x: Tensor, inputs: Sequence[Tensor], options: Options) -> DenseForm | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..modules import Binding
 from ..record import NEVER, Progress, Record
 from ..solution import Solution
+from ..solve.problem import Context
 
 __all__ = ["call", "keep"]
 
@@ -68,24 +69,32 @@ def call(
         one: whether the batch is one system.
     """
     given = [*inputs] if x0 is None else [*inputs, x0]
-    out = _in_graph(key, len(inputs), x0 is not None, *given, *tensors)
+    # The compiler tells what holds where the layer is called; in the graph nothing does.
+    device = given[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    out = _in_graph(key, len(inputs), x0 is not None, autocast, *given, *tensors)
     x, counters, scalars, evaluations = out
     progress = Progress.__new__(Progress)
     progress.counters, progress.scalars, progress.limits = counters, scalars, NEVER
-    progress.precision, progress.dtype = x.dtype, scalars.dtype
+    context = Context(False, autocast, device)
+    progress.precision, progress.dtype = context.precision(x.dtype), scalars.dtype
     record = Record(progress, x.shape[:1], rate, "exported", failed=-1, evaluations=evaluations)
     if one:
         record.system = x.shape[0]
     return Solution(x, record)
 
 
-def _in_graph(key: int, n: int, starts: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _in_graph(
+    key: int, n: int, starts: bool, autocast: torch.dtype | None, *tensors: Tensor
+) -> tuple[Tensor, ...]:
     layer: Any = LAYERS[key]
     names = [name for name, _ in (*layer.named_parameters(), *layer.named_buffers())]
     m = n + starts
     own = dict(zip(names, tensors[m:], strict=True))
     options = {"x0": tensors[n]} if starts else {}
-    x = torch.func.functional_call(layer, own, tensors[:n], options)
+    context = Context(torch.is_grad_enabled(), autocast, tensors[0].device.type)
+    with context.full_precision() if autocast is None else context.autocast():
+        x = torch.func.functional_call(layer, own, tensors[:n], options)
     if not isinstance(x, Tensor):
         raise TypeError(TENSORS)
     record = layer.last.record

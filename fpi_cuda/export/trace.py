@@ -121,9 +121,19 @@ def _check(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if _written(node):
             raise RuntimeError(TRAINING)
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags:
+        if _draws(node):
             raise RuntimeError(RANDOM.format(node.target))
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers. Attention is tagged so, without dropout too."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    if "dropout_p" not in names:
+        return True
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return bool(given.get("dropout_p", 0.0) != 0)
 
 
 def _divided(graph: fx.GraphModule, n_carry: int, given: Sequence[Tensor]) -> Body:

@@ -31,8 +31,7 @@ class Context(NamedTuple):
     @staticmethod
     def here(device_type: str) -> Context:
         """The one that holds now."""
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else None
+        dtype = torch.get_autocast_dtype(device_type) if _autocasts(device_type) else None
         return Context(torch.is_grad_enabled(), dtype, device_type)
 
     def grad(self) -> contextlib.AbstractContextManager[Any]:
@@ -47,7 +46,7 @@ class Context(NamedTuple):
         cast = self.autocast_dtype
         if cast is None or dtype == torch.float64:
             return dtype
-        return max(dtype, cast, key=lambda d: torch.finfo(d).eps)
+        return cast if torch.finfo(cast).eps > torch.finfo(dtype).eps else dtype
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Its autocast state."""
@@ -57,9 +56,14 @@ class Context(NamedTuple):
 
     def full_precision(self) -> contextlib.AbstractContextManager[Any]:
         """No autocast, for the loop's own arithmetic, whoever calls."""
-        if not torch.is_autocast_enabled(self.device_type):
+        if not _autocasts(self.device_type):
             return _NOTHING
         return torch.autocast(self.device_type, enabled=False)
+
+
+def _autocasts(device_type: str) -> bool:
+    """Whether autocast is on there; torch raises when asked of the meta device, which has none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 class Problem(NamedTuple):
