@@ -231,7 +231,9 @@ def anderson(
     newest = _wide(rows, rounded)[:, None]
     scale = _scale(torch.cat((newest, d), 1).flatten(1))[:, :, None]
     scaled = d * scale
-    system = scaled @ scaled.mT
+    # No library's product: its bits may depend on the rows beside.
+    products = [(scaled * scaled[:, i : i + 1]).sum(2) for i in range(m - 1)]
+    system = torch.stack(products, 1) if products else scaled.new_zeros(x.shape[0], 0, 0)
     trace = system.diagonal(dim1=1, dim2=2).sum(1)
     system = system + torch.diag_embed(torch.where(valid, ridge * trace[:, None], 1.0))
     gamma, sound = _solved(system, (scaled * (newest * scale)).sum(2))
