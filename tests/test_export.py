@@ -356,7 +356,9 @@ def test_strict_export_sees_autocast():
     torch.testing.assert_close(x, expected[0].detach(), rtol=0.02, atol=0.02)
     # Where it ends is bfloat16's tolerance, and what the estimate covers its rounding.
     assert torch.equal(status, expected[1])
-    torch.testing.assert_close(error, expected[4], rtol=1, atol=1e-3)
+    rounding = torch.finfo(torch.bfloat16).eps / 2 * torch.linalg.vector_norm(x, dim=1)
+    for estimate in (error, expected[4]):
+        assert (estimate >= 0.9 * rounding).all()
 
 
 def test_strict_export_refuses_the_function_by_name():
