@@ -129,6 +129,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile has seen nothing yet."""
+    torch.compiler.reset()
+
+
 @pytest.fixture(autouse=True)
 def products(request):
     """A library product's last bit depends on the row's place: no test may rely on it."""

@@ -1,5 +1,6 @@
 """What the tests of compiled layers share."""
 
+import pytest
 import torch
 from helpers import Net
 from helpers_layers import EXACT, close, double
@@ -12,6 +13,12 @@ from fpi_cuda import (
     GradientStep,
     NeuralStep,
 )
+
+MARKS = [
+    pytest.mark.usefixtures("one_thread", "fresh_compiler"),
+    pytest.mark.no_poison,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # dynamo looks at it
+]
 
 Z = double(5, 3)
 NET = Net(d=3)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import Net
-from helpers_compiled import LAYER, NET, STEPS, W, Z, compiled, layer_of, same
+from helpers_compiled import LAYER, MARKS, NET, STEPS, W, Z, compiled, layer_of, same
 from helpers_layers import Normalised, close, double
 from torch import nn
 from torch.autograd import grad
@@ -20,16 +20,7 @@ from fpi_cuda import (
     Tolerance,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.no_poison,
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # dynamo looks at it
-]
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.compiler.reset()
+pytestmark = MARKS
 
 
 class Model(nn.Module):

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from helpers import Net
-from helpers_compiled import LAYER, NET, STEPS, Z, compiled, layer_of, same
+from helpers_compiled import LAYER, MARKS, NET, STEPS, Z, compiled, layer_of, same
 from helpers_layers import EXACT, close, double
 from torch.autograd import grad
 
@@ -22,16 +22,7 @@ from fpi_cuda import (
     fixed_point,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.no_poison,
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # dynamo looks at it
-]
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.compiler.reset()
+pytestmark = MARKS
 
 
 # --- derivatives -----------------------------------------------------------------------------

@@ -6,33 +6,21 @@ import warnings
 import pytest
 import torch
 from helpers import Net
-from helpers_layers import EXACT, Normalised, close, double
+from helpers_compiled import MARKS, layer_of
+from helpers_layers import Normalised, close, double
 from torch import nn
 from torch.autograd import grad
 from torch.func import functional_call
 
 from fpi_cuda import FixedPointLayer, FixedPointWarning, Picard, Tolerance
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.no_poison,
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # dynamo looks at it
-]
+pytestmark = MARKS
 
 Z = double(5, 3)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.compiler.reset()
-
-
 def compiled(f, backend="aot_eager", **options):
     return torch.compile(f, backend=backend, **options)
-
-
-def layer_of(g, **options):
-    return FixedPointLayer(g, **{**EXACT, **options})
 
 
 def counter():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._torch import BUFFERS, CHILDREN, PARAMETERS
 from ..solve.maps import pair
+from ..solve.problem import Context
 from ..tree import build, flatten
 from .given import Unknown, another, registered, taken
 from .operators import solve
@@ -48,8 +49,7 @@ def call(layer: Any, x0: Any, cold: bool, given: dict[str, Any]) -> Any:
             moving.append(buffer)
             at.append(len(own))
         own.append(buffer.clone())  # the adjoint needs what it was
-    device = leaves[0].device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = Context.here(leaves[0].device.type).autocast_dtype
     number, grad = registered(spec), torch.is_grad_enabled()
     out = solve(
         *(leaves, tensors, own, plan.handle, whole, real, at, number, another(), cold, grad),

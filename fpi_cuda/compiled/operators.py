@@ -6,22 +6,22 @@ here goes back above it first, since the adjoint is made of g's own derivatives.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from .. import _torch
+from .._torch_graphs import odd
 from ..solution import kept
 from ..solve.entry import Posed, pose
 from ..solve.linear import direction_of
 from ..solve.node import gradients
-from ..solve.problem import Problem, Report
+from ..solve.problem import Context, Problem, Report
 from ..solve.route import solve as route
 from ..start import tree_of
 from ..state import State
@@ -73,10 +73,6 @@ def _of(ticket: Tensor) -> _Kept:
     return made
 
 
-_PLAIN = frozenset({Tensor, nn.Parameter})
-_NOTHING = contextlib.nullcontext()
-
-
 def _solved(
     x0: Sequence[Tensor],
     given: Sequence[Tensor],
@@ -114,10 +110,7 @@ def _solved(
     device = x0[0].device.type
     attached = torch.is_grad_enabled()
     call = together(spec, given, whole, real)
-    mode: contextlib.AbstractContextManager[Any] = _NOTHING
-    if autocast is not None:
-        mode = torch.autocast(device, autocast, cache_enabled=False)
-    with torch.set_grad_enabled(grad), mode:
+    with torch.set_grad_enabled(grad), Context(grad, autocast, device).autocast():
         start = build(tree_of(layer, call["inputs"]) if cold else None, [t.detach() for t in x0])
         start, options, slot, keywords = layer._prepared(start, cold, **call)
         options.check()
@@ -309,7 +302,7 @@ def _parts(tensors: Sequence[Tensor], n: Sequence[int]) -> list[list[Tensor]]:
 
 def _solve_at(x0: list[Tensor], given: list[Tensor], own: list[Tensor], *rest: Any) -> Any:
     """With real tensors, the solve; while a graph is made, a part of it."""
-    if type(x0[0]) in _PLAIN:
+    if not odd(x0[:1]):
         return _solved(x0, given, own, *rest)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *own)):
         n = len(x0), len(given), len(own)
@@ -319,7 +312,7 @@ def _solve_at(x0: list[Tensor], given: list[Tensor], own: list[Tensor], *rest: A
 
 
 def _adjoint_at(v: list[Tensor | None], tensors: list[Tensor], ticket: Tensor, need: Any) -> Any:
-    if type(ticket) in _PLAIN:
+    if not odd([ticket]):
         return _adjoint(v, tensors, ticket, need)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*v, *tensors)):
         return list(_Once.apply(len(v), ticket, need, *v, *tensors))  # type: ignore[no-untyped-call]

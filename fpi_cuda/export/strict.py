@@ -71,12 +71,12 @@ def call(
     given = [*inputs] if x0 is None else [*inputs, x0]
     # The compiler tells what holds where the layer is called; in the graph nothing does.
     device = given[0].device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    out = _in_graph(key, len(inputs), x0 is not None, autocast, *given, *tensors)
+    context = Context.here(device)
+    given = [*given, *tensors]
+    out = _in_graph(key, len(inputs), x0 is not None, context.autocast_dtype, *given)
     x, counters, scalars, evaluations = out
     progress = Progress.__new__(Progress)
     progress.counters, progress.scalars, progress.limits = counters, scalars, NEVER
-    context = Context(False, autocast, device)
     progress.precision, progress.dtype = context.precision(x.dtype), scalars.dtype
     record = Record(progress, x.shape[:1], rate, "exported", failed=-1, evaluations=evaluations)
     if one:
