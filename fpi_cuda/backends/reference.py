@@ -61,13 +61,13 @@ def anderson_step(
     """One Anderson (type II) step of every active row; freezes those that finish.
 
     With d_i = r_i − r_{i−1} over the window, minimises ‖r_k − Σ γ_i d_i‖² + λ tr(DᵀD)‖γ‖² and sets
-    x ← g_k − Σ γ_i (g_i − g_{i−1}) − (1 − β)(r_k − Σ γ_i d_i), in every `every`-th iteration after the
-    last mixture, and at once where the residual is not below GOES_ON times the last; else x ←
-    x + β r. A sample whose factorisation fails, or whose residual exceeds `restart` times its
+    x ← g_k − Σ γ_i (g_i − g_{i−1}) − (1 − β)(r_k − Σ γ_i d_i), `every` iterations after the last
+    mixture, and at once where the residual is not below GOES_ON times the last; before that it sets
+    x ← x + β r. A sample whose factorisation fails, or whose residual exceeds `restart` times its
     reference, takes a Picard step and restarts its window, alone. One whose g or residual is not
     finite at a mixture goes back to the last iterate where they were, x', and takes x' + β r'
     instead; if g fails there too, half of the step, and so on, MAX_RETREATS times in a solve. After
-    that it takes Picard steps alone. Where the residual grows for long, β is halved (WORSE).
+    that it takes Picard steps alone. Where the residual has grown for long, β is halved (WORSE).
 
     Args:
         p: the per-sample record; updated, as in `picard_step`.
