@@ -54,13 +54,29 @@ struct AndersonDecision {
   bool mixes;       // false: a plain step, and the iterate joins the window
 };
 
-// A sample's own beta.
 template <typename Acc>
-FPI_HOST_DEVICE Acc beta_of(const int32_t* counters, Acc beta) {
-  for (int halvings = counters[kHalvings]; halvings > 0; --halvings) {
+FPI_HOST_DEVICE Acc halved(Acc beta, int halvings) {
+  for (; halvings > 0; --halvings) {
     beta /= 2;
   }
   return beta;
+}
+
+// A sample's own beta.
+template <typename Acc>
+FPI_HOST_DEVICE Acc beta_of(const int32_t* counters, Acc beta) {
+  return halved(beta, counters[kHalvings]);
+}
+
+// Whether an iteration mixes by count: so much is known before its residual is. Another one does
+// where the residual does not go on falling.
+template <typename Acc>
+FPI_HOST_DEVICE bool is_due(int32_t plain, const Mixing<Acc>& mixing) {
+  return plain >= mixing.every - 1;
+}
+template <typename Acc>
+FPI_HOST_DEVICE bool goes_on(Acc residual, Acc last) {
+  return residual < Acc(kGoesOn) * last;
 }
 
 // Where g or the residual is not finite at a mixture, or the mixture itself is not, the sample goes
@@ -70,10 +86,7 @@ FPI_HOST_DEVICE Acc beta_of(const int32_t* counters, Acc beta) {
 // g(x').
 template <typename Acc>
 FPI_HOST_DEVICE Acc retreat_beta(int differences, Acc beta) {
-  for (int halvings = -1 - differences; halvings > 0; --halvings) {
-    beta /= 2;
-  }
-  return beta;
+  return halved(beta, -1 - differences);
 }
 
 // Ends a sample's iteration by the stop rule: its record but for the window. Where the residual has
@@ -105,7 +118,7 @@ FPI_HOST_DEVICE AndersonDecision decide(Acc residual, Acc value, const Acc* squa
                                  scale * noise_of<T>(value));
   }
   const bool grown = k > 1 && residual > mixing.restart * scalars[kReference];
-  const bool goes_on = residual < Acc(kGoesOn) * scalars[kResidual];
+  const bool falls = goes_on(residual, scalars[kResidual]);
   const int32_t status = stop(residual, value, sample, record);
   if (status == kActive && k - counters[kReferenceIteration] >= kSlowIterations &&
       residual > Acc(kWorse) * scalars[kReference] && counters[kHalvings] < kMaxHalvings) {
@@ -113,7 +126,7 @@ FPI_HOST_DEVICE AndersonDecision decide(Acc residual, Acc value, const Acc* squa
     counters[kReferenceIteration] = k;
   }
   const bool restarts = grown || retreats == kMaxRetreats;
-  const bool mixes = restarts || plain + 1 >= mixing.every || (k > 1 && !goes_on);
+  const bool mixes = restarts || is_due(plain, mixing) || (k > 1 && !falls);
   return {status, restarts ? 0 : window < m ? window : m - 1, mixes};
 }
 
