@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpi_cuda import Anderson, ImplicitAdjoint, Picard, Tolerance, fixed_point
+from fpi_cuda import Anderson, Auto, ImplicitAdjoint, Picard, Tolerance, fixed_point
 
 from .problems import SIZES, at, make
 from .problems.labels import Feedback, Shape, batches
@@ -31,6 +31,8 @@ SOLVERS: dict[str, Any] = {
     "5, every 3": Anderson(5, every=3),
     "10": Anderson(10),
     "10, every 3": Anderson(10, every=3),
+    "Auto 5": Auto(),
+    "Auto 10": Auto(10),
 }
 
 

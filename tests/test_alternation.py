@@ -1,5 +1,7 @@
 """Anderson that mixes at every few iterations, and β halved where the residual grows for long."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import zoo
@@ -8,11 +10,14 @@ from helpers import TIGHT
 from fpi_cuda import Anderson, DenseStep, ImplicitAdjoint, Picard, Tolerance, fixed_point
 from fpi_cuda.backends import native, reference
 from fpi_cuda.record import (
+    ACTIVE,
     HALVINGS,
     MAX_HALVINGS,
     NEVER,
     PLAIN,
     SLOW_ITERATIONS,
+    STARTING,
+    STATUS,
     WINDOW,
     WORSE,
     Progress,
@@ -79,6 +84,53 @@ class Steps:
 BACKENDS = pytest.mark.parametrize("step", [native, reference], ids=lambda b: b.NAME)
 
 
+# Norms of residuals, each a factor of the last, with what becomes of a sample by them.
+COURSES = {
+    "falls at once": [0.01] * 8,
+    "falls slowly": [0.9] * 14,
+    "stands still": [0.5, 0.5, 0.9995, 0.5, 0.5, 0.9995, 0.9995, 0.5],
+    "grows between": [0.5] * 4 + [1.5] + [0.5] * 14 + [1.2] + [0.9] * 5,
+    "grows for long": [0.5] * 2 + [1.5] * 26 + [0.7] * 12,
+}
+
+
+def check_follows_the_oracle(step, course, every, starts_plain, dtype=torch.float64, m=4, n=37):
+    """Record and iterates of each step are the oracle's from the same record, window and x."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, n, dtype=torch.float64, generator=generator).to(dtype)
+    limits = replace(NEVER, rtol=1e-7, offset=0.0)
+    p = Progress(x, limits)
+    window = [torch.full((2, m, n), torch.nan, dtype=dtype) for _ in range(2)]
+    window.append(torch.full((2, m, m), torch.nan, dtype=p.dtype))
+    norm, options = 1.0, {"every": every, "starts_plain": starts_plain}
+    for factor in [1.0, *COURSES[course]]:
+        norm *= factor
+        r = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+        gx = (x.double() + r * (norm / torch.linalg.vector_norm(r, dim=1, keepdim=True))).to(dtype)
+        q, y = Progress(x.double(), limits), x.double().clone()
+        q.counters, q.tally = p.counters.clone(), p.tally.clone()
+        q.scalars, copies = p.scalars.double().clone(), [t.double().clone() for t in window]
+        step.anderson_step(p, x, gx, 0.9, 1e-3, 8.0, *window, **options)
+        reference.anderson_step(q, y, gx.double(), 0.9, 1e-3, 8.0, *copies, **options)
+        assert torch.equal(p.counters, q.counters)
+        assert torch.equal(p.tally, q.tally)
+        rough = 1e-10 if dtype == torch.float64 else 2e-4
+        torch.testing.assert_close(x.double(), y, rtol=rough, atol=rough)
+    return p
+
+
+@pytest.mark.parametrize("course", COURSES)
+@pytest.mark.parametrize("starts_plain", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_native_steps_follow_the_oracles(every, starts_plain, course):
+    for m in (2, 4, 7):
+        p = check_follows_the_oracle(native, course, every, starts_plain, m=m)
+    grew = course == "grows for long"
+    assert (p.counters[:, HALVINGS] > 0).all() == grew
+    if course == "grows between" and every > 1:
+        assert (p.counters[:, STATUS] == ACTIVE).all()
+
+
 @BACKENDS
 def test_between_mixtures_steps_are_plain_and_join_the_window(step):
     steps, plain = Steps(step, 3), []
@@ -110,18 +162,13 @@ def test_plain_steps_are_damped_as_mixtures_are(step):
 
 
 @BACKENDS
-def test_beta_is_halved_where_the_residual_has_grown_for_long(step):
-    steps = Steps(step, 3)
-    steps(1.0)
-    for k in range(MAX_HALVINGS + 1):
-        for _ in range(SLOW_ITERATIONS - 1):
-            steps(WORSE + 1)
-            assert steps.counter(HALVINGS) == k
-        steps(WORSE + 1)
-        assert steps.counter(HALVINGS) == min(k + 1, MAX_HALVINGS)
-    steps(2.0)
-    x, gx, moved = steps(1.5)  # a plain step
-    torch.testing.assert_close(moved, x + 0.25 * (gx - x))
+def test_beta_is_halved_where_g_expands_for_long(step):
+    steps, taken = Steps(step, 1, n=400), []
+    for k in range(2 * SLOW_ITERATIONS + 2):  # each residual is that many times the last
+        steps(1.54**k)
+        taken.append(steps.counter(HALVINGS))
+    n = SLOW_ITERATIONS
+    assert taken == [0] * n + [1] * n + [MAX_HALVINGS] * 2
 
 
 @BACKENDS

@@ -57,6 +57,7 @@ def anderson_step(
     residuals: Tensor,
     gram: Tensor,
     every: int = 1,
+    starts_plain: bool = False,
 ) -> None:
     """One Anderson (type II) step of every active row; freezes those that finish.
 
@@ -80,13 +81,14 @@ def anderson_step(
         residuals: g(x) − x likewise.
         gram: unused here (the oracle forms it anew); the native kernels keep it.
         every: how many iterations there are to a mixture.
+        starts_plain: whether there is none before plain steps have shown themselves to be slow.
     """
     del gram
     m, k, s = values.shape[1], _next(p), p.samples
     before, head = _rows(p)
     slots = (head[:, None] - torch.arange(m, device=x.device)) % m  # newest first
     window = values[s[:, None], slots], residuals[s[:, None], slots]
-    given = before, k, _rule(p), x, gx, beta, ridge, restart, *window, every
+    given = before, k, _rule(p), x, gx, beta, ridge, restart, *window, every, starts_plain
     rows, moved, pushed, r = formulas.anderson(*given)
     head = torch.where(pushed, (head + 1) % m, head)
     values[s[pushed], head[pushed]] = gx[pushed]

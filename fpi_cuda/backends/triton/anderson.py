@@ -161,7 +161,8 @@ def _move(
 def _anderson_row(
     x, gx, out, record, window, indexed, rows, n,
     rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
-    beta: tl.float64, ridge: tl.float64, restart: tl.float64, every, NOISE: tl.constexpr,
+    beta: tl.float64, ridge: tl.float64, restart: tl.float64, every, starts_plain,
+    NOISE: tl.constexpr,
     M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = record.scalars.dtype.element_ty
@@ -176,8 +177,8 @@ def _anderson_row(
         sums = _push(x, gx, ring, i, n, at[1], at[3], acc, M, SIZE)
         limits = (rtol, offset, rounding, patience, max_iterations)
         status, used, weights, halvings = anderson_stop(
-            sums, x, gx, n, sample, at, record, window, limits, (ridge, restart, every),
-            NOISE, M, SIZE, WIDTH,
+            sums, x, gx, n, sample, at, record, window, limits,
+            (ridge, restart, every, starts_plain), NOISE, M, SIZE, WIDTH,
         )  # fmt: skip
         # g(x) and all else is read again, from the cache: the registers are needed in between.
         head = at[2]
@@ -234,7 +235,8 @@ def _anderson_parts(
 def _anderson_decide(
     x, gx, record, window, sums, moves, gamma, indexed, rows, n, parts,
     rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
-    ridge: tl.float64, restart: tl.float64, every, NOISE: tl.constexpr,
+    ridge: tl.float64, restart: tl.float64, every, starts_plain,
+    NOISE: tl.constexpr,
     M: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row, sample, active = row_of_program(record, indexed, rows)
@@ -256,7 +258,7 @@ def _anderson_decide(
         limits = (rtol, offset, rounding, patience, max_iterations)
         status, used, weights, _halvings = anderson_stop(
             totals, x + row * n, gx + row * n, n, sample, at, record, window, limits,
-            (ridge, restart, every), NOISE, M, SIZE, WIDTH,
+            (ridge, restart, every, starts_plain), NOISE, M, SIZE, WIDTH,
         )  # fmt: skip
         tl.store(gamma + row * SIZE + tl.arange(0, SIZE), weights)
         tl.store(moves + row * 2 + 1, used)
@@ -302,6 +304,7 @@ def anderson_step(
     residuals: Tensor,
     gram: Tensor,
     every: int = 1,
+    starts_plain: bool = False,
 ) -> None:
     """One Anderson (type II) step of every active row; see `reference.anderson_step`.
 
@@ -320,7 +323,7 @@ def anderson_step(
     system = {"M": m, "SIZE": triton.next_power_of_2(max(m - 1, 1))}
     sizes, deciding = {**system, **plan.options}, {**system, **plan.decision}
     noise = progress.NOISE * torch.finfo(x.dtype).eps / 2
-    solving = (float(ridge), float(restart), every, noise)
+    solving = (float(ridge), float(restart), every, starts_plain, noise)
     window = Window(values, residuals, gram)
     with torch.cuda.device_of(x):
         record, place, limits = launched(p, x)
