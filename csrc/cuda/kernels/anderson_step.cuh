@@ -12,8 +12,8 @@
 //   one launch   reads x, g(x), the value and the residual before (4), writes the value, the
 //                residual and x (3): 7. Its row of the Gram matrix is left to the next mixture,
 //                which takes two rows a pass over residuals that it has just read. Where the
-//                residual turns out not to fall, there is a mixture after all: the pass is taken
-//                again.
+//                residual turns out not to fall, there is a mixture after all, and its pass reads
+//                the four again, from the cache.
 //   two launches read the m+2 and write the two as ever, so that no row of the matrix is ever
 //                missing where parts have gone; then read g(x) and write x (2): m+6.
 // The mixture at β ≠ 1 reads the m residuals too. A pass takes 4·kGroups differences; for each
@@ -67,29 +67,27 @@ struct AndersonStep {
     const int plain = counters[kPlain];
     const Acc last = batch.scalars(row)[kResidual];
 
-    int taken = count;  // differences whose products are taken: all, if there may be a mixture
-    if (one_launch && count > 1 && !is_due(plain, mixing)) {
-      taken = 1;
+    // Whether there may be a mixture: then all products of differences are taken.
+    bool mixes = !one_launch || is_due(plain, mixing);
+    if (!mixes) {
+      push<false>(team, row, ring, seen, count, 0);
+      const Acc squares = batch.shared_sums(team)[kResidualSquares];
+      mixes = count > 0 && !(is_trusted(squares) && goes_on(square_root(squares), last));
     }
-    typename Batch<T>::Norms norms;
-#pragma unroll 1
-    for (;; taken = count) {
+    if (mixes) {
       // Of the Gram matrix, rows but that of this iterate.
-      const int missing = !one_launch || plain < 0 ? 0 : plain < taken ? plain : taken - 1;
-      gather(team, row, ring, taken, missing);
-      push(team, row, ring, seen, taken, missing);
-      if (!one_launch && !batch.all_arrived(team, row, anderson_sums(count + 1))) {
-        return {};
-      }
-      norms = batch.norms(team, row);
-      if (taken == count || goes_on(norms.residual, last)) {
-        break;
-      }
+      const int missing = !one_launch || plain < 0 ? 0 : plain < count ? plain : count - 1;
+      gather(team, row, ring, count, missing);
+      push<true>(team, row, ring, seen, count, missing);
     }
-    const Acc scale = scale_of_sums(team, row, ring, seen, taken);
+    if (!one_launch && !batch.all_arrived(team, row, anderson_sums(count + 1))) {
+      return {};
+    }
+    const auto norms = batch.norms(team, row);
+    const Acc scale = scale_of_sums(team, row, ring, seen, count, mixes);
     if (team.rank == 0) {
       batch.counters(row)[kWindow] = seen;
-      batch.announce(team, row, decision(team, row, ring, norms, scale, taken));
+      batch.announce(team, row, decision(team, row, ring, norms, scale, mixes));
     }
     team.barrier();
     const Move move = *batch.shared_move(team);
@@ -128,8 +126,9 @@ struct AndersonStep {
     }
   }
 
-  // Stores g(x) and its residual, and takes the sums that need them; and the rows of the Gram
-  // matrix that are missing.
+  // Stores g(x) and its residual, and takes the sums that need them: squares, and kProducts those
+  // of differences with the rows of the Gram matrix that are missing.
+  template <bool kProducts>
   FPI_DEVICE void push(const Team& team, const Row<T>& row, const Ring<T>& ring, int seen,
                        int count, int missing) const {
     const bool one_launch = batch.plan.parts == 1;
@@ -150,7 +149,7 @@ struct AndersonStep {
       const auto xs = access.load(row.x + i);
       const auto gs = access.load(row.gx + i);
       const auto before = access.load(previous_value + i);
-      Pack<T, kValues> older[kGroup], rs;
+      Pack<T, kValues> older[kProducts ? kGroup : 1], rs;
       load_group(older, 0, residual_of, i, access);
       Differences<kValues> d;
 #pragma unroll
@@ -165,8 +164,10 @@ struct AndersonStep {
         d.newest.values[l] = d.younger.values[l] = static_cast<Acc>(rs.values[l]);
         d.first.values[l] = d.newest.values[l] - static_cast<Acc>(older[0].values[l]);
       }
-      dot_group(sums.dots[0], older, d);
-      more_groups(sums, 0, count, residual_of, i, access, d);
+      if constexpr (kProducts) {
+        dot_group(sums.dots[0], older, d);
+        more_groups(sums, 0, count, residual_of, i, access, d);
+      }
       access.store(new_value + i, gs);
       access.store(new_residual + i, rs);
       if (one_launch) {
@@ -176,13 +177,52 @@ struct AndersonStep {
     });
     Acc* all = batch.shared_sums(team);
     team.reduce(sums.squares, batch.stage(team), all, Add{});
-    reduce_dots(team, row, ring, sums, 0, 0, count, missing);
+    if constexpr (kProducts) {
+      reduce_dots(team, row, ring, sums, 0, 0, count, missing);
+      more_passes(team, row, ring, residual_of, count, missing);
+    }
+  }
 
-    // A pass for further differences, or for two of the missing rows: d_{age+1} in place of r_0.
+  // Of the values that a thread has at hand: r_0, d_0, and the last residual read.
+  template <int kValues>
+  struct Differences {
+    Pack<Acc, kValues> newest, first, younger;
+  };
+
+  // The residuals of ages first + 1 to first + kCount; beyond the last, the last again.
+  template <typename ResidualOf, typename Access, int kValues, int kCount>
+  FPI_DEVICE static void load_group(Pack<T, kValues> (&older)[kCount], int first,
+                                    const ResidualOf& residual_of, int64_t i, Access access) {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      older[c] = access.load(residual_of(first + c + 1) + i);
+    }
+  }
+
+  template <int kValues>
+  FPI_DEVICE static void dot_group(Acc (&dots)[2 * kGroup], const Pack<T, kValues> (&older)[kGroup],
+                                   Differences<kValues>& d) {
+#pragma unroll
+    for (int c = 0; c < kGroup; ++c) {
+#pragma unroll
+      for (int l = 0; l < kValues; ++l) {
+        const Acc old = static_cast<Acc>(older[c].values[l]);
+        const Acc difference = d.younger.values[l] - old;
+        dots[c] += d.first.values[l] * difference;
+        dots[kGroup + c] += d.newest.values[l] * difference;
+        d.younger.values[l] = old;
+      }
+    }
+  }
+
+  // A pass for further differences, or for two of the missing rows: d_{age+1} in place of r_0.
+  template <typename ResidualOf>
+  FPI_DEVICE void more_passes(const Team& team, const Row<T>& row, const Ring<T>& ring,
+                              const ResidualOf& residual_of, int count, int missing) const {
     for (int age = 0; age <= missing; age += age == 0 ? 1 : 2) {
       for (int first = age == 0 ? kGroups * kGroup : age; first < count;
            first += kGroups * kGroup) {
-        sums = {};
+        Sums sums = {};
         for_packs<T>(team, row.begin, row.end, batch.aligned, [&](int64_t i, auto access) {
           constexpr int kValues = access.kValues;
           const auto residual = [&](int age) {
@@ -203,38 +243,6 @@ struct AndersonStep {
           more_groups(sums, first, count, residual_of, i, access, d);
         });
         reduce_dots(team, row, ring, sums, age, first, count, missing);
-      }
-    }
-  }
-
-  // Of the values that a thread has at hand: r_0, d_0, and the last residual read.
-  template <int kValues>
-  struct Differences {
-    Pack<Acc, kValues> newest, first, younger;
-  };
-
-  // The residuals of ages first + 1 to first + 4; beyond the last, the last again.
-  template <typename ResidualOf, typename Access, int kValues>
-  FPI_DEVICE static void load_group(Pack<T, kValues> (&older)[kGroup], int first,
-                                    const ResidualOf& residual_of, int64_t i, Access access) {
-#pragma unroll
-    for (int c = 0; c < kGroup; ++c) {
-      older[c] = access.load(residual_of(first + c + 1) + i);
-    }
-  }
-
-  template <int kValues>
-  FPI_DEVICE static void dot_group(Acc (&dots)[2 * kGroup], const Pack<T, kValues> (&older)[kGroup],
-                                   Differences<kValues>& d) {
-#pragma unroll
-    for (int c = 0; c < kGroup; ++c) {
-#pragma unroll
-      for (int l = 0; l < kValues; ++l) {
-        const Acc old = static_cast<Acc>(older[c].values[l]);
-        const Acc difference = d.younger.values[l] - old;
-        dots[c] += d.first.values[l] * difference;
-        dots[kGroup + c] += d.newest.values[l] * difference;
-        d.younger.values[l] = old;
       }
     }
   }
@@ -294,13 +302,14 @@ struct AndersonStep {
   }
 
   // The power of two by which the sums of differences, and the system, are scaled: 1 where they can
-  // be trusted. Where not, they are taken anew; see are_trusted.
+  // be trusted. Where not, they are taken anew; see are_trusted. Without a mixture there is no
+  // system.
   FPI_DEVICE Acc scale_of_sums(const Team& team, const Row<T>& row, const Ring<T>& ring, int seen,
-                               int count) const {
+                               int count, bool mixes) const {
     Acc* sums = batch.shared_sums(team);
     const Acc* system = batch.template team_shared<Acc>(team, batch.shared.system);
-    Acc trace = count > 0 ? place_of_dot(sums, 0, false) : Acc(0);
-    for (int j = 1; j < count; ++j) {
+    Acc trace = count > 0 && mixes ? place_of_dot(sums, 0, false) : Acc(1);
+    for (int j = 1; j < count && mixes; ++j) {
       trace += system[j * count + j];
     }
     const bool trusted = are_trusted(sums, seen) && is_trusted(trace);
@@ -329,7 +338,9 @@ struct AndersonStep {
       add_secants(squares, scale * g, scale * r, scale * static_cast<Acc>(ring.value(1)[i]),
                   scale * residual_of(1, i));
     });
-    take_system(team, row, ring, count, scale);
+    if (mixes) {
+      take_system(team, row, ring, count, scale);
+    }
     return scale;
   }
 
@@ -370,9 +381,11 @@ struct AndersonStep {
   }
 
   // The record after this step, the new row of the Gram matrix, and the weights, by one thread.
-  // scale: of the sums of differences, of which there are `taken`; the matrix is kept without.
+  // scale: of the sums of differences; the matrix is kept without. has_products: whether they are
+  // there.
   FPI_DEVICE Move decision(const Team& team, const Row<T>& row, const Ring<T>& ring,
-                           const typename Batch<T>::Norms& norms, Acc scale, int taken) const {
+                           const typename Batch<T>::Norms& norms, Acc scale,
+                           bool has_products) const {
     Acc* sums = batch.shared_sums(team);
     int32_t* counters = batch.counters(row);
     const auto [status, used, mixes] = decide<T>(norms.residual, norms.value, sums, scale, mixing,
@@ -383,7 +396,7 @@ struct AndersonStep {
     }
     Acc* gamma = batch.template team_shared<Acc>(team, batch.shared.gamma);
     Acc* system = batch.template team_shared<Acc>(team, batch.shared.system);
-    for (int j = 0; j < used && j < taken; ++j) {
+    for (int j = 0; j < used && has_products; ++j) {
       const Acc dot = place_of_dot(sums, j, false);
       keep(row, ring, 0, j, scale == Acc(1) ? dot : dot / scale / scale);
       system[j * used] = dot;
