@@ -16,10 +16,8 @@ from fpi_cuda.record import (
     NEVER,
     PLAIN,
     SLOW_ITERATIONS,
-    STARTING,
     STATUS,
     WINDOW,
-    WORSE,
     Progress,
 )
 

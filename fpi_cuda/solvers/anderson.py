@@ -52,18 +52,19 @@ class Anderson:
     _starts_plain: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_beta("Anderson", self.beta)
-        check_whole("Anderson", "history", self.history, advice="; 5 is a good start, 1 is Picard")
-        check_whole("Anderson", "every", self.every, advice="; 1 mixes in each iteration")
+        owner = type(self).__name__
+        check_beta(owner, self.beta)
+        check_whole(owner, "history", self.history, advice="; 5 is a good start, 1 is Picard")
+        check_whole(owner, "every", self.every, advice="; 1 mixes in each iteration")
         if self.ridge is not None and not 0 <= self.ridge < 1:
             raise ValueError(
-                f"Anderson: ridge must lie in [0, 1) (got {self.ridge!r}); it is relative to the "
+                f"{owner}: ridge must lie in [0, 1) (got {self.ridge!r}); it is relative to the "
                 "Gram matrix's trace"
             )
         if not self.restart > 1:
-            raise ValueError(f"Anderson: restart must be > 1 (got {self.restart!r})")
+            raise ValueError(f"{owner}: restart must be > 1 (got {self.restart!r})")
         if self.every > MOST:
-            raise ValueError(f"Anderson: every must be at most {MOST} (got {self.every!r})")
+            raise ValueError(f"{owner}: every must be at most {MOST} (got {self.every!r})")
 
     @property
     def patience(self) -> int:

@@ -110,6 +110,7 @@ class Solver:
     ridge: float = 1e-6
     restart: float = 1e9
     every: int = 1
+    starts_plain: int = 0
     rtol: float | None = None
     max_iterations: int = 100
     floor: float | None = None
@@ -152,7 +153,10 @@ class Solver:
             "shares_u": dense.u == "shared",
             "shares_hidden_u": dense.u == "shared",
             "history": self.history,
-            **{name: getattr(self, name) for name in ("beta", "ridge", "restart", "every")},
+            **{
+                name: getattr(self, name)
+                for name in ("beta", "ridge", "restart", "every", "starts_plain")
+            },
             "tf32": self.tf32,
             "slots": self.slots,
             "multiprocessors": self.blocks,
@@ -177,7 +181,14 @@ class Solver:
             if m == 1:
                 reference.picard_step(p, x, gx, self.beta, trail)
             else:
-                given = self.beta, self.ridge, self.restart, *window, self.every
+                given = (
+                    self.beta,
+                    self.ridge,
+                    self.restart,
+                    *window,
+                    self.every,
+                    bool(self.starts_plain),
+                )
                 reference.anderson_step(p, x, gx, *given)
         return Solved(p.out, p.counters, p.scalars, p.tally)
 

@@ -127,9 +127,11 @@ class Machine:
         residuals: Tensor,
         gram: Tensor,
         every: int = 1,
+        starts_plain: bool = False,
     ) -> None:
         window = {"values": values, "residuals": residuals, "gram": gram}
         numbers = {"beta": beta, "ridge": ridge, "restart": restart, "every": every}
+        numbers["starts_plain"] = int(starts_plain)
         self._step("anderson_step", p, x, gx, window, **numbers, m=values.shape[1])
 
     def _step(

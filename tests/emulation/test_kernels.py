@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import test_alternation
 import test_primitives
 import test_stop_rule
 import torch
@@ -89,6 +90,21 @@ def test_anderson_step_matches_the_oracle(run, rows, history):
     )
     given = (rows[0], length(dtype, *rows[1:])), dtype, history, 0.6 if history % 2 else 1.0
     test_primitives.test_anderson_step_matches_the_oracle(machine, *given, every)
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """A machine without checks of memory, for long courses."""
+    machine = Machine("races", RANDOM, seed=2)
+    yield machine
+    machine.close()
+
+
+@pytest.mark.parametrize("course", test_alternation.COURSES)
+@pytest.mark.parametrize("n", PLANS.values(), ids=PLANS)
+def test_alternating_steps_follow_the_oracles(fast, n, course):
+    for starts_plain in (False, True):
+        test_alternation.check_follows_the_oracle(fast, course, 3, starts_plain, n=n)
 
 
 class Problem:

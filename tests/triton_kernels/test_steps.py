@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import test_alternation as alternation
 import test_primitives as primitives
 import test_stop_rule
 import test_window_guards as guards
@@ -229,6 +230,12 @@ def test_a_grown_residual_restarts_its_window_alone(plan):
 def test_the_windows_guards_are_the_oracles(plan, dtype):
     guards.test_differences_up_to_two_roundings_of_the_value_say_nothing(triton, dtype, 32.0)
     guards.test_a_residual_more_than_restart_times_the_least_drops_what_was_before(triton, dtype)
+
+
+@pytest.mark.parametrize("course", alternation.COURSES)
+@pytest.mark.parametrize("starts_plain", [False, True])
+def test_alternating_steps_follow_the_oracles(plan, starts_plain, course):
+    alternation.check_follows_the_oracle(triton, course, 3, starts_plain, n=70)
 
 
 def test_residual_differences_of_rounding_size_are_not_trusted(plan):

@@ -323,7 +323,7 @@ def anderson_step(
     system = {"M": m, "SIZE": triton.next_power_of_2(max(m - 1, 1))}
     sizes, deciding = {**system, **plan.options}, {**system, **plan.decision}
     noise = progress.NOISE * torch.finfo(x.dtype).eps / 2
-    solving = (float(ridge), float(restart), every, starts_plain, noise)
+    solving = (float(ridge), float(restart), every, int(starts_plain), noise)
     window = Window(values, residuals, gram)
     with torch.cuda.device_of(x):
         record, place, limits = launched(p, x)

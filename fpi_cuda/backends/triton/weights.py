@@ -216,7 +216,7 @@ def _turn(
     """
     most = number(solving[1], residual.dtype) * before
     grown = (k > 1) & (residual > most) & ((last > most) == 0)
-    starting = solving[3] & ((seen == 0) | (plain == _STARTING))
+    starting = (solving[3] != 0) & ((seen == 0) | (plain == _STARTING))
     fall = residual / last
     starts = starting & (k > 1) & ((residual * fall * fall * fall <= threshold) == 0)
     reference = tl.where(since == k, residual, before)
