@@ -2,16 +2,21 @@
 
 import pytest
 import torch
-from helpers import TIGHT, TIGHT_ADJOINT, contraction, unroll
+from helpers import TIGHT, TIGHT_ADJOINT, Net, contraction, unroll
+from torch import nn
 from torch.autograd import grad
 
 from fpi_cuda import (
     Anderson,
+    ConvStep,
+    DenseStep,
+    FixedPointLayer,
     ImplicitAdjoint,
     Neumann,
     OneStep,
     Phantom,
     Picard,
+    Status,
     Tolerance,
     Truncated,
     Unrolled,
@@ -232,3 +237,188 @@ def test_second_derivatives_and_tangents_cut_every_solve(adjoint):
 
 def hessian(g, at):
     return torch.autograd.functional.hessian(g, at)
+
+
+def failing(x, z, w):
+    """Sample 1 has no square root, sample 2 runs away."""
+    return torch.tanh(x @ w.mT) + torch.sqrt(z) + torch.where(z > 50, 3 * x, 0)
+
+
+BAD = torch.tensor([[0.5] * 5, [-1.0] * 5, [100.0] * 5, [0.2] * 5], dtype=F64)
+
+
+@every
+@pytest.mark.filterwarnings("ignore:fpi_cuda. g can't be given a part of the batch")
+@pytest.mark.parametrize("captured", [False, True], ids=["given", "captured"])
+def test_failed_samples_have_no_gradient_and_spoil_none(adjoint, captured):
+    def of(z, keep=slice(None)):
+        z, w, own = z.clone().requires_grad_(), W.clone().requires_grad_(), BAD.clone()
+        own = own[keep].requires_grad_()
+
+        def of_captured(x, z, w):
+            return failing(x, own if captured else z, w)
+
+        given = {"per_sample": "auto" if captured else True, "solver": Picard()}
+        given["on_failure"] = "return"
+        x0 = torch.zeros_like(z)
+        s = fixed_point(of_captured, x0, z, params=(w,), adjoint=adjoint, tolerance=TIGHT, **given)
+        rows = own if captured else z
+        return s, grad(s.x, (rows, w), V[keep].clone())
+
+    s, (for_z, for_w) = of(BAD)
+    assert s.status.tolist() == [0, Status.NONFINITE, Status.DIVERGED, 0]
+    good = torch.tensor([0, 3])
+    _, (of_good, w_of_good) = of(BAD[good], good)
+    assert for_z[1:3].abs().max() == 0
+    close((for_z[good], for_w), (of_good, w_of_good), 1e-12)
+
+
+@every
+def test_a_batch_of_failures_alone_has_zeros(adjoint):
+    z, w = BAD[1:2].clone().requires_grad_(), W.clone().requires_grad_()
+    given = {"tolerance": TIGHT, "on_failure": "return", "per_sample": True}
+    s = fixed_point(failing, torch.zeros_like(z), z, params=(w,), adjoint=adjoint, **given)
+    assert [t.abs().max().item() for t in grad(s.x.nan_to_num().sum(), (z, w))] == [0, 0]
+
+
+@recorded
+def test_use_lets_failed_samples_make_the_steps(adjoint):
+    z, w = BAD.clone().requires_grad_(), W.clone().requires_grad_()
+    used = type(adjoint)(*list(vars(adjoint).values())[:-1], failed="use")
+    given = {"tolerance": TIGHT, "on_failure": "return", "per_sample": True}
+    s = fixed_point(failing, torch.zeros_like(z), z, params=(w,), adjoint=used, **given)
+    (of_w,) = grad(s.x[0].sum() + s.x[1].nan_to_num().sum(), w)
+    assert of_w.isnan().any()
+
+
+@recorded
+def test_failures_of_mapped_slices_spoil_none(adjoint):
+    zs = torch.stack((BAD, BAD[[0, 3, 3, 0]], BAD[[1, 1, 1, 1]]))
+    given = {"tolerance": TIGHT, "on_failure": "return", "per_sample": True, "solver": Picard()}
+
+    def loss(z, w):
+        s = fixed_point(failing, torch.zeros_like(z), z, params=(w,), adjoint=adjoint, **given)
+        return s.x.nan_to_num(0, 0, 0).sum()
+
+    of_z, of_w = torch.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(zs, W)
+    good, wanted = of_z[1], torch.func.grad(loss, argnums=(0, 1))(zs[1], W)
+    close((good, of_w[1]), wanted, 1e-12)
+    assert of_z[2].abs().max() == of_w[2].abs().max() == of_z[0, 1:3].abs().max() == 0
+    close([of_w[0]], [torch.func.grad(loss, argnums=1)(BAD[[0, 3]], W)], 1e-12)
+
+
+@every
+def test_a_captured_tensor_gets_the_gradient_that_an_argument_gets(adjoint):
+    w = W.clone().requires_grad_()
+    s = fixed_point(
+        lambda x, z: g(x, z, w), torch.zeros_like(Z), Z, adjoint=adjoint, tolerance=TIGHT
+    )
+    close(grad(s.x, w, V), gradients(adjoint)[1][1:], 1e-9)
+
+
+class Normed(nn.Module):
+    """Notes what it does, moves a buffer, and returns aux."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net(n=5, d=5)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, z):
+        self.calls += 1
+        y = self.net(x, z)
+        self.seen = y.square().mean()
+        return y, y.sum()
+
+
+@every
+def test_modules_their_buffers_aux_and_eval(adjoint):
+    module = Normed()
+    layer = FixedPointLayer(module, adjoint=adjoint, tolerance=TIGHT, has_aux=True)
+    x, aux = layer(Z)
+    assert module.calls == 1
+    found = grad(x, tuple(module.parameters()), V, retain_graph=True)
+
+    def plain(adjoint):
+        s = fixed_point(module.net, torch.zeros_like(Z), Z, adjoint=adjoint, tolerance=TIGHT)
+        return grad(s.x, tuple(module.parameters()), V)
+
+    close(found, plain(adjoint), 1e-10)
+    assert all(t is not None for t in grad(aux + module.seen, tuple(module.parameters())))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(Z)[0], x.detach(), rtol=1e-11, atol=1e-12)
+
+
+@recorded
+def test_steps_are_made_where_a_derivative_is_asked_for(adjoint):
+    exact = ImplicitAdjoint()
+    loose = {"tolerance": Tolerance(0.1), "solver": Picard()}
+    with torch.no_grad():
+        assert torch.equal(solve(adjoint, *leaves(), **loose).x, solve(exact, Z, W, **loose).x)
+    assert torch.equal(solve(adjoint, Z, W, **loose).x, solve(exact, Z, W, **loose).x)
+    s, plain = solve(adjoint, *leaves(), **loose), solve(exact, Z, W, **loose)
+    assert not torch.equal(s.x, plain.x)
+    assert s.evaluations == plain.evaluations + adjoint._steps()[0]
+
+
+@every
+def test_states_of_any_kind(adjoint):
+    """Packed, weighted and complex; one system."""
+    z, w = leaves()
+
+    def of(x, z, w):
+        y = torch.tanh((x["b"].real @ w.mT) * 0.9 + z)
+        return {"a": y[:, :2] + 0.1 * x["a"], "b": torch.complex(y, 0.2 * x["b"].imag + z)}
+
+    x0 = {"a": torch.zeros(4, 2, dtype=F64), "b": torch.zeros(4, 5, dtype=torch.complex128)}
+
+    def loss(x):
+        return x["a"].sin().sum() + (x["b"] * x["b"]).real.sum()
+
+    def found(adjoint, **options):
+        given = {"adjoint": adjoint, "tolerance": TIGHT, **options}
+        return grad(loss(fixed_point(of, x0, z, params=(w,), **given).x), (z, w))
+
+    weights = {"a": 4.0, "b": 0.25}
+    # What Anderson truncates depends on the norm; a polynomial of the Jacobian does not.
+    if not (isinstance(adjoint, Truncated) and adjoint.solver is None):
+        close(found(adjoint, norm_weights=weights), found(adjoint), 1e-9)
+        close(found(adjoint, per_sample=False), found(adjoint), 1e-9)
+    many = {OneStep: None, Neumann: Neumann(90), Truncated: Truncated(90, tolerance=TIGHT)}
+    many |= {Unrolled: Unrolled(90), Phantom: Phantom(150, 0.5)}
+    if many[type(adjoint)] is not None:
+        exact = found(TIGHT_ADJOINT, norm_weights=weights)
+        close(found(many[type(adjoint)], norm_weights=weights), exact, 1e-9)
+
+
+@every
+def test_autocast(adjoint):
+    z, w = (t.float() for t in (Z, W))
+    z, w = z.requires_grad_(), w.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        s = fixed_point(g, torch.zeros_like(z), z, params=(w,), adjoint=adjoint)
+    assert s.x.dtype == torch.float32
+    found = grad(s.x, (z, w), V.float())
+    rough = gradients(adjoint)[1]
+    for a, b in zip(found, rough, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.1 * b.norm()
+
+
+@every
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+def test_steps_with_kernels_of_their_own(adjoint, kind):
+    torch.manual_seed(0)
+    if kind == "dense":
+        step, z = DenseStep(6, 4), torch.randn(3, 4, dtype=F64)
+    else:
+        step, z = ConvStep(2, 3, hidden=(4,)), torch.randn(2, 3, 5, 5, dtype=F64)
+    for p in step.double().parameters():
+        p.data.mul_(0.4)
+    shape = {"adjoint": adjoint, "tolerance": TIGHT, "state_shape": step.state_shape}
+    layer = FixedPointLayer(step, **shape)
+    plain = FixedPointLayer(lambda x, z: step(x, z), **shape)
+    found, expected = (
+        grad(of(z).square().sum(), tuple(step.parameters())) for of in (layer, plain)
+    )
+    close(found, expected, 1e-9)
