@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from helpers import TIGHT, TIGHT_ADJOINT, Net, contraction, unroll
-from torch import nn
+from helpers import TIGHT, TIGHT_ADJOINT, contraction, unroll
 from torch.autograd import grad
 
 from fpi_cuda import (
     Anderson,
-    ConvStep,
-    DenseStep,
-    FixedPointLayer,
     ImplicitAdjoint,
     Neumann,
     OneStep,
@@ -316,39 +312,6 @@ def test_a_captured_tensor_gets_the_gradient_that_an_argument_gets(adjoint):
     close(grad(s.x, w, V), gradients(adjoint)[1][1:], 1e-9)
 
 
-class Normed(nn.Module):
-    """Notes what it does, moves a buffer, and returns aux."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = Net(n=5, d=5)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x, z):
-        self.calls += 1
-        y = self.net(x, z)
-        self.seen = y.square().mean()
-        return y, y.sum()
-
-
-@every
-def test_modules_their_buffers_aux_and_eval(adjoint):
-    module = Normed()
-    layer = FixedPointLayer(module, adjoint=adjoint, tolerance=TIGHT, has_aux=True)
-    x, aux = layer(Z)
-    assert module.calls == 1
-    found = grad(x, tuple(module.parameters()), V, retain_graph=True)
-
-    def plain(adjoint):
-        s = fixed_point(module.net, torch.zeros_like(Z), Z, adjoint=adjoint, tolerance=TIGHT)
-        return grad(s.x, tuple(module.parameters()), V)
-
-    close(found, plain(adjoint), 1e-10)
-    assert all(t is not None for t in grad(aux + module.seen, tuple(module.parameters())))
-    with torch.no_grad():
-        torch.testing.assert_close(layer(Z)[0], x.detach(), rtol=1e-11, atol=1e-12)
-
-
 @recorded
 def test_steps_are_made_where_a_derivative_is_asked_for(adjoint):
     exact = ImplicitAdjoint()
@@ -405,20 +368,35 @@ def test_autocast(adjoint):
         assert (a - b).norm() < 0.1 * b.norm()
 
 
-@every
-@pytest.mark.parametrize("kind", ["dense", "conv"])
-def test_steps_with_kernels_of_their_own(adjoint, kind):
-    torch.manual_seed(0)
-    if kind == "dense":
-        step, z = DenseStep(6, 4), torch.randn(3, 4, dtype=F64)
-    else:
-        step, z = ConvStep(2, 3, hidden=(4,)), torch.randn(2, 3, 5, 5, dtype=F64)
-    for p in step.double().parameters():
-        p.data.mul_(0.4)
-    shape = {"adjoint": adjoint, "tolerance": TIGHT, "state_shape": step.state_shape}
-    layer = FixedPointLayer(step, **shape)
-    plain = FixedPointLayer(lambda x, z: step(x, z), **shape)
-    found, expected = (
-        grad(of(z).square().sum(), tuple(step.parameters())) for of in (layer, plain)
-    )
-    close(found, expected, 1e-9)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OneStep("keep"),
+        lambda: Neumann(-1),
+        lambda: Neumann(2, 0.0),
+        lambda: Truncated(2.0),
+        lambda: Unrolled(0),
+        lambda: Unrolled(True),
+        lambda: Phantom(0, 0.5),
+        lambda: Phantom(3, 2.0),
+        lambda: ImplicitAdjoint(max_iterations=-1),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make):
+    with pytest.raises(ValueError, match=r"(failed|k|damping|last|max_iterations) must"):
+        make()
+
+
+def test_what_is_no_adjoint_is_refused():
+    with pytest.raises(TypeError, match="Truncated: solver must be Picard or Anderson"):
+        Truncated(2, solver=3)
+    with pytest.raises(
+        TypeError, match=r"adjoint must be ImplicitAdjoint\(...\), or one of OneStep"
+    ):
+        solve(OneStep, Z, W)
+    with pytest.raises(ValueError, match="ImplicitAdjoint: max_iterations must be from 1"):
+        solve(ImplicitAdjoint(max_iterations=torch.tensor([1, 0, 1, 1])), *leaves())
+    with pytest.raises(RuntimeError, match="recorded steps have no adjoint problem"):
+        Unrolled(2).transposed(None)
+    _, found = gradients(ImplicitAdjoint(max_iterations=torch.tensor(0)))
+    close(found, gradients(OneStep())[1], 0)
