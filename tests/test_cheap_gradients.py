@@ -277,6 +277,21 @@ def test_a_batch_of_failures_alone_has_zeros(adjoint):
     assert [t.abs().max().item() for t in grad(s.x.nan_to_num().sum(), (z, w))] == [0, 0]
 
 
+@every
+def test_that_holds_where_g_captures_what_needs_gradients(adjoint):
+    w = W.clone().requires_grad_()
+    s = fixed_point(
+        lambda x, z: failing(x, z, w),
+        torch.zeros(1, 5, dtype=F64),
+        BAD[1:2],
+        adjoint=adjoint,
+        tolerance=TIGHT,
+        on_failure="return",
+    )
+    s.x.nan_to_num().sum().backward()
+    assert w.grad is None or w.grad.abs().max() == 0
+
+
 @recorded
 def test_use_lets_failed_samples_make_the_steps(adjoint):
     z, w = BAD.clone().requires_grad_(), W.clone().requires_grad_()

@@ -39,7 +39,10 @@ class _Recorded(ByValue):
         assert report.record is not None
         steps, damping = self._steps()
         report.record.evaluations += steps
-        return recorded(problem, x, keep, tensors, steps, damping)
+        x = recorded(problem, x, keep, tensors, steps, damping)
+        if report.closure and not x.requires_grad:  # all have failed: no gradient, and no error
+            x = x.detach().requires_grad_()
+        return x
 
     def transposed(self, problem: Problem) -> Problem:
         """There is none.
