@@ -114,9 +114,11 @@ def test_a_damped_neumann_sum_is_the_one_it_says():
 def test_a_truncated_adjoint_ends_after_k_products_or_at_its_tolerance(create_graph, recwarn):
     v = V * torch.tensor([[1.0], [0], [1], [1]], dtype=F64)
     z, w = leaves()
+    own = torch.tensor([0.9, 0.9, 1e-9, 0.9])
     for adjoint, counts in (
         (Truncated(3), [3, 0, 3, 3]),
         (Truncated(3, tolerance=Tolerance(0.9)), [1, 0, 1, 1]),
+        (Truncated(3, tolerance=Tolerance(own)), [1, 0, 3, 1]),
         (Truncated(200, tolerance=Tolerance(1e-9)), None),
     ):
         s = solve(adjoint, z, w, on_failure="raise")

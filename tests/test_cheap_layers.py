@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import TIGHT, TIGHT_ADJOINT, Net
 from helpers_layers import close
+from tape import tape_fixture  # noqa: F401
 from torch import nn
 from torch.autograd import grad
 
@@ -79,6 +80,24 @@ def test_steps_with_kernels_of_their_own(adjoint, kind):
     )
     for a, b in zip(found, expected, strict=True):
         close(a, b)
+
+
+@every
+def test_captured_solves(adjoint, tape):
+    """The forward is captured, and the adjoint where it iterates."""
+    net, found = Net(n=5, d=5), []
+    for driver in ("eager", "graph", "graph"):
+        given = {"adjoint": adjoint, "tolerance": TIGHT, "per_sample": True, "driver": driver}
+        layer = FixedPointLayer(net, **given)
+        found.append(grad(layer(Z), tuple(net.parameters()), W))
+    assert "graph" in layer.last.path
+    if isinstance(adjoint, (Neumann, Truncated)):
+        assert "graph" in layer.last.adjoint.path
+        assert layer.last.adjoint.iterations.tolist() == [2] * 4
+        assert not layer.last.adjoint.wanting.any()
+    for graph in found[1:]:
+        for a, b in zip(found[0], graph, strict=True):
+            close(a, b)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

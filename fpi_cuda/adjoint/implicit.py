@@ -185,9 +185,9 @@ class Truncated(_ByNode):
     """The adjoint iteration ended after k products at most, which is no failure.
 
     By Anderson, the default, it is nearer to the exact gradient than `Neumann` at the same cost: of
-    a symmetric ∂g/∂x from five products on, of others from some twenty (docs/gradients.md). A layer with `warm`
-    goes on from the last call's adjoint. Second derivatives and tangents are the implicit ones with
-    every linear solve cut so.
+    a symmetric ∂g/∂x from five products on, of others from some twenty (docs/gradients.md). A layer
+    with `warm` goes on from the last call's adjoint. Second derivatives and tangents are the
+    implicit ones with every linear solve cut so.
 
     Args:
         k: products with ∂g/∂xᵀ, 0 or more; 0 is `OneStep`.
