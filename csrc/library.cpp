@@ -29,9 +29,10 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   m.def("_picard_step(" FPI_STEP ", Tensor(f!)? trail) -> ()");
   //   values, residuals  [B, m, N]  rings of g(x) and g(x) − x;  gram [B, m, m] Acc
   //   every              iterations to a mixture; between two of them steps are plain ones
+  //   starts_plain       no mixture before plain steps have shown themselves to be slow
   m.def("_anderson_step(" FPI_STEP
         ", float ridge, float restart, Tensor(f!) values, Tensor(g!) residuals, Tensor(h!) gram, "
-        "int every=1) -> ()");
+        "int every=1, bool starts_plain=False) -> ()");
 #undef FPI_STEP
 
   // A whole solve of a step of dense layers: every sample of x0 iterated to its own end. With
@@ -55,7 +56,8 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
       "int max_iterations, float beta, float ridge, float restart, int history, "
       "Tensor weight, Tensor? u, int activation, float residual, Tensor? scale, "
       "Tensor? hidden_weight, Tensor? hidden_u, int hidden_activation, Tensor? hidden_scale, "
-      "Tensor? output_scale, bool tf32, int slots, int every=1) -> ()");
+      "Tensor? output_scale, bool tf32, int slots, int every=1, "
+      "bool starts_plain=False) -> ()");
   // Whether a device solves rows like x0's whole, with H values in the hidden layer (−1: none).
   m.def("_dense_fits(Tensor x0, int hidden, int history) -> bool");
   // out = x Wᵀ + u by the same products in the same order:

@@ -75,9 +75,10 @@ void picard_step(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalar
 }
 
 template <typename T>
-Mixing<accumulate_t<T>> mixing_of(double ridge, double restart, int64_t every) {
+Mixing<accumulate_t<T>> mixing_of(double ridge, double restart, int64_t every, bool starts_plain) {
   using Acc = accumulate_t<T>;
-  return {static_cast<Acc>(ridge), static_cast<Acc>(restart), static_cast<int>(every)};
+  return {static_cast<Acc>(ridge), static_cast<Acc>(restart), static_cast<int>(every),
+          starts_plain};
 }
 
 // Kernel::run(x, call, window, mixing), for a history up to Kernel::kMost
@@ -86,7 +87,7 @@ void anderson_step(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scal
                    std::optional<Tensor> index, std::optional<Tensor> bounds, double rtol,
                    double offset, double rounding, int64_t patience, int64_t max_iterations,
                    double beta, double ridge, double restart, Tensor values, Tensor residuals,
-                   Tensor gram, int64_t every) {
+                   Tensor gram, int64_t every, bool starts_plain) {
   constexpr const char* op = "_anderson_step";
   check_step(op, x, gx, out, counters, scalars, tally, index, bounds);
   check_limits(op, patience, max_iterations);
@@ -101,7 +102,7 @@ void anderson_step(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scal
                            .gram = static_cast<accumulate_t<T>*>(gram.mutable_data_ptr()),
                            .m = static_cast<int>(values.size(1))};
     Kernel::run(x, step_call<T>(x, gx, out, tally, beta, record), window,
-                mixing_of<T>(ridge, restart, every));
+                mixing_of<T>(ridge, restart, every, starts_plain));
   });
 }
 
@@ -136,7 +137,8 @@ void dense_solve(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor 
                  int64_t activation, double residual, std::optional<Tensor> scale,
                  std::optional<Tensor> hidden_weight, std::optional<Tensor> hidden_u,
                  int64_t hidden_activation, std::optional<Tensor> hidden_scale,
-                 std::optional<Tensor> output_scale, bool tf32, int64_t slots, int64_t every) {
+                 std::optional<Tensor> output_scale, bool tf32, int64_t slots, int64_t every,
+                 bool starts_plain) {
   constexpr const char* op = "_dense_solve";
   check_not_differentiated(op, {x0, weight});
   check_step(op, x0, x0, out, counters, scalars, tally, std::nullopt, bounds);
@@ -169,7 +171,7 @@ void dense_solve(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor 
                                              rounding, patience, max_iterations),
         .tally = static_cast<int32_t*>(tally.mutable_data_ptr()),
         .beta = beta,
-        .mixing = mixing_of<T>(ridge, restart, every),
+        .mixing = mixing_of<T>(ridge, restart, every, starts_plain),
         .history = static_cast<int>(history),
         .dense = dense,
         .tf32 = tf32,

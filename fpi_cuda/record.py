@@ -18,7 +18,8 @@ ACTIVE = 0
 
 # Columns of `counters`, int32 [B, 8]; csrc/math/progress.h has the same: of the window or trail how
 # many iterates it holds, and the slot of the newest; how often a mixture was taken back; plain
-# steps since the last mixture; how often β was halved.
+# steps since the last mixture, or below 0 how many mixtures follow each other; how often β was
+# halved.
 STATUS, ITERATIONS, REFERENCE_ITERATION, WINDOW, HEAD, RETREATS, PLAIN, HALVINGS = range(8)
 COUNTERS = 8
 # Entries of `tally`, int32 [3]: rows still active; samples that ended otherwise than converged, so
@@ -45,8 +46,9 @@ MAX_RETREATS = 3  # mixtures that a sample takes back; then it takes plain steps
 # Between two mixtures plain steps go on while each residual is below so many times the last.
 GOES_ON = 0.999
 # β is halved, at most MAX_HALVINGS times, where the residual is WORSE times the reference, which is
-# at least SLOW_ITERATIONS old.
-WORSE, SLOW_ITERATIONS, MAX_HALVINGS = 3, 10, 2
+# at least SLOW_ITERATIONS old, and all of the ring is above EXPANDS.
+WORSE, SLOW_ITERATIONS, MAX_HALVINGS, EXPANDS = 3, 10, 2, 2.25
+STARTING = -(2**30)  # PLAIN of a sample that starts with plain steps
 # A residual this much below the reference counts as progress. Slow contractions must not look
 # stalled: in ten iterations one of rate 0.9995 falls this far.
 FALL = 0.995

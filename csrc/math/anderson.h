@@ -30,11 +30,13 @@ FPI_HOST_DEVICE bool are_trusted(const Acc* squares, int window) {
 }
 
 // How iterates are mixed, beside beta: the ridge relative to the trace, the growth of the residual
-// that restarts the window, and every how many iterations there is a mixture.
+// that restarts the window, every how many iterations there is a mixture, and whether there is none
+// before plain steps have shown themselves to be slow.
 template <typename Acc>
 struct Mixing {
   Acc ridge, restart;
   int every = 1;
+  bool starts_plain = false;
 };
 
 constexpr int kMaxRetreats = 3;
@@ -43,9 +45,13 @@ constexpr int kMaxRetreats = 3;
 constexpr double kGoesOn = 0.999;
 
 // Where g has eigenvalues far below −1, even mixtures grow: beta is halved, at most twice, where
-// the residual has not fallen for so long and is so many times the reference.
+// the residual has not fallen for so long, is so many times the reference, and g has expanded in
+// all of the last iterations: these are the least squares of their secant ratios.
 constexpr int32_t kSlowIterations = 10, kMaxHalvings = 2;
-constexpr double kWorse = 3;
+constexpr double kWorse = 3, kExpands = 2.25;
+
+// counters[kPlain] of a sample that starts with plain steps.
+constexpr int32_t kStarting = -(int32_t{1} << 30);
 
 // `differences` below 0 of a decision: the iterate is taken back, see retreat_beta.
 struct AndersonDecision {
@@ -54,13 +60,29 @@ struct AndersonDecision {
   bool mixes;       // false: a plain step, and the iterate joins the window
 };
 
-// A sample's own beta.
 template <typename Acc>
-FPI_HOST_DEVICE Acc beta_of(const int32_t* counters, Acc beta) {
-  for (int halvings = counters[kHalvings]; halvings > 0; --halvings) {
+FPI_HOST_DEVICE Acc halved(Acc beta, int halvings) {
+  for (; halvings > 0; --halvings) {
     beta /= 2;
   }
   return beta;
+}
+
+// A sample's own beta.
+template <typename Acc>
+FPI_HOST_DEVICE Acc beta_of(const int32_t* counters, Acc beta) {
+  return halved(beta, counters[kHalvings]);
+}
+
+// Whether an iteration mixes by count: so much is known before its residual is. Another one does
+// where the residual does not go on falling.
+template <typename Acc>
+FPI_HOST_DEVICE bool is_due(int32_t plain, const Mixing<Acc>& mixing) {
+  return (plain < 0 && plain != kStarting) || plain >= mixing.every - 1;
+}
+template <typename Acc>
+FPI_HOST_DEVICE bool goes_on(Acc residual, Acc last) {
+  return residual < Acc(kGoesOn) * last;
 }
 
 // Where g or the residual is not finite at a mixture, or the mixture itself is not, the sample goes
@@ -70,10 +92,23 @@ FPI_HOST_DEVICE Acc beta_of(const int32_t* counters, Acc beta) {
 // g(x').
 template <typename Acc>
 FPI_HOST_DEVICE Acc retreat_beta(int differences, Acc beta) {
-  for (int halvings = -1 - differences; halvings > 0; --halvings) {
-    beta /= 2;
+  return halved(beta, -1 - differences);
+}
+
+// Whether g has expanded by that much in each of the last iterations.
+template <typename Acc>
+FPI_HOST_DEVICE bool has_expanded(const Acc* scalars) {
+  bool all = true;
+  for (int i = 0; i < kRingLength; ++i) {
+    all &= scalars[kRing + i] > Acc(kExpands);
   }
-  return beta;
+  return all;
+}
+
+// Whether three more plain steps would not do, if the residual goes on to fall by that factor.
+template <typename Acc>
+FPI_HOST_DEVICE bool is_slow(Acc residual, Acc fall, Acc threshold) {
+  return !(residual * fall * fall * fall <= threshold);
 }
 
 // Ends a sample's iteration by the stop rule: its record but for the window. Where the residual has
@@ -89,7 +124,7 @@ FPI_HOST_DEVICE AndersonDecision decide(Acc residual, Acc value, const Acc* squa
   const int32_t window = counters[kWindow], retreats = counters[kRetreats];
   const int32_t plain = counters[kPlain];
   if (!is_finite(residual) || !is_finite(value)) {
-    const bool is_mixture = window > 1 && plain == 0;
+    const bool is_mixture = window > 1 && plain <= 0;
     if ((window > 1 || (window == 1 && retreats > 0)) && retreats < kMaxRetreats) {
       const bool ends = k >= limits_of(sample, record).limits.max_iterations;
       counters[kStatus] = ends ? kMaxIterations : kActive;
@@ -104,16 +139,38 @@ FPI_HOST_DEVICE AndersonDecision decide(Acc residual, Acc value, const Acc* squa
     scalars[kGain] = larger_gain(scalars[kGain], squares[kValueSecant], squares[kResidualSecant],
                                  scale * noise_of<T>(value));
   }
-  const bool grown = k > 1 && residual > mixing.restart * scalars[kReference];
-  const bool goes_on = residual < Acc(kGoesOn) * scalars[kResidual];
+  const Acc last = scalars[kResidual], most = mixing.restart * scalars[kReference];
+  const bool grown = k > 1 && residual > most && !(last > most);
   const int32_t status = stop(residual, value, sample, record);
-  if (status == kActive && k - counters[kReferenceIteration] >= kSlowIterations &&
-      residual > Acc(kWorse) * scalars[kReference] && counters[kHalvings] < kMaxHalvings) {
+  if (status != kActive) {
+    return {status, 0, true};
+  }
+  if (mixing.starts_plain && (window == 0 || plain == kStarting)) {
+    // Undamped steps tell by their residuals how many more they would need.
+    const bool starts =
+        k > 1 && is_slow(residual, residual / last, limits_of(sample, record).threshold(value));
+    if (starts) {
+      scalars[kReference] = residual;
+    }
+    counters[kPlain] = starts ? 1 : kStarting;
+    return {status, 0, false};
+  }
+  if (k - counters[kReferenceIteration] >= kSlowIterations &&
+      residual > Acc(kWorse) * scalars[kReference] && counters[kHalvings] < kMaxHalvings &&
+      has_expanded(scalars)) {
     counters[kHalvings] += 1;
     counters[kReferenceIteration] = k;
   }
   const bool restarts = grown || retreats == kMaxRetreats;
-  const bool mixes = restarts || plain + 1 >= mixing.every || (k > 1 && !goes_on);
+  const bool is_stuck = k > 1 && !goes_on(residual, last);
+  const bool mixes = restarts || is_stuck || is_due(plain, mixing);
+  if (!mixes) {
+    counters[kPlain] = plain + 1;
+  } else if (plain > 0 && is_stuck && !restarts && residual >= last) {
+    counters[kPlain] = 1 - 2 * m;  // g's plain steps grow: there are none for a while
+  } else {
+    counters[kPlain] = plain < 0 ? plain + 1 : 0;
+  }
   return {status, restarts ? 0 : window < m ? window : m - 1, mixes};
 }
 
@@ -130,7 +187,6 @@ FPI_HOST_DEVICE int update_window(int32_t* counters, int head, int differences, 
   const int mixed = is_solved ? differences : 0;
   counters[kHead] = head;
   counters[kWindow] = mixed + 1;
-  counters[kPlain] = 0;
   return mixed;
 }
 
@@ -138,7 +194,6 @@ FPI_HOST_DEVICE int update_window(int32_t* counters, int head, int differences, 
 FPI_HOST_DEVICE void extend_window(int32_t* counters, int head, int differences) {
   counters[kHead] = head;
   counters[kWindow] = differences + 1;
-  counters[kPlain] += 1;
 }
 
 // The mixture x ← g_0 − Σ γ_j (g_j − g_{j+1}) − (1 − β)(r_0 − Σ γ_j (r_j − r_{j+1})), newest first,

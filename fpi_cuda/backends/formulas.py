@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..record import (
     ACTIVE,
+    EXPANDS,
     FALL,
     GAIN,
     GOES_ON,
@@ -33,6 +34,7 @@ from ..record import (
     RING,
     RING_START,
     SLOW_ITERATIONS,
+    STARTING,
     STATUS,
     TRAIL,
     VALUE,
@@ -189,6 +191,7 @@ def anderson(
     values: Tensor,
     residuals: Tensor,
     every: int = 1,
+    starts_plain: bool = False,
 ) -> tuple[Rows, Tensor, Tensor, Tensor]:
     """One Anderson (type II) step; see `reference.anderson_step` for what it does.
 
@@ -204,6 +207,7 @@ def anderson(
         values: g(x) of the window before, [R, m, N], newest first; `window` of them are there.
         residuals: g(x) − x likewise.
         every: how many iterations there are to a mixture.
+        starts_plain: whether there is none before plain steps have shown themselves to be slow.
 
     Returns:
         The record; the next iterates, as `picard`; which rows take g(x) into the window, bool [R];
@@ -226,16 +230,32 @@ def anderson(
     gain = torch.where(seen, _larger_gain(rows.gain, dg, dr, noise), rows.gain)
     status, new = _stop(rows, k, rule, residual, value, running)
 
-    slow = running & (status == ACTIVE) & (k - new.since >= SLOW_ITERATIONS)
+    last, most = rows.residual, restart * rows.reference
+    starting = torch.zeros_like(running)
+    if starts_plain:
+        starting = (rows.window == 0) | (rows.plain == STARTING)
+        enough = residual * (residual / last) ** 3 <= rule.threshold(value)  # plain steps
+        starts = starting & (k > 1) & ~enough
+        new = new._replace(reference=torch.where(running & starts, residual, new.reference))
+
+    slow = running & ~starting & (status == ACTIVE) & (k - new.since >= SLOW_ITERATIONS)
     slow = slow & (residual > WORSE * new.reference) & (rows.halvings < MAX_HALVINGS)
+    slow = slow & (ring > EXPANDS).all(1)
     halvings = rows.halvings + slow.to(rows.halvings.dtype)
     new = new._replace(since=torch.where(slow, k, new.since).to(new.since.dtype))
     own = (beta * 0.5 ** halvings.to(xa.dtype))[:, None]  # β
 
-    restarts = (k > 1) & (residual > restart * rows.reference)
-    restarts = restarts | (rows.retreats == MAX_RETREATS)
-    mixes = restarts | (rows.plain + 1 >= every)
-    mixes = mixes | ((k > 1) & ~(residual < GOES_ON * rows.residual))
+    grown = (k > 1) & (residual > most) & ~(last > most)
+    restarts = grown | (rows.retreats == MAX_RETREATS)
+    stuck = (k > 1) & ~(residual < GOES_ON * last)
+    latched = (rows.plain < 0) & (rows.plain != STARTING)
+    mixes = restarts | stuck | latched | (rows.plain + 1 >= every)
+    grows = stuck & (rows.plain > 0) & ~restarts & (residual >= last)
+    after = torch.where(grows, 1 - 2 * m, (rows.plain + 1).clamp(max=0))
+    plain = torch.where(mixes, after, rows.plain + 1)
+    if starts_plain:
+        plain = torch.where(starting, torch.where(starts, 1, STARTING), plain)
+        mixes, restarts = mixes & ~starting, restarts | starting
     window = (torch.where(restarts, 0, rows.window) + 1).clamp(max=m)
     rounded = r.to(dtype)
     # Differences of what the window holds, this iterate first.
@@ -262,18 +282,17 @@ def anderson(
     moved = _freeze(x, gx, mixed.to(dtype), status, running)
     pushed = running & (status == ACTIVE)
     length = torch.where(pushed, torch.where(bad, 1, window), rows.window)
-    since_mixed = torch.where(mixes, 0, rows.plain + 1)
     new = new._replace(
         ring=ring,
         gain=gain,
         window=length,
-        plain=torch.where(pushed, since_mixed, rows.plain),
+        plain=torch.where(pushed, plain, rows.plain),
         halvings=halvings,
     )
 
     # Back to the last good iterate, where the step is not wholly taken; the last iteration ends.
     good, its = _wide(rows, values[:, 0]), _wide(rows, residuals[:, 0])
-    mixture = (rows.window > 1) & (rows.plain == 0)
+    mixture = (rows.window > 1) & (rows.plain <= 0)
     shorter = torch.where(mixture, 0, rows.retreats.clamp(min=1)) + rows.halvings
     part = (beta * 0.5 ** shorter.to(xa.dtype))[:, None]
     short = torch.where(part == 1, good, good - (1 - part) * its)  # its may have overflowed a half

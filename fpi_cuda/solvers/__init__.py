@@ -2,6 +2,7 @@
 
 from ..options import Solver
 from .anderson import Anderson
+from .auto import Auto
 from .picard import Mixing, Picard
 
-__all__ = ["Anderson", "Mixing", "Picard", "Solver"]
+__all__ = ["Anderson", "Auto", "Mixing", "Picard", "Solver"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class Anderson:
     ridge: float | None = None
     restart: float = 10.0
     every: int = 1
+    _starts_plain: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_beta("Anderson", self.beta)
@@ -75,7 +76,14 @@ class Anderson:
 
     def mixing(self, dtype: torch.dtype) -> Mixing:
         """What the kernels take where g computes in this dtype."""
-        return Mixing(self.history, self.beta, self.ridge_for(dtype), self.restart, self.every)
+        return Mixing(
+            self.history,
+            self.beta,
+            self.ridge_for(dtype),
+            self.restart,
+            self.every,
+            self._starts_plain,
+        )
 
     def start(self, backend: Any, progress: Progress, x: Tensor) -> Update:
         """The update `(x, gx) -> None` that moves x [R, N] in place; owns the window."""
@@ -83,7 +91,7 @@ class Anderson:
             return Picard(self.beta).start(backend, progress, x)
         b, n = x.shape
         m = self.history
-        _, beta, ridge, restart, every = self.mixing(progress.precision)
+        _, beta, ridge, restart, every, starts_plain = self.mixing(progress.precision)
         # Rings by sample, not by row: compaction moves no history.
         scratch = Scratch(x)
         values = scratch.empty((b, m, n), x.dtype, x.device)
@@ -92,7 +100,7 @@ class Anderson:
 
         def update(x: Tensor, gx: Tensor) -> None:
             of = beta, ridge, restart, values, residuals, gram
-            backend.anderson_step(progress, x, gx, *of, every=every)
+            backend.anderson_step(progress, x, gx, *of, every=every, starts_plain=starts_plain)
 
         update.scratch = scratch  # type: ignore[attr-defined]  # back to the pool with the update
         return update

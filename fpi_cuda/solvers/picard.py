@@ -26,6 +26,7 @@ class Mixing(NamedTuple):
     ridge: float = 0.0
     restart: float = 0.0
     every: int = 1
+    starts_plain: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,17 @@ from fpi_cuda import Status
 from fpi_cuda.backends import reference, triton
 from fpi_cuda.record import (
     GAIN,
+    HALVINGS,
     HEAD,
     ITERATIONS,
+    MAX_HALVINGS,
+    PLAIN,
+    REFERENCE,
+    REFERENCE_ITERATION,
     RESIDUAL,
     RETREATS,
     RING_START,
+    SLOW_ITERATIONS,
     STATUS,
     TRAIL,
     VALUE,
@@ -41,15 +47,15 @@ def agree(p, q, dtype):
     torch.testing.assert_close(p.scalars.double(), q.scalars, rtol=rtol, atol=0, equal_nan=True)
 
 
-def step(solver, p, x, gx, beta, memory):
+def step(solver, p, x, gx, beta, memory, every=1):
     """One step by Triton and by the float64 oracle, from the same record, trail or window."""
     q, y, oracles = oracle_of(p), x.double().clone(), [t.double().clone() for t in memory]
     if solver == "picard":
         triton.picard_step(p, x, gx, beta, *memory)
         reference.picard_step(q, y, gx.double(), beta, *oracles)
     else:
-        triton.anderson_step(p, x, gx, beta, 0.05, 1e9, *memory)
-        reference.anderson_step(q, y, gx.double(), beta, 0.05, 1e9, *oracles)
+        triton.anderson_step(p, x, gx, beta, 0.05, 1e9, *memory, every=every)
+        reference.anderson_step(q, y, gx.double(), beta, 0.05, 1e9, *oracles, every=every)
     return q, y
 
 
@@ -226,17 +232,17 @@ def test_the_gram_matrix_is_kept_unscaled(plan, sizes):
 
 
 @pytest.mark.parametrize(
-    ("plan", "dtype"),
+    ("plan", "dtype", "every"),
     [
-        ("whole", torch.float64),
-        ("cut", torch.float32),
-        ("whole", torch.float16),
-        ("cut", torch.bfloat16),
+        ("whole", torch.float64, 3),
+        ("cut", torch.float32, 1),
+        ("whole", torch.float16, 1),
+        ("cut", torch.bfloat16, 2),
     ],
     ids=str,
     indirect=["plan"],
 )
-def test_a_mixture_is_taken_back(plan, dtype):
+def test_a_mixture_is_taken_back(plan, dtype, every):
     """Bad values at mixtures, at the plain steps after them, too often, and at a last iteration."""
     torch.manual_seed(4)
     n, b, inf = 40, 5, math.inf
@@ -265,7 +271,7 @@ def test_a_mixture_is_taken_back(plan, dtype):
             x[1, 5] = inf  # row 1: the mixture itself has overflowed
         kept = p.scalars.clone()
         retreats = p.counters[:, RETREATS].clone()
-        q, y = step("anderson", p, x, gx, 0.75, memory)
+        q, y = step("anderson", p, x, gx, 0.75, memory, every)
         agree(p, q, dtype)
         close(x, y, dtype, 30)
         ended = p.counters[:, STATUS] > 0
@@ -278,6 +284,31 @@ def test_a_mixture_is_taken_back(plan, dtype):
     assert p.counters[:, ITERATIONS].tolist() == [7, 7, 6, 3, 1]
     assert p.counters[1, WINDOW] == 1  # after three retreats plain steps alone
     assert x.isfinite().all() and p.out[[2, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.8])
+def test_beta_is_halved_where_the_residual_has_grown_for_long(plan, beta):
+    """In a mixture, a plain step and a step back; at most so often, and of that sample alone."""
+    n, dtype = 70, torch.float32
+    draws, turned = torch.randn(2, n), torch.randn(7, 2, n) / 8
+    x = torch.zeros(2, n)
+    p, memory = Progress(x, FOREVER), window(2, M, n, dtype)
+    kept = []
+    for k, size in enumerate([1.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5]):
+        if k in (1, 3, 4):  # as if the first sample had been so for long
+            p.counters[0, REFERENCE_ITERATION] -= SLOW_ITERATIONS
+            p.scalars[0, REFERENCE] = 0.5
+        gx = x + torch.tensor([[size], [0.9**k]]) * (draws + turned[k])
+        if k == 5:
+            gx[0, -1] = math.nan
+        q, y = step("anderson", p, x, gx, beta, memory, 3)
+        agree(p, q, dtype)
+        close(x, y, dtype, 30)
+        kept.append(p.counters[0, [HALVINGS, PLAIN]].tolist())
+    most = MAX_HALVINGS
+    assert kept == [[0, 1], [1, 0], [1, 1], [most, 2], [most, 0], [most, 0], [most, 1]]
+    assert p.counters[1, HALVINGS] == 0
+    assert p.counters[:, RETREATS].tolist() == [1, 0]
 
 
 # --- limits of a sample's own ---------------------------------------------------------------------

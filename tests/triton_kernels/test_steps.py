@@ -41,23 +41,23 @@ def test_picard_step_matches_the_oracle(plan, shape, dtype, beta):
 
 
 @pytest.mark.parametrize(
-    ("history", "shape", "dtype", "beta"),
+    ("history", "shape", "dtype", "beta", "every"),
     [
-        (1, (2, 7), torch.float32, 0.6),
-        (2, (1, 1), torch.float64, 1.0),
-        (2, (2, 65), torch.bfloat16, 0.6),
-        (3, (2, 33), torch.float16, 1.0),
-        (4, (1, 129), torch.float32, 1.0),
-        (5, (2, 64), torch.float64, 0.6),
-        (5, (1, 31), torch.bfloat16, 1.0),
-        (6, (1, 67), torch.float64, 1.0),
-        (6, (1, 130), torch.float16, 0.6),
-        (11, (1, 40), torch.float32, 0.6),
+        (1, (2, 7), torch.float32, 0.6, 2),
+        (2, (1, 1), torch.float64, 1.0, 1),
+        (2, (2, 65), torch.bfloat16, 0.6, 3),
+        (3, (2, 33), torch.float16, 1.0, 1),
+        (4, (1, 129), torch.float32, 1.0, 2),
+        (5, (2, 64), torch.float64, 0.6, 3),
+        (5, (1, 31), torch.bfloat16, 1.0, 1),
+        (6, (1, 67), torch.float64, 1.0, 1),
+        (6, (1, 130), torch.float16, 0.6, 4),
+        (11, (1, 40), torch.float32, 0.6, 3),
     ],
     ids=str,
 )
-def test_anderson_step_matches_the_oracle(plan, history, shape, dtype, beta):
-    primitives.test_anderson_step_matches_the_oracle(triton, shape, dtype, history, beta)
+def test_anderson_step_matches_the_oracle(plan, history, shape, dtype, beta, every):
+    primitives.test_anderson_step_matches_the_oracle(triton, shape, dtype, history, beta, every)
 
 
 @pytest.mark.parametrize("n", [2048, 2049])

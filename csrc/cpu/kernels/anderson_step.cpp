@@ -169,7 +169,7 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double all_beta,
       Acc squares[kAndersonNorms];
       if (seen == 0) {
         push<false, true>(x_row, g_row, values, residuals, n, old, head, squares);
-      } else if (plain + 1 >= mixing.every) {
+      } else if (is_due(plain, mixing)) {
         push<true, true>(x_row, g_row, values, residuals, n, old, head, squares);
       } else {
         push<true, false>(x_row, g_row, values, residuals, n, old, head, squares);
@@ -189,7 +189,7 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double all_beta,
         (status == kActive ? tally.active : tally.failed) += 1;
         continue;
       }
-      if (seen > 0 && m > 1 && (status != kActive || count == 0)) {
+      if (seen > 0 && m > 1 && (status != kActive || (count == 0 && mixes))) {
         keep_last_gain(seldom(), record.scalars + sample * kScalars);
       }
       if (status != kActive) {
