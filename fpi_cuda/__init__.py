@@ -3,7 +3,7 @@
 from . import _moved, backends, compat, contraction, operators
 from ._build import build_info
 from ._version import __version__
-from .adjoint import ImplicitAdjoint
+from .adjoint import ImplicitAdjoint, Neumann, OneStep, Phantom, Truncated, Unrolled
 from .fixed_point import fixed_point
 from .layer import FixedPointLayer
 from .solution import (
@@ -27,11 +27,16 @@ __all__ = [
     "FixedPointWarning",
     "GradientStep",
     "ImplicitAdjoint",
+    "Neumann",
     "NeuralStep",
+    "OneStep",
+    "Phantom",
     "Picard",
     "Solution",
     "Status",
     "Tolerance",
+    "Truncated",
+    "Unrolled",
     "__version__",
     "backends",
     "build_info",

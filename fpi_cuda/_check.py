@@ -33,9 +33,9 @@ def check_residual(owner: str, residual: float) -> None:
         raise ValueError(f"{owner}: residual must be a finite number (got {residual!r})")
 
 
-def check_beta(owner: str, beta: float) -> None:
+def check_beta(owner: str, beta: float, name: str = "beta") -> None:
     """Raise unless 0 < beta < 2."""
     if not 0 < beta < 2:
         raise ValueError(
-            f"{owner}: beta must lie in (0, 2) (got {beta!r}); 1 takes g(x) whole, less damps"
+            f"{owner}: {name} must lie in (0, 2) (got {beta!r}); 1 takes g(x) whole, less damps"
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._torch_graphs import apart, exporting
 from .adjoint import ImplicitAdjoint
-from .options import Options, Solver, Tolerance
+from .options import Adjoint, Options, Solver, Tolerance
 from .solution import Solution, State
 from .solve.entry import enter
 from .solvers import Anderson
@@ -23,7 +23,7 @@ def fixed_point(
     *inputs: Tensor,
     params: Sequence[Tensor] = (),
     solver: Solver = Anderson(),  # noqa: B008 - frozen
-    adjoint: ImplicitAdjoint = ImplicitAdjoint(),  # noqa: B008
+    adjoint: Adjoint = ImplicitAdjoint(),  # noqa: B008
     tolerance: Tolerance = Tolerance(),  # noqa: B008
     max_iterations: int | Tensor = 200,
     backend: str = "auto",
@@ -35,6 +35,7 @@ def fixed_point(
     has_aux: bool = False,
     sizes: Tensor | None = None,
     norm_weights: Any = None,
+    checkpoints: Sequence[int] = (),
 ) -> Solution:
     """Solve x̂ = g(x̂, *inputs, *params) for every sample; differentiable to any order.
 
@@ -73,7 +74,9 @@ def fixed_point(
         inputs: what g depends on per sample, z: tensors with first dimension B.
         params: tensors that the batch shares, θ.
         solver: `Picard(...)` or `Anderson(...)`.
-        adjoint: how the backward iteration is solved.
+        adjoint: how the derivative is had: `ImplicitAdjoint(...)` exactly, `OneStep()`,
+            `Neumann(k)`, `Truncated(k)`, `Unrolled(k)` and `Phantom(k, damping)` for less
+            (docs/gradients.md).
         tolerance: when a sample has converged; its numbers may be tensors [B], one a sample.
         max_iterations: evaluations of g that a sample may take: a whole number, or a tensor [B] of
             them up to 2^24, on any device. A batch that is one system may take the most of any.
@@ -120,6 +123,14 @@ def fixed_point(
             ‖x‖² = Σ w_i ‖x_i‖², those of the stop rule, of Anderson's fit and of the record (the
             adjoint's have 1/w_i, as gradients do). The solver works with √w_i x_i: atol is of these
             values, and float16 must hold them; powers of 4 round nothing. None: 1 each.
+        checkpoints: iterations, whole numbers that rise, as (4, 8): for a loss on the way to x̂, the
+            fixed-point correction of Bai et al. (2022). `Solution.checkpoints` has g(x_k) for each,
+            where x_k is the iterate after k iterations, of a sample that ended before its solution.
+            This call of g at a constant x_k is recorded by plain autograd, as by `Unrolled(1)`, so
+            they are attached to all that g reads, whatever `adjoint` is; `evaluations` counts it.
+            Samples that end DIVERGED or NONFINITE have the iterate itself, and zero gradients, if
+            the adjoint masks them. The solve is eager. Not under torch.func transforms and forward
+            mode, nor in an exported program.
 
     Returns:
         A `Solution`; its x is shaped like x0 and attached to autograd.
@@ -132,6 +143,7 @@ def fixed_point(
     options = Options(
         *(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
         *(trace, callback, has_aux, norm_weights, sizes),
+        checkpoints=checkpoints,
     )
     # A loop whose length depends on the data is no part of a compiled graph.
     return apart(solve, g, x0, inputs, params, options)  # type: ignore[no-any-return]

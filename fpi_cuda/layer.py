@@ -16,7 +16,7 @@ from ._torch import transforming
 from ._torch_graphs import apart, constant_in_graphs, exporting, odd, valueless
 from .adjoint import ImplicitAdjoint
 from .fixed_point import solve
-from .options import Options, Solver, Tolerance
+from .options import Adjoint, Options, Solver, Tolerance
 from .solution import Solution, State, each, kept
 from .solve.problem import Context
 from .solvers import Anderson
@@ -26,7 +26,8 @@ from .warm import CAPACITY, Slot, Warm, check_key
 
 __all__ = ["FixedPointLayer"]
 
-_OPTIONS = tuple(n for n in Options._fields if n not in ("sizes", "memory"))  # of each call
+_OF_CALLS = ("sizes", "memory", "checkpoints")
+_OPTIONS = tuple(n for n in Options._fields if n not in _OF_CALLS)
 
 
 _layers: WeakValueDictionary[int, FixedPointLayer] = WeakValueDictionary()  # that live, by id
@@ -46,7 +47,8 @@ class FixedPointLayer(nn.Module):
             input's. The state is real, for a complex input too: pass a complex one as x0.
         solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver,
             trace, callback, has_aux, norm_weights: as in `fixed_point`. With has_aux the layer
-            returns (x̂, aux); `last` has no aux.
+            returns (x̂, aux); `last` has no aux. (For `checkpoints`, call `fixed_point` in a
+            module's forward.)
         eval_factor: in eval mode a solve takes so many times max_iterations, and a tolerance that
             many times smaller; the adjoint keeps its own tolerance.
         warm: whether calls start where the last one with the same key ended, forward and backward;
@@ -101,7 +103,7 @@ class FixedPointLayer(nn.Module):
         *,
         state_shape: Any = None,
         solver: Solver = Anderson(),  # noqa: B008 - frozen
-        adjoint: ImplicitAdjoint = ImplicitAdjoint(),  # noqa: B008
+        adjoint: Adjoint = ImplicitAdjoint(),  # noqa: B008
         tolerance: Tolerance = Tolerance(),  # noqa: B008
         max_iterations: int | Tensor = 200,
         backend: str = "auto",
@@ -252,7 +254,7 @@ class FixedPointLayer(nn.Module):
         if x0 is None:
             x0 = start_of(self, tensors, inputs, params, given)
         # All of them: a compiler of torch 2.11 makes a tuple without the defaults.
-        values: list[Any] = [*[getattr(self, name) for name in _OPTIONS], sizes, None]
+        values: list[Any] = [*[getattr(self, name) for name in _OPTIONS], sizes, None, ()]
         options = Options(*values)
         if not self.training and self.eval_factor != 1:
             options = self._evaluating(options, x0)
@@ -293,7 +295,7 @@ class FixedPointLayer(nn.Module):
 
         plan_each([ref() for ref in _layers.valuerefs()])
         plan(self)
-        return not waits(self)
+        return getattr(self.adjoint, "by_node", False) and not waits(self)
 
     def _strictly(self, inputs: Sequence[Any], x0: Any, others: Any) -> Tensor:
         """The call while torch.export reads Python, strict=True."""

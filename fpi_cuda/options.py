@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -139,7 +139,11 @@ class Adjoint(Protocol):
         """The problem solved from x0; x̂ attached to the tensors."""
 
     def transposed(self, problem: Any, /) -> Any:
-        """The problem whose solution is the gradient at g(x̂), for an `attach` by the node."""
+        """The problem whose solution is the gradient at g(x̂), for an `attach` by the node.
+
+        An attribute `by_node = True` says that it is by that: else a compiled layer leaves its
+        graph.
+        """
 
 
 class Options(NamedTuple):
@@ -159,15 +163,20 @@ class Options(NamedTuple):
     norm_weights: Any = None  # numbers > 0 in the state's structure: ‖x‖² = Σ w_i ‖x_i‖²
     sizes: Tensor | None = None  # of one call, which a layer takes none of
     memory: Any = None  # likewise: the `warm.Slot` of a layer's call that starts warm
+    checkpoints: Sequence[int] = ()  # likewise: iterations whose iterates are wanted
 
     def check(self) -> None:
         """Raise unless every option is in its range."""
         check_parts("fixed_point", self.solver, self.tolerance, self.max_iterations)
         if self.sizes is not None:
             _check_sizes(self.sizes)
+        if self.checkpoints != ():
+            _check_checkpoints(self.checkpoints)
         if not _has(self.adjoint, _ADJOINT):
             raise TypeError(
-                f"fixed_point: adjoint must be an ImplicitAdjoint (got {self.adjoint!r})"
+                "fixed_point: adjoint must be ImplicitAdjoint(...), or one of OneStep(), "
+                "Neumann(k), Truncated(k), Phantom(k, damping) and Unrolled(k) (got "
+                f"{self.adjoint!r})"
             )
         _check_one_of("backend", self.backend, BACKENDS)
         _check_one_of("on_failure", self.on_failure, ("warn", "raise", "return"))
@@ -201,13 +210,19 @@ def check_parts(
     if type(max_iterations) is not int and isinstance(max_iterations, Tensor):
         check_own(owner, "max_iterations", max_iterations, whole=True)
         if max_iterations.dim() == 0:
-            check_whole(owner, "max_iterations", max_iterations.item())
-    elif own or max_iterations is not None:
-        check_whole(owner, "max_iterations", max_iterations)
+            check_whole(owner, "max_iterations", max_iterations.item(), least=int(own))
+    elif own or max_iterations is not None:  # an adjoint may do without
+        check_whole(owner, "max_iterations", max_iterations, least=int(own))
         if max_iterations > MOST:
             raise ValueError(
                 f"{owner}: max_iterations must be at most {MOST} (got {max_iterations!r})"
             )
+
+
+def check_failed(owner: str, failed: Any) -> None:
+    """Raise unless it says what becomes of the gradients of samples that failed."""
+    if failed not in ("mask", "use"):
+        raise ValueError(f'{owner}: failed must be "mask" or "use" (got {failed!r})')
 
 
 def _check_sizes(sizes: Any) -> None:
@@ -223,6 +238,18 @@ def _check_sizes(sizes: Any) -> None:
             "write mask.flatten(1).sum(1)"
         )
     check_own("fixed_point", "sizes", sizes, whole=True)
+
+
+def _check_checkpoints(checkpoints: Any) -> None:
+    last, rising = 0, isinstance(checkpoints, (tuple, list))
+    for k in checkpoints if rising else ():
+        rising = rising and type(k) is int and k > last
+        last = k if rising else last
+    if not rising:
+        raise ValueError(
+            "fixed_point: checkpoints must be a tuple of whole numbers >= 1 that rise, the "
+            f"iterations whose iterates are wanted, as (4, 8) (got {checkpoints!r})"
+        )
 
 
 def check_own(owner: str, name: str, t: Tensor, *, whole: bool = False) -> None:

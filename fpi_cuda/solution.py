@@ -88,6 +88,8 @@ class Solution(Account):
         trace: [T, B] where `trace=True` asked for it, else None: each sample's residual_norm by
             iteration, NaN after its own last one; trace_iterations: int32 [T], which those are.
         aux: with `has_aux=True` what g returned beside x̂, attached; else None.
+        checkpoints: with `checkpoints=` g of each iterate asked for, shaped like x0 and attached by
+            that call of g; else ().
 
     Under `torch.vmap` the record's tensors are plain and carry the mapped dimension first (a trace
     behind T).
@@ -96,6 +98,7 @@ class Solution(Account):
     x: State
     record: Record
     aux: Any = None
+    checkpoints: tuple[State, ...] = ()
     _again = cast(Any, None)  # of an instance: what calls g once more; see `solve.again`
 
     def __repr__(self) -> str:
@@ -170,13 +173,14 @@ class Solution(Account):
         return self.record.trace_iterations
 
     def detach(self) -> Solution:
-        """The same with x and the tensors of aux cut from the graph: keeps no graph alive.
+        """The same with x, checkpoints and aux's tensors cut from the graph: keeps none alive.
 
         What torch's pytrees do not look into (an object of your own) is left out of aux.
         """
         cut = self._without_aux()
         if self.aux is not None:
             cut.aux = tree_map(_cut, self.aux)
+        cut.checkpoints = tuple(each(lambda t: t.detach(), x) for x in self.checkpoints)
         return cut
 
     def _without_aux(self) -> Solution:

@@ -20,7 +20,7 @@ SNAPSHOT = Path(__file__).with_name("signatures.txt")
 # Where a public name can be imported from besides the package itself.
 PATHS = {
     "fpi_cuda": fpi_cuda.__all__,
-    "fpi_cuda.adjoint": ["ImplicitAdjoint"],
+    "fpi_cuda.adjoint": fpi_cuda.adjoint.__all__,
     "fpi_cuda.compat": compat.__all__,
     "fpi_cuda.contraction": contraction.__all__,
     "fpi_cuda.conv": ["ConvStep"],

@@ -114,6 +114,13 @@ def _solved(
         start = build(tree_of(layer, call["inputs"]) if cold else None, [t.detach() for t in x0])
         start, options, slot, keywords = layer._prepared(start, cold, **call)
         options.check()
+        if grad and not getattr(options.adjoint, "by_node", False):
+            layer._plan = None
+            raise RuntimeError(
+                "FixedPointLayer: a compiled graph has the adjoint as an operator, and "
+                f"{type(options.adjoint).__name__}, which the layer was given after it was "
+                "compiled, is none; call again, which leaves the graph there"
+            )
         posed = pose(layer.g, start, call["inputs"], call["params"], options, keywords)
         assert isinstance(posed, Posed)
         binding = posed.map.binding

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from ..options import DRIVERS as NAMES
-from . import eager, graph, whole
+from . import eager, graph, none, whole
 from .support import Driver, Solved, Support
 
-__all__ = ["NAMES", "ORDER", "Driver", "Solved", "Support", "check", "eager", "graph", "whole"]
+__all__ = ["NAMES", "ORDER", "Driver", "Solved", "Support", "check", "eager", "graph", "none"]
+__all__ += ["whole"]
 
 ORDER: dict[str, Sequence[Driver]] = {
     "auto": (whole, eager),

@@ -60,10 +60,11 @@ def _solve(direction: Any, because: str) -> Solved:
         rows=direction.rows(evaluate),
         observe=watching,
     )
-    if watching is not None:
-        watching.leave(record)
     record.evaluations = direction.seen.calls
-    return Solved(x, record)
+    if watching is None:
+        return Solved(x, record)
+    watching.leave(record, x)
+    return Solved(x, record, checkpoints=watching.checkpoints)
 
 
 _ALL = Support(_solve)

@@ -1,13 +1,13 @@
-"""What a forward solve shows of itself while it runs: `trace` and `callback`.
+"""What a forward solve shows of itself while it runs: `trace`, `callback`, `checkpoints`.
 
-Both need the host's loop, so a solve that is observed is the eager driver's; its adjoint is not
-observed. Neither waits for the device. What is shown is read from the record, so it is the same for
+They need the host's loop, so a solve that is observed is the eager driver's; its adjoint is not
+observed. None waits for the device. What is shown is read from the record, so it is the same for
 every backend and solver.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +28,11 @@ Update = Callable[[Tensor, Tensor], None]
 def asked(direction: Any) -> str:
     """Which options make the solve an observed one, for the record; "": none."""
     options = direction.problem.options
-    if not (options.trace or options.callback is not None) or direction.linear:
+    asks = options.trace, options.callback is not None, len(options.checkpoints) > 0
+    if not any(asks) or direction.linear:
         return ""
-    names = ["trace"] * options.trace + ["callback"] * (options.callback is not None)
-    return " and ".join(names)
+    names = "trace", "callback", "checkpoints"
+    return " and ".join(name for name, asked in zip(names, asks, strict=True) if asked)
 
 
 def observer(direction: Any) -> Observer | None:
@@ -40,7 +41,7 @@ def observer(direction: Any) -> Observer | None:
         return None
     problem = direction.problem
     options = problem.options
-    return Observer(options.trace, options.callback, problem.state)
+    return Observer(options.trace, options.callback, problem.state, options.checkpoints)
 
 
 class Observer:
@@ -50,12 +51,22 @@ class Observer:
         trace: whether residuals are kept.
         callback: called after each update; see `fixed_point`.
         unpack: from [*batch, *sample] to the user's state.
+        checkpoints: after which updates the iterates are kept.
+
+    Attributes:
+        checkpoints: those iterates, [*batch, *sample]: of a sample that had ended its solution.
     """
 
     def __init__(
-        self, trace: bool, callback: Callable[..., Any] | None, unpack: Callable[[Tensor], Any]
+        self,
+        trace: bool,
+        callback: Callable[..., Any] | None,
+        unpack: Callable[[Tensor], Any],
+        checkpoints: Sequence[int] = (),
     ) -> None:
         self._trace, self._callback, self._unpack = trace, callback, unpack
+        self._wanted = checkpoints
+        self.checkpoints: list[Tensor] = []
         self._iteration, self._stride = 0, 1
         self._at: list[int] = []  # the iterations that are kept
         self._residuals: list[Tensor] = []  # [B] each
@@ -72,6 +83,8 @@ class Observer:
             update(x, gx)
             if self._trace:
                 self._keep(residual)
+            if self._iteration in self._wanted:
+                self.checkpoints.append(layout.state(_state(x, progress), batch))
             if callback is not None and before is not None:
                 shown = self._unpack(layout.state(before, batch))
                 callback(self._iteration, shown, residual.reshape(batch).clone())
@@ -89,8 +102,12 @@ class Observer:
         self._at.append(self._iteration)
         self._residuals.append(residual.clone())
 
-    def leave(self, record: Record) -> None:
-        """Put the trace into the record: [T, *batch], NaN where a sample had ended before."""
+    def leave(self, record: Record, x: Tensor) -> None:
+        """Put the trace into the record: [T, *batch], NaN where a sample had ended before.
+
+        x is the solution, at which checkpoints stand that the solve did not come to.
+        """
+        self.checkpoints += [x] * (len(self._wanted) - len(self.checkpoints))
         if not self._trace:
             return
         counts, residual = record.iterations, record.residual_norm

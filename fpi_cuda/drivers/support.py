@@ -18,6 +18,7 @@ class Solved(NamedTuple):
     x: Tensor
     record: Record | None  # None: nothing is said of samples, and none is masked
     outputs: Sequence[Tensor | None] | None = None  # those of the direction, where it made them
+    checkpoints: Sequence[Tensor] = ()  # the iterates that were asked for
 
 
 class Support(NamedTuple):

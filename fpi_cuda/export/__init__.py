@@ -179,6 +179,10 @@ def _refuse(options: Options) -> None:
             options.callback is not None,
             "a program can't call Python: export with callback=None",
         ),
+        "checkpoints": (
+            len(options.checkpoints) > 0,
+            "a program is for inference, and returns x̂ alone: export with checkpoints=()",
+        ),
         "on_failure": (
             options.on_failure == "raise",
             "a program can't raise an error that depends on values: export with "

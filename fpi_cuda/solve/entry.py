@@ -12,6 +12,7 @@ from .. import drivers
 from .._torch import attribute, transforming
 from .._torch_graphs import fake_mode, fake_world, odd
 from ..arguments import Arguments, numbers
+from ..captures import followed
 from ..options import Options
 from ..record import Record
 from ..solution import FixedPointError, Solution, State
@@ -22,6 +23,7 @@ from .independence import samples_of
 from .maps import UserMap
 from .meta import refuse_meta, shapes
 from .problem import Context, Problem, Report
+from .recorded import recorded
 
 
 class _Shown:
@@ -45,9 +47,12 @@ class Posed(NamedTuple):
     params: Sequence[Tensor]  # those that g gets whole, too
     again: Callable[[State], Again | None]  # g once more, at a solution
 
-    def solution(self, x: Tensor, record: Record, aux: Any = None) -> Solution:
+    def solution(
+        self, x: Tensor, record: Record, aux: Any = None, checkpoints: Sequence[Tensor] = ()
+    ) -> Solution:
         """What the user gets."""
-        solution = Solution(self.state.unpack(x), record, aux)
+        unpack = self.state.unpack
+        solution = Solution(unpack(x), record, aux, tuple(map(unpack, checkpoints)))
         solution._again = self.again(solution.x)
         return solution
 
@@ -133,6 +138,12 @@ def enter(
     """
     refuse_jit("fixed_point")
     options.check()
+    if options.checkpoints and followed():
+        raise RuntimeError(
+            "fixed_point: checkpoints are attached by plain autograd, so there are none under a "
+            "torch.func transform or forward mode; leave them out there, or write a loss on them "
+            "for torch.autograd"
+        )
     shown = None
     if options.callback is not None:
         shown = _Shown(options.callback)
@@ -151,6 +162,9 @@ def enter(
     try:
         tensors = (*posed.inputs, *posed.params, *own)
         x = options.adjoint.attach(problem, posed.state.packed, tensors, report)
+        keep = report.keep
+        points = [recorded(problem, at, keep, tensors, 1) for at in report.checkpoints]
+        report.checkpoints = ()
     except FixedPointError as error:
         solution = error.solution
         if solution.record is report.record:  # not one of a solve within g
@@ -161,5 +175,5 @@ def enter(
             shown.callback = None
     aux = map.settle(x, posed.inputs, posed.params, options.driver == "graph", own)
     assert report.record is not None
-    report.record.evaluations += options.has_aux
-    return posed.solution(x, report.record, aux)
+    report.record.evaluations += options.has_aux + len(points)
+    return posed.solution(x, report.record, aux, points)

@@ -53,7 +53,7 @@ def finite(gradients: Sequence[Tensor | None]) -> bool:
 
 def masked(c: Tensor, keep: Tensor | None) -> Tensor:
     """C with zeros where it is not kept: bool [*batch], or None: all is."""
-    return c if keep is None else torch.where(_like(keep, c), c, 0)
+    return c if keep is None else torch.where(like(keep, c), c, 0)
 
 
 def stand_in(keep: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -169,5 +169,6 @@ def unmapped(map: Map) -> tuple[Map, Sequence[int | None]]:
     return map.inner, map.dims
 
 
-def _like(keep: Tensor, t: Tensor) -> Tensor:
+def like(keep: Tensor, t: Tensor) -> Tensor:
+    """[*batch] with a dimension of 1 for each of t that it lacks."""
     return keep.reshape(*keep.shape, *(1,) * (t.dim() - keep.dim()))

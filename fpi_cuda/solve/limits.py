@@ -19,6 +19,15 @@ __all__ = ["check_values", "limits_of", "of_numbers", "own_limits"]
 MOST = 2**24  # of a sample's own limit: the kernels take it as float32, which skips numbers above
 
 
+class Cut(Limits):
+    """Of a solve that may end before it converges: as with a fixed count, that is no failure."""
+
+    @property
+    def counted(self) -> bool:
+        """All do what was asked."""
+        return True
+
+
 def limits_of(
     problem: Problem, start: Tensor, *, adjoint: bool, rounded: torch.dtype | None = None
 ) -> Limits:
@@ -42,13 +51,13 @@ def limits_of(
         computed = problem.context.precision(dtype)
     rounded = rounded or computed
     size = start.shape[dims:].numel()
-    tolerance, most, patience = options.tolerance, options.max_iterations, options.solver.patience
-    sizes = options.sizes
+    tolerance, most, sizes = options.tolerance, options.max_iterations, options.sizes
+    patience = MOST if problem.cut else options.solver.patience
     rtol, atol = tolerance.resolve(computed, adjoint=adjoint)
     if type(most) is not int and isinstance(most, Tensor) and most.dim() == 0:
         most = int(most)
     if type(most) is int and not tolerance.own and sizes is None:
-        return of_numbers(rtol, atol, size, rounded, patience, most)
+        return of_numbers(rtol, atol, size, rounded, patience, most, problem.cut)
     batch = start.shape[:dims]
     check_values(problem.name, options.tolerance, most, batch[-1])
     if sizes is not None:
@@ -68,7 +77,7 @@ def limits_of(
     if isinstance(spread, Tensor):
         spread = spread.to(own.dtype).expand(batch).reshape(-1)
     more: Any = {"precision": rounded, "spread": spread}
-    return Limits(least, 0.0, level, patience, int(longest), slices, **more)
+    return _kind(problem.cut)(least, 0.0, level, patience, int(longest), slices, **more)
 
 
 def own_limits(
@@ -116,15 +125,25 @@ def own_limits(
 
 @functools.lru_cache(maxsize=64)
 def of_numbers(
-    rtol: float, atol: float, size: int, dtype: torch.dtype, patience: int, max_iterations: int
+    rtol: float,
+    atol: float,
+    size: int,
+    dtype: torch.dtype,
+    patience: int,
+    max_iterations: int,
+    cut: bool = False,
 ) -> Limits:
     """The stop rule of samples that share it, of so many entries each."""
     if rtol == atol == 0:  # a fixed count runs to its end, at the rounding level too
         patience = max_iterations
     root, grows = math.sqrt(size), _grows(dtype)
     level, spread = _rounding(dtype, size if grows else 1), 1.0 if grows else root
-    most = max_iterations
-    return Limits(rtol, atol * root, level, patience, most, precision=dtype, spread=spread)
+    own = rtol, atol * root, level, patience, max_iterations
+    return _kind(cut)(*own, precision=dtype, spread=spread)
+
+
+def _kind(cut: bool) -> type[Limits]:
+    return Cut if cut else Limits
 
 
 def _grows(dtype: torch.dtype) -> bool:

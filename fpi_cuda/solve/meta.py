@@ -86,7 +86,8 @@ def shapes(
             valued=False,
         )
         record.progress.result()
-        return Solution(state.unpack(x), record, aux)
+        points = tuple(state.unpack(x) for _ in options.checkpoints)
+        return Solution(state.unpack(x), record, aux, points)
 
 
 def refuse_meta(tensors: Sequence[Tensor]) -> None:

@@ -24,15 +24,15 @@ from ..drivers import graph
 from ..modules import reached
 from ..state import refuse_freed
 from .closure import Redirected
-from .failed import Gradients, masked, of_kept, pull, pulled_back, stand_in
+from .failed import Gradients, masked, of_kept, pull, pulled_back
 from .linear import Backward, direction_of
 from .maps import LinearMap, check_output, users
 from .problem import Problem, Report
 from .route import solve
-from .rows import stood
+from .rows import standing
 from .tangent import tangent_of_kept
 
-__all__ = ["attach", "gradients"]
+__all__ = ["attach", "gradients", "solved"]
 
 
 class _Call:
@@ -55,6 +55,21 @@ class _Call:
 
 def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Report) -> Tensor:
     """The problem solved from x0; x̂ attached to the tensors, and to g's closure tensors once."""
+    x, keep = solved(problem, x0, tensors, report)
+    if not report.closure:
+        return x
+    # First derivatives for the closure tensors: the gradient at g(x̂) is c itself (eq. 11).
+    y = _attachable(problem, x.detach(), keep, [t.detach() for t in tensors])
+    # Another tensor than the one g saw: its graph saves that one, and the node's output would then
+    # hold itself.
+    call = _Call(problem, report, (x.detach(), keep))
+    return FixedPoint.apply(call, x0, y, *tensors)[0]  # type: ignore[no-untyped-call, no-any-return]
+
+
+def solved(
+    problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Report
+) -> tuple[Tensor, Tensor | None]:
+    """x̂, attached to the tensors but not to g's closure tensors; the samples that are kept."""
     if followed():
         map, said = problem.map, problem.advice
         if any(t.is_inference() for t in tensors):  # parameters of a model that was made there
@@ -76,22 +91,15 @@ def attach(problem: Problem, x0: Tensor, tensors: Sequence[Tensor], report: Repo
     else:  # no node where nothing asks for one
         start = x0.detach() if x0.requires_grad else x0
         x, keep, _ = solve(direction_of(problem, start, tensors), report)
-    if not report.closure:
-        return x  # type: ignore[no-any-return]
-    # First derivatives for the closure tensors: the gradient at g(x̂) is c itself (eq. 11).
-    y = _attachable(problem, x.detach(), keep, [t.detach() for t in tensors])
-    # Another tensor than the one g saw: its graph saves that one, and the node's output would then
-    # hold itself.
-    call = _Call(problem, report, (x.detach(), keep))
-    return FixedPoint.apply(call, x0, y, *tensors)[0]  # type: ignore[no-untyped-call, no-any-return]
+    return x, keep
 
 
 def _attachable(problem: Problem, x: Tensor, keep: Tensor | None, tensors: list[Tensor]) -> Tensor:
     """G(x), of which only the closure tensors have a gradient; kept samples stand in for others."""
-    map, n = problem.map, problem.map.n_inputs
-    if keep is not None and not bool(keep.all()):
-        x, *tensors[:n] = stand_in(keep, (x, *tensors[:n]))
-        map = stood(problem, keep, x, tensors).map
+    if keep is not None and bool(keep.all()):
+        keep = None
+    map, x, tensors = standing(problem, x, keep, tensors)
+    n = map.n_inputs
     with problem.context.autocast():
         return check_output(map.bind(tensors[n:])(x, *tensors[:n]), x)
 

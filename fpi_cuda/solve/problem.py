@@ -80,6 +80,7 @@ class Problem(NamedTuple):
     advice: str = "pass it in `inputs` (per sample) or `params` (shared)"  # a closure tensor
     lipschitz: float | None = None
     structure: Hashable = ()  # of a state that is packed: what tells it from others
+    cut: bool = False  # whether it may end before it converges, and none has failed by that
 
     def mapped(self, dims: Sequence[int | None]) -> Problem:
         """The problem over one more batch dimension, where torch.vmap maps it."""
@@ -110,6 +111,8 @@ class Report:
     closure = False  # whether g has closure tensors that need gradients
     masked = False  # whether samples may have no gradient
     looked = False  # whether it was looked at whether samples depend on each other
+    keep: Tensor | None = None  # bool [*batch]: samples whose gradient is kept; None: all
+    checkpoints: Sequence[Tensor] = ()  # iterates that were asked for, [*batch, *sample]
 
     def __init__(self, parent: Report | None = None, tangent: bool = False) -> None:
         self.parent, self.tangent = parent, tangent

@@ -41,7 +41,8 @@ def solve(direction: Direction, report: Report) -> Outcome:
         keep = _account(direction, solved, report)
         if direction.skip is not None and (direction.higher or report.of_closure):
             keep = direction.sound(keep)
-        report.masked = keep is not None
+        report.masked, report.keep = keep is not None, keep
+        report.checkpoints = solved.checkpoints
         outputs = _outputs(direction, solved, keep)
     return direction.spoiled(solved.x), keep, outputs
 

@@ -19,7 +19,7 @@ from .._torch import of_vmap, tree_leaves, tree_map
 from .maps import Bound, LinearMap, Map
 from .problem import Problem
 
-__all__ = ["stood", "with_row"]
+__all__ = ["standing", "stood", "with_row"]
 
 
 def with_row(keep: Tensor, t: Tensor) -> Tensor:
@@ -29,6 +29,18 @@ def with_row(keep: Tensor, t: Tensor) -> Tensor:
     row = keep.to(torch.uint8).argmax().view(1)
     rows = keep.view(len(keep), *(1,) * (t.dim() - 1))
     return torch.where(rows, t, t.detach().index_select(0, row))
+
+
+def standing(
+    problem: Problem, x: Tensor, keep: Tensor | None, tensors: Sequence[Tensor]
+) -> tuple[Map, Tensor, list[Tensor]]:
+    """A problem's map, x and tensors with kept samples in the places of others; None: all are."""
+    if keep is None:
+        return problem.map, x, list(tensors)
+    n = problem.map.n_inputs
+    x, *inputs = (with_row(keep, t) for t in (x, *tensors[:n]))
+    tensors = [*inputs, *tensors[n:]]
+    return stood(problem, keep, x, tensors).map, x, tensors
 
 
 def stood(problem: Problem, keep: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Problem:
