@@ -12,7 +12,7 @@ from .adjoint import ImplicitAdjoint
 from .options import Adjoint, Options, Solver, Tolerance
 from .solution import Solution, State
 from .solve.entry import enter
-from .solvers import Anderson
+from .solvers import Anderson, named
 
 __all__ = ["fixed_point"]
 
@@ -22,7 +22,7 @@ def fixed_point(
     x0: State,
     *inputs: Tensor,
     params: Sequence[Tensor] = (),
-    solver: Solver = Anderson(),  # noqa: B008 - frozen
+    solver: Solver | str = Anderson(),  # noqa: B008 - frozen
     adjoint: Adjoint = ImplicitAdjoint(),  # noqa: B008
     tolerance: Tolerance = Tolerance(),  # noqa: B008
     max_iterations: int | Tensor = 200,
@@ -73,7 +73,7 @@ def fixed_point(
             Anderson's weights are real.
         inputs: what g depends on per sample, z: tensors with first dimension B.
         params: tensors that the batch shares, θ.
-        solver: `Picard(...)` or `Anderson(...)`.
+        solver: `Picard(...)`, `Anderson(...)`, or `Auto(...)`, for which "auto" stands.
         adjoint: how the derivative is had: `ImplicitAdjoint(...)` exactly, `OneStep()`,
             `Neumann(k)`, `Truncated(k)`, `Unrolled(k)` and `Phantom(k, damping)` for less
             (docs/gradients.md).
@@ -141,7 +141,16 @@ def fixed_point(
         FixedPointError: `on_failure="raise"` and a sample did not converge.
     """
     options = Options(
-        *(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
+        *(
+            named(solver),
+            adjoint,
+            tolerance,
+            max_iterations,
+            backend,
+            on_failure,
+            per_sample,
+            driver,
+        ),
         *(trace, callback, has_aux, norm_weights, sizes),
         checkpoints=checkpoints,
     )

@@ -19,7 +19,7 @@ from .fixed_point import solve
 from .options import Adjoint, Options, Solver, Tolerance
 from .solution import Solution, State, each, kept
 from .solve.problem import Context
-from .solvers import Anderson
+from .solvers import Anderson, named
 from .start import start_of
 from .state import state_of
 from .warm import CAPACITY, Slot, Warm, check_key
@@ -102,7 +102,7 @@ class FixedPointLayer(nn.Module):
         g: Callable[..., Any],
         *,
         state_shape: Any = None,
-        solver: Solver = Anderson(),  # noqa: B008 - frozen
+        solver: Solver | str = Anderson(),  # noqa: B008 - frozen
         adjoint: Adjoint = ImplicitAdjoint(),  # noqa: B008
         tolerance: Tolerance = Tolerance(),  # noqa: B008
         max_iterations: int | Tensor = 200,
@@ -119,7 +119,16 @@ class FixedPointLayer(nn.Module):
     ) -> None:
         super().__init__()
         options = Options(
-            *(solver, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
+            *(
+                named(solver),
+                adjoint,
+                tolerance,
+                max_iterations,
+                backend,
+                on_failure,
+                per_sample,
+                driver,
+            ),
             *(trace, callback, has_aux, norm_weights),
         )
         options.check()

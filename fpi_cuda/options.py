@@ -202,7 +202,7 @@ def check_parts(
 ) -> None:
     """Raise unless these are what they must be; own False: None stands for another solve's."""
     if (own or solver is not None) and not _has(solver, _SOLVER):
-        kinds = "Picard(...) or Anderson(...)" if own else "Picard or Anderson"
+        kinds = 'Picard(...), Anderson(...) or "auto"' if own else 'Picard, Anderson or "auto"'
         raise TypeError(f"{owner}: solver must be {kinds} (got {solver!r})")
     if (own or tolerance is not None) and not isinstance(tolerance, Tolerance):
         advice = "; write Tolerance(rtol=1e-4)" if own else ""

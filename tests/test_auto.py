@@ -157,8 +157,11 @@ def test_by_name():
     z = torch.randn(3, 4, dtype=torch.float64)
     named, given = (solve(sines(0.5), z, solver) for solver in ("auto", Auto()))
     assert torch.equal(named.iterations, given.iterations)
-    assert ImplicitAdjoint(solver="auto") == ImplicitAdjoint(solver=Auto())
-    with pytest.raises(TypeError, match='solver must be .*"auto"'):
+    z.requires_grad_()
+    s = solve(sines(0.9), z, Picard(), adjoint=ImplicitAdjoint(solver="auto"))
+    s.x.sum().backward()
+    assert (s.adjoint.record.progress.counters[:, WINDOW] > 1).any()
+    with pytest.raises(TypeError, match=r'solver must be .*"auto"'):
         solve(sines(0.5), z, "fast")
 
 

@@ -23,7 +23,7 @@ from ..options import ByValue, Solver, Tolerance, check_failed, check_parts
 from ..solve import node
 from ..solve.limits import check_values
 from ..solve.problem import Problem, Report
-from ..solvers import Picard
+from ..solvers import Picard, named
 
 __all__ = ["ImplicitAdjoint", "Neumann", "OneStep", "Truncated"]
 
@@ -91,7 +91,7 @@ class ImplicitAdjoint(_ByNode):
     """The exact gradient: how the backward iteration is solved (paper eq. 9), and a tangent's.
 
     Args:
-        solver: None: the forward's.
+        solver: None: the forward's; "auto": `Auto()`.
         tolerance: None: the default rtol of `Tolerance`, under the autocast of the forward solve,
             wherever the backward runs. The test is ‖r‖ ≤ rtol·max(‖c‖, ‖v‖), so
             the scale of the loss does not matter; an atol is added only where it is given.
@@ -105,7 +105,7 @@ class ImplicitAdjoint(_ByNode):
         TypeError: an option has the wrong type.
     """
 
-    solver: Solver | None = None
+    solver: Solver | str | None = None
     tolerance: Tolerance | None = None
     max_iterations: int | Tensor | None = None
     failed: str = "mask"
@@ -115,7 +115,7 @@ class ImplicitAdjoint(_ByNode):
         check_failed("ImplicitAdjoint", self.failed)
 
     def _solves(self) -> Solves:
-        return self.solver, self.tolerance, self.max_iterations
+        return named(self.solver), self.tolerance, self.max_iterations
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +191,7 @@ class Truncated(_ByNode):
 
     Args:
         k: products with ∂g/∂xᵀ, 0 or more; 0 is `OneStep`.
-        solver: None: the forward's.
+        solver: None: the forward's; "auto": `Auto()`.
         tolerance: at which it stops earlier; None: as in `ImplicitAdjoint`. `Tolerance(0, 0)`
             always takes k.
         failed: as in `ImplicitAdjoint`.
@@ -202,7 +202,7 @@ class Truncated(_ByNode):
     """
 
     k: int
-    solver: Solver | None = None
+    solver: Solver | str | None = None
     tolerance: Tolerance | None = None
     failed: str = "mask"
     cut: ClassVar[bool] = True
@@ -213,4 +213,4 @@ class Truncated(_ByNode):
         check_failed("Truncated", self.failed)
 
     def _solves(self) -> Solves:
-        return self.solver, self.tolerance, self.k
+        return named(self.solver), self.tolerance, self.k
