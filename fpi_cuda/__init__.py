@@ -13,11 +13,12 @@ from .solution import (
     Status,
     Tolerance,
 )
-from .solvers import Anderson, Picard
+from .solvers import Anderson, BiCGSTAB, Picard
 from .steps import ConvStep, DenseEnergy, DenseStep, GradientStep, NeuralStep
 
 __all__ = [
     "Anderson",
+    "BiCGSTAB",
     "ConvStep",
     "DenseEnergy",
     "DenseStep",

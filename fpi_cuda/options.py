@@ -193,8 +193,15 @@ def check_parts(
 ) -> None:
     """Raise unless these are what they must be; own False: None stands for another solve's."""
     if (own or solver is not None) and not _has(solver, _SOLVER):
-        kinds = "Picard(...) or Anderson(...)" if own else "Picard or Anderson"
+        kinds = "Picard(...) or Anderson(...)" if own else "Picard, Anderson or BiCGSTAB"
         raise TypeError(f"{owner}: solver must be {kinds} (got {solver!r})")
+    if own and getattr(solver, "linear", False):
+        name = type(solver).__name__
+        raise TypeError(
+            f"{owner}: solver must solve any g, and {name} solves linear equations alone (got "
+            f"{solver!r}); give it as adjoint=ImplicitAdjoint(solver={name}()), and Anderson(...) "
+            "or Picard(...) here"
+        )
     if (own or tolerance is not None) and not isinstance(tolerance, Tolerance):
         advice = "; write Tolerance(rtol=1e-4)" if own else ""
         raise TypeError(f"{owner}: tolerance must be a Tolerance (got {tolerance!r}){advice}")

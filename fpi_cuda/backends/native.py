@@ -76,6 +76,11 @@ def _runs(arch: str, major: int, minor: int) -> bool:
     return (major == least[0] and minor >= least[1]) or (later and (major, minor) >= least)
 
 
+def has(device_type: str, operator: str) -> bool:
+    """Whether this build has the step operator of this name there."""
+    return _has(device_type, f"_{operator}")
+
+
 @cache
 def dense_devices() -> tuple[str, ...]:
     """Device types that dense steps are solved whole on."""

@@ -2,6 +2,7 @@
 
 from ..options import Solver
 from .anderson import Anderson
+from .bicgstab import BiCGSTAB
 from .picard import Mixing, Picard
 
-__all__ = ["Anderson", "Mixing", "Picard", "Solver"]
+__all__ = ["Anderson", "BiCGSTAB", "Mixing", "Picard", "Solver"]

@@ -80,6 +80,7 @@ class Coupled:
         joint.bounds[:, OWN_MAX_ITERATIONS] = most if most <= 2**24 else 2**30
         threshold = joint.bounds[:, OWN_OFFSET]
         move = self.solver.start(backend, joint, joint.out)
+        iterate = getattr(move, "iterate", None)  # of a solver that evaluates directions, too
         judged = torch.empty_like(x)
         status = progress.counters[:, STATUS].view(systems, samples)
         since = progress.counters[:, REFERENCE_ITERATION].view(systems, samples)
@@ -93,9 +94,12 @@ class Coupled:
         joint_measured = joint.scalars[:, None, GAIN:]
 
         def update(x: Tensor, gx: Tensor) -> None:
-            judged.copy_(x)
+            at, value = x, gx
+            if iterate is not None:
+                at, value = (t.view_as(x) for t in iterate(x.view(whole), gx.view(whole)))
+            judged.copy_(at)
             before = norms.clone()
-            backend.picard_step(progress, judged, gx, 1.0)
+            backend.picard_step(progress, judged, value, 1.0)
             least, most = torch.aminmax(status, dim=1)
             threshold.copy_(torch.where(least > ACTIVE, math.inf, NEVER.offset))
             move(x.view(whole), gx.view(whole))
