@@ -1,4 +1,4 @@
-"""The formulas of BiCGSTAB for u = M u + v, one product M y a step; csrc/math/bicgstab.h has them too.
+"""The formulas of BiCGSTAB for u = M u + v, one product a step; csrc/math/bicgstab.h has them too.
 
 A row holds an iterate or a direction, and g of it. v is never asked for: with the last iterate that
 was judged, x′, and g(x′), a direction y is evaluated at x = x′ + τ y, and M y = (g(x) − g(x′)) / τ
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..record import ACTIVE, GROWTH
+from ..record import ACTIVE, FALL, GROWTH
 from .formulas import Rows, Rule, _freeze, _larger_gain, _noise, _norm, _put, _scale, _stop, _wide
 
 __all__ = ["NUMBERS", "STATES", "VECTORS", "bicgstab", "iterate"]
@@ -20,8 +20,8 @@ __all__ = ["NUMBERS", "STATES", "VECTORS", "bicgstab", "iterate"]
 # What a row of x is, in counters[:, WINDOW]; csrc/math/bicgstab.h has the same, and what follows.
 ITERATE, FIRST, SECOND = range(3)
 STATES = 2  # of base, [B, STATES, N] in the state's dtype: x′, g(x′)
-# Of vectors, [B, VECTORS, N] in the accumulate dtype, in the unit of the residual: what the solution
-# is beyond x′; its residual; p; (1 − M) p.
+# Of vectors, [B, VECTORS, N] in the accumulate dtype, in the unit of the residual: what the
+# solution is beyond x′; its residual; p; (1 − M) p.
 VECTORS = 4
 # Columns of numbers, [B, NUMBERS] in the accumulate dtype: the unit, as what residuals are
 # multiplied by; τ, as what a direction is; ρ and α of the last p; the norms of p and (1 − M) p.
@@ -81,22 +81,26 @@ def bicgstab(
     start, z_norm = unit * rows.residual, zz.sqrt()  # start: ‖r̂‖
     along = torch.where(rz < 0, -1, 1) * torch.maximum(rz.abs(), SLANT * rr.sqrt() * z_norm)
     length = torch.where(first, hr / hz, along / zz)
-    sound = torch.where(first, hz.abs() > eps * start * z_norm, zz > 0) & length.isfinite()
+    noise = _noise(rows.value, x.dtype)
+    sound = (tau * z_norm > noise) & length.isfinite()
+    sound = sound & ~(first & (hz.abs() <= eps * start * z_norm))
     length = torch.where(sound, length, 0)
-    square = rr - 2 * length * rz + length**2 * zz
-    lost = square <= LOST * eps * (rr + length**2 * zz)
+    added = torch.where(sound, length**2 * zz, 0)
+    square = rr - 2 * torch.where(sound, length * rz, 0) + added
+    lost = square <= LOST * eps * (rr + added)
     norm = torch.where(lost, 0, square).sqrt()
     next_rho = hr - length * hz
     factor = next_rho / rho * (alpha / length)
     sound = sound & (first | ((next_rho.abs() > eps * start * norm) & factor.isfinite()))
     sound = sound & (norm <= GROWTH * start)
-    met = norm <= unit * rule.threshold(solution.sqrt() / unit)
+    better = norm <= FALL * start
+    met = better & (norm <= unit * rule.threshold(solution.sqrt() / unit))
     moves = first | second
     leaves = moves & (~sound | met | lost | last)
     goes = moves & ~leaves
 
-    step = torch.where(moves, length, 0)[:, None]
-    d, r = d + step * torch.where(moves[:, None], y, 0), r - step * torch.where(moves[:, None], z, 0)
+    step, steps = length[:, None], (moves & (length != 0))[:, None]
+    d, r = torch.where(steps, d + step * y, d), torch.where(steps, r - step * z, r)
     turned, crossed = goes & second, goes & first
     p = torch.where(turned[:, None], r + factor[:, None] * (p - step * q), p)
     q = torch.where(crossed[:, None], z, q)
@@ -120,7 +124,7 @@ def bicgstab(
     tau = torch.where(goes | begins, _power(ahead) / _power(new.value + new.residual), tau)
     towards = wide + tau[:, None] * torch.where(crossed[:, None], r, p)
     back = torch.where(last.expand_as(moves)[:, None], held[:, 0], held[:, 1])
-    found = torch.where((norm <= start)[:, None], (wide + d / unit[:, None]).to(x.dtype), back)
+    found = torch.where(better[:, None], (wide + d / unit[:, None]).to(x.dtype), back)
     found = torch.where(begins[:, None], gx, found)
     leaves = leaves | (begins & last)
     moved = torch.where(leaves[:, None], found, towards.to(x.dtype))
@@ -129,7 +133,7 @@ def bicgstab(
 
     seen = moves & (yy > 0)
     ring = _put(rows.ring, k, seen, mm / yy)
-    gain = _larger_gain(rows.gain, dg, dg - dx, _noise(rows.value, x.dtype))
+    gain = _larger_gain(rows.gain, dg, dg - dx, noise)
     new = new._replace(
         window=torch.where(moves | begins, phase, rows.window),
         ring=ring,

@@ -30,6 +30,7 @@ CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # csrc/math/activ
 _ops = torch.ops.fpi_cuda
 _picard_step = _ops._picard_step.default
 _anderson_step = _ops._anderson_step.default
+_bicgstab_step = _ops._bicgstab_step.default
 _dense_map = _ops._dense_map.default
 _dense_solve = _ops._dense_solve.default
 
@@ -103,6 +104,12 @@ def anderson_step(p: Progress, x: Tensor, gx: Tensor, *weights_and_window: Any) 
     """See `reference.anderson_step`; refreshes one row of gram."""
     given = p.out, p.counters, p.scalars, p.tally, p.index, p.bounds
     _anderson_step(x, gx, *given, *p.limits.values, *weights_and_window)
+
+
+def bicgstab_step(p: Progress, x: Tensor, gx: Tensor, *memory: Tensor) -> None:
+    """See `reference.bicgstab_step`."""
+    given = p.out, p.counters, p.scalars, p.tally, p.index, p.bounds
+    _bicgstab_step(x, gx, *given, *p.limits.values, 1.0, *memory)
 
 
 def dense_refusal(form: DenseForm, x0: Tensor, history: int) -> str | None:
