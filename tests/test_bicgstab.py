@@ -8,9 +8,11 @@ from helpers import contraction, linear
 from helpers_bicgstab import (
     HARD,
     adjoint,
+    check_steps,
     error,
     exact,
     line,
+    memory_of,
     random,
     residual,
     rotation,
@@ -32,8 +34,8 @@ from fpi_cuda import (
     backends,
     fixed_point,
 )
-from fpi_cuda.backends import krylov, native, reference
-from fpi_cuda.record import STATUS, WINDOW, Limits, Progress, accumulate_dtype
+from fpi_cuda.backends import native, reference
+from fpi_cuda.record import Limits, Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -351,15 +353,6 @@ def test_a_backend_without_the_operator_uses_another():
     assert backends.operator(reference, "bicgstab_step", x) is reference.bicgstab_step
 
 
-def memory_of(b, n, dtype):
-    acc = accumulate_dtype(dtype)
-    return (
-        torch.empty(b, krylov.STATES, n, dtype=dtype),
-        torch.empty(b, krylov.VECTORS, n, dtype=acc),
-        torch.empty(b, krylov.NUMBERS, dtype=acc),
-    )
-
-
 def test_operators_check_what_they_are_given():
     pytest.importorskip("fpi_cuda._C")
     x = torch.randn(2, 3)
@@ -377,51 +370,8 @@ def test_operators_check_what_they_are_given():
         native.bicgstab_step(p, x, x, base, vectors, numbers)
 
 
-def steps(backend, dtype, shape=(5, 37), most=7, seed=0):
-    """Every state of a few steps from the same start, beside the oracle's step in float64."""
-    b, n = shape
-    a = contraction(n, 0.9, seed=seed)
-    v = random(b, n, seed=seed + 1)
-    v[0] *= 1e-30 if dtype != torch.float16 else 1e-3
-    limits = Limits(rtol=1e-9, offset=0.0, rounding=0.0, patience=10**6, max_iterations=most)
-    x = v.to(dtype)
-    p, mine = Progress(x, limits), memory_of(b, n, dtype)
-    for _ in range(most):
-        gx = (x.double() @ a + v).to(dtype)
-        q = Progress(x.double().clone(), limits)
-        for name in ("counters", "tally"):
-            getattr(q, name).copy_(getattr(p, name))
-        q.scalars.copy_(p.scalars)
-        q.out.copy_(p.out)
-        q.precision = p.precision
-        y, oracles = x.double().clone(), [t.double().clone() for t in mine]
-        backend.bicgstab_step(p, x, gx, *mine)
-        reference.bicgstab_step(q, y, gx.double(), *oracles)
-        yield p, x, mine, q, y, oracles
-
-
-ROUNDED = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-def check_steps(backend, dtype, **given):
-    for p, x, mine, q, y, oracles in steps(backend, dtype, **given):
-        assert torch.equal(p.counters, q.counters)
-        assert torch.equal(p.tally, q.tally)
-        size = torch.linalg.vector_norm(y, dim=1).clamp(min=1e-37)
-        assert (torch.linalg.vector_norm(x.double() - y, dim=1) <= ROUNDED[dtype] * size).all()
-        goes = p.counters[:, WINDOW] != krylov.ITERATE  # of others nobody reads them
-        for memory, oracle in zip(mine[:2], oracles[:2], strict=True):
-            t, other = memory[goes], oracle[goes]
-            there = other.isfinite()
-            assert torch.equal(there, t.isfinite())
-            unit = torch.where(there, other, 0).abs().amax(2, keepdim=True).clamp(min=1)
-            off = torch.where(there, t.double() - other, 0).abs()
-            assert (off <= 20 * ROUNDED[dtype] * unit).all()
-        ended = p.counters[:, STATUS] != 0
-        torch.testing.assert_close(p.out[ended], x[ended], rtol=0, atol=0)
-
-
 def test_steps_match_the_oracle(dtype):
     pytest.importorskip("fpi_cuda._C")
-    check_steps(native, dtype)
-    check_steps(native, dtype, shape=(3, 1), most=3)
+    for shape in ((5, 37), (4, 11), (4, 300)):
+        check_steps(native, dtype, shape)
+    check_steps(native, dtype, (6, 21), index=[4, 1, 5, 0, 2])

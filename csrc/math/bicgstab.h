@@ -15,7 +15,7 @@ enum KrylovNumber { kUnit, kStep, kRho, kAlpha, kPNorm, kQNorm, kKrylovNumbers }
 
 // Of base: the last iterate that was judged, x′, and g(x′). Of vectors, in the unit: what the
 // solution is beyond x′; its residual; p; (1 − M) p.
-enum KrylovState { kOld, kOldValue, kKrylovStates };
+enum KrylovState { kBase, kBaseValue, kKrylovStates };
 enum KrylovVector { kBeyond, kRest, kP, kQ, kKrylovVectors };
 
 constexpr double kSlant = 0.7;  // the least cosine between s and (1 − M) s that ω is taken by
@@ -40,14 +40,14 @@ struct Krylov {
 
 // What becomes of a row.
 enum KrylovMove : int32_t {
-  kEnd,         // its result, by the status
-  kBegin,       // x is x′ from now on, and its residual p
-  kTakeP,       // the step along p; then s
-  kTakeS,       // the step along s; then p
-  kToSolution,  // the step, if any; then the solution is judged
-  kToOldValue,  // g(x′) is judged
-  kToOld,       // x′ is
-  kToValue,     // g(x) is
+  kEnd,          // its result, by the status
+  kBegin,        // x is x′ from now on, and its residual p
+  kTakeP,        // the step along p; then s
+  kTakeS,        // the step along s; then p
+  kToSolution,   // the step, if any; then the solution is judged
+  kToBaseValue,  // g(x′) is judged
+  kToBase,       // x′ is
+  kToValue,      // g(x) is
 };
 
 template <typename Acc>
@@ -166,7 +166,7 @@ FPI_HOST_DEVICE KrylovStep<Acc> after_direction(const Acc* sums, int64_t sample,
   counters[kIterations] = k;
   const bool last = is_last(sample, record);
   if (!sound || met || lost || last) {
-    step.move = better ? kToSolution : last ? kToOld : kToOldValue;
+    step.move = better ? kToSolution : last ? kToBase : kToBaseValue;
     counters[kWindow] = kIterate;
   } else {
     step.move = first ? kTakeP : kTakeS;
@@ -184,7 +184,7 @@ FPI_HOST_DEVICE KrylovStep<Acc> after_direction(const Acc* sums, int64_t sample,
         power_for(first ? norm : numbers[kPNorm]) / power_for(scalars[kValue] + scalars[kResidual]);
     numbers[kStep] = step.tau;
   }
-  if (sums[kYY] > 0) {
+  if (sums[kYY] > 0 && is_finite(sums[kMM] + zz)) {
     scalars[kRing + (k - 2) % kRingLength] = sums[kMM] / sums[kYY];
     scalars[kGain] = larger_gain(scalars[kGain], sums[kMM], zz, noise);
   }

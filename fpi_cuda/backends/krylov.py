@@ -131,7 +131,7 @@ def bicgstab(
     moved = torch.where(moves[:, None], moved, _freeze(x, gx, moved, new.status, running))
     phase = torch.where(leaves, ITERATE, torch.where(crossed, SECOND, FIRST)).to(rows.window)
 
-    seen = moves & (yy > 0)
+    seen = moves & (yy > 0) & (mm + zz).isfinite()
     ring = _put(rows.ring, k, seen, mm / yy)
     gain = _larger_gain(rows.gain, dg, dg - dx, noise)
     new = new._replace(

@@ -131,6 +131,12 @@ class Machine:
         m = values.shape[1]
         self._step("anderson_step", p, x, gx, window, beta=beta, ridge=ridge, restart=restart, m=m)
 
+    def bicgstab_step(
+        self, p: Progress, x: Tensor, gx: Tensor, base: Tensor, vectors: Tensor, numbers: Tensor
+    ) -> None:
+        memory = {"base": base, "vectors": vectors, "numbers": numbers}
+        self._step("bicgstab_step", p, x, gx, memory, beta=1.0)
+
     def _step(
         self,
         name: str,

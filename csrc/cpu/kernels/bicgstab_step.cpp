@@ -53,13 +53,13 @@ template <typename T>
 void move_row(const Parts<T>& row, int64_t n, const KrylovStep<accumulate_t<T>>& step) {
   using Acc = accumulate_t<T>;
   switch (step.move) {
-    case kToOldValue:
-    case kToOld:
+    case kToBaseValue:
+    case kToBase:
     case kToValue:
       memcpy(row.x,
-             step.move == kToValue ? row.gx
-             : step.move == kToOld ? row.old
-                                   : row.old_g,
+             step.move == kToValue  ? row.gx
+             : step.move == kToBase ? row.old
+                                    : row.old_g,
              n * sizeof(T));
       return;
     case kBegin:
@@ -119,8 +119,8 @@ Tally bicgstab_step(T* x, const T* gx, T* out, int64_t n, const Krylov<T>& krylo
       continue;
     }
     const Parts<T> row = {.x = x + number * n,
-                          .old = krylov.state(sample, kOld, n),
-                          .old_g = krylov.state(sample, kOldValue, n),
+                          .old = krylov.state(sample, kBase, n),
+                          .old_g = krylov.state(sample, kBaseValue, n),
                           .gx = gx + number * n,
                           .d = krylov.vector(sample, kBeyond, n),
                           .r = krylov.vector(sample, kRest, n),
