@@ -52,12 +52,17 @@ def scenarios():
         yield run(n, 1e-20)
 
 
+# What may be missing, alone, for the reasons that test_kernels gives for Picard's step.
+REDUNDANT = {
+    "rows.cuh: device_fence(); #2 < bicgstab_step.cuh": "what the last block reads of the others",
+    "rows.cuh: device_fence(); #3": "counts, in their order",
+    "rows.cuh: device_fence(); #4": "counts, read by the last",
+}
+
+
 def test_every_barrier_and_fence_is_needed(start):
     def concerns(chain):
         return "bicgstab_step.cuh" in chain
 
     machine = start("races", RANDOM, 5)
-    assert_each_is_needed(machine, scenarios(), REDUNDANT, at_least=3, concerns=concerns)
-
-
-REDUNDANT: dict[str, str] = {}
+    assert_each_is_needed(machine, scenarios(), REDUNDANT, at_least=12, concerns=concerns)
