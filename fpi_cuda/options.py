@@ -107,7 +107,10 @@ def _finite(value: Any) -> bool:
 
 
 class Solver(Protocol):
-    """An algorithm: `Picard`, `Anderson`, or any object with these."""
+    """An algorithm: `Picard`, `Anderson`, `BiCGSTAB`, or any object with these.
+
+    One that solves linear equations alone has `linear = True`, and is refused for a forward solve.
+    """
 
     @property
     def history(self) -> int:
@@ -121,7 +124,8 @@ class Solver(Protocol):
         """The update `(x, gx) -> None` that moves x, [R, N], in place, for one solve.
 
         Where the batch is one system, x is [1, B · N] and progress is the system's, with limits
-        that are never reached: when it stops, is decided outside.
+        that are never reached: when it stops, is decided outside. An update that wants g of more
+        than iterates has `iterate(x, gx)`, which gives the iterate and g by its recursion.
         """
 
     def contraction(self, ring: Tensor, iterations: Tensor, /) -> Tensor:

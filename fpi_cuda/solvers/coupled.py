@@ -41,7 +41,9 @@ class Coupled:
     system ends where all of its samples do in the same iteration, and no sample is frozen before.
     It also ends where it holds NaN or Inf, or where its residual as a whole has grown steadily.
     (One sample's may well grow: it is zero until what the others know has arrived.) The solver
-    moves a system as if it were one sample, so Anderson has one set of weights for all.
+    moves a system as if it were one sample, so Anderson has one set of weights for all. Where a
+    solver evaluates directions (BiCGSTAB), the iterate and g that it has by its recursion are judged
+    instead; that all samples would end there makes it evaluate the iterate itself.
 
     Args:
         solver: the algorithm.
