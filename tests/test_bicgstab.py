@@ -57,6 +57,13 @@ def test_adjoints_of_any_shape_and_dtype(backend, dtype, shape):
     assert (error(c, exact(a, v)) < ALLOWED[dtype]).all()
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)], ids=str)
+def test_nothing_to_solve(backend, shape):
+    c, record = adjoint(torch.zeros(shape[1], shape[1]), torch.zeros(shape), backend)
+    assert c.shape == shape
+    assert record.converged.all()
+
+
 @pytest.mark.parametrize("name", HARD)
 def test_hard_matrices(backend, name):
     a, v = HARD[name], random(3, len(HARD[name]), seed=4)
@@ -183,11 +190,11 @@ def test_below_the_rounding_level_a_sample_stalls(backend):
     assert (error(c, exact(a, v)) < 1e-5).all()
 
 
-def test_rate_and_error_estimate(backend):
+def test_rate_and_error_estimate():
     covered = []
     for name, a in HARD.items():
         v = random(5, len(a), seed=9)
-        c, record = adjoint(a, v, backend, tolerance=Tolerance(1e-6), most=600)
+        c, record = adjoint(a, v, tolerance=Tolerance(1e-6), most=600)
         norm = float(torch.linalg.matrix_norm(a, 2))
         assert (record.contraction <= norm * (1 + 1e-6)).all(), name
         assert (record.contraction > 0.2 * norm).all(), name
@@ -195,7 +202,7 @@ def test_rate_and_error_estimate(backend):
         covered.append((record.error_estimate >= true).double().mean())
         assert (record.error_estimate < 1e3 * true).all(), name
     assert torch.stack(covered).mean() > 0.8
-    _, record = adjoint(0 * HARD["skew 5"], random(2, 40), backend)
+    _, record = adjoint(0 * HARD["skew 5"], random(2, 40))
     assert record.iterations.tolist() == [1, 1]
     assert record.contraction.isnan().all()
     assert not record.error_estimate.any()
@@ -254,20 +261,50 @@ def test_a_warm_start_saves_products():
     assert max(counts[1:]) <= 2
 
 
-def test_graphs_repeat_it(tape):
-    solve = layer(driver="graph", backend="native", per_sample=True)
-    for seed in range(3):
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_graphs_repeat_it(tape, per_sample):
+    solve = layer(driver="graph", backend="native", per_sample=per_sample)
+    for seed in range(2):
         z = random(3, 2, seed=seed).requires_grad_()
         s = solve(z)
         (c,) = torch.autograd.grad(s.sin().sum(), z)
         graph = solve.last.adjoint
-        eager = layer(driver="eager", backend="native", per_sample=True)
+        eager = layer(driver="eager", backend="native", per_sample=per_sample)
         eager.load_state_dict(solve.state_dict())
         (expected,) = torch.autograd.grad(eager(z).sin().sum(), z)
         torch.testing.assert_close(c, expected)
         assert "graph" in graph.path
         assert torch.equal(graph.iterations, eager.last.adjoint.iterations)
     assert captures() == 2
+
+
+def test_images_in_channels_last():
+    w = (0.05 * random(3, 3, 3, 3)).float()
+    z = random(2, 3, 4, 5).float().to(memory_format=torch.channels_last).requires_grad_()
+
+    def gradient(solver):
+        s = fixed_point(
+            lambda x, z, w: torch.nn.functional.conv2d(x, w, padding=1).tanh() + z,
+            torch.zeros_like(z), z, params=(w,), adjoint=ImplicitAdjoint(solver, Tolerance(1e-6)),
+        )  # fmt: skip
+        return torch.autograd.grad(s.x.square().sum(), z)[0]
+
+    torch.testing.assert_close(gradient(BiCGSTAB()), gradient(Anderson()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e20])
+def test_under_autocast(half, scale):
+    a, z = contraction(16, 0.8, dtype=torch.float32), random(5, 16).float().requires_grad_()
+    with torch.autocast("cpu", dtype=half):
+        s = fixed_point(
+            lambda x, z, a: x @ a.mT + z, torch.zeros_like(z), z, params=(a,),
+            adjoint=ImplicitAdjoint(BiCGSTAB()),
+        )  # fmt: skip
+    v = random(5, 16, seed=1).float()
+    (c,) = torch.autograd.grad(s.x, z, v * scale)
+    assert s.adjoint.converged.all()
+    assert (error(c / scale, exact(a, v)) < (0.02 if half == torch.float16 else 0.1)).all()
 
 
 def test_under_vmap():

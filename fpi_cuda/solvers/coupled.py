@@ -42,8 +42,8 @@ class Coupled:
     It also ends where it holds NaN or Inf, or where its residual as a whole has grown steadily.
     (One sample's may well grow: it is zero until what the others know has arrived.) The solver
     moves a system as if it were one sample, so Anderson has one set of weights for all. Where a
-    solver evaluates directions (BiCGSTAB), the iterate and g that it has by its recursion are judged
-    instead; that all samples would end there makes it evaluate the iterate itself.
+    solver evaluates directions (BiCGSTAB), the iterate and g that its recursion has are judged
+    instead; where all samples would end there, it evaluates that iterate next.
 
     Args:
         solver: the algorithm.
