@@ -224,6 +224,11 @@ inline void check_history(const char* op, int64_t m, int64_t max_history) {
             ")");
 }
 
+inline void check_every(const char* op, int64_t every) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  FPI_CHECK(every >= 1 && every <= kMost, op, ": every must be 1 to ", kMost, " (got ", every, ")");
+}
+
 inline void check_window(const char* op, const Tensor& x, const Tensor& out, const Tensor& scalars,
                          const Tensor& values, const Tensor& residuals, const Tensor& gram,
                          int64_t max_history) {

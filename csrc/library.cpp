@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   // index[R] of B; Acc is float64 for float64 states, else float32.
   //   x, gx      [R, N]  iterates, moved in place; g at them
   //   out        [B, N]  results of finished samples
-  //   counters   [B, 6]  int32, scalars [B, 9] Acc: csrc/math/progress.h
+  //   counters   [B, 8]  int32, scalars [B, 9] Acc: csrc/math/progress.h
   //   tally      [3]     int32: set to the rows still active; grows by those that failed; grows
   //                      by 1, the iterations made, so that a device needs no host to count them
   //   index      [R]     int64; none: row r holds sample r
@@ -28,9 +28,10 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   //                         measured of g but its rate at beta = 1
   m.def("_picard_step(" FPI_STEP ", Tensor(f!)? trail) -> ()");
   //   values, residuals  [B, m, N]  rings of g(x) and g(x) − x;  gram [B, m, m] Acc
+  //   every              iterations to a mixture; between two of them steps are plain ones
   m.def("_anderson_step(" FPI_STEP
-        ", float ridge, float restart, Tensor(f!) values, Tensor(g!) residuals, Tensor(h!) gram)"
-        " -> ()");
+        ", float ridge, float restart, Tensor(f!) values, Tensor(g!) residuals, Tensor(h!) gram, "
+        "int every=1) -> ()");
   //   base [B, 2, N], vectors [B, 4, N] Acc, numbers [B, 6] Acc: csrc/math/bicgstab.h; a window is
   //   what x is, 0 to 2; beta is not looked at
   m.def("_bicgstab_step(" FPI_STEP
@@ -58,7 +59,7 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
       "int max_iterations, float beta, float ridge, float restart, int history, "
       "Tensor weight, Tensor? u, int activation, float residual, Tensor? scale, "
       "Tensor? hidden_weight, Tensor? hidden_u, int hidden_activation, Tensor? hidden_scale, "
-      "Tensor? output_scale, bool tf32, int slots) -> ()");
+      "Tensor? output_scale, bool tf32, int slots, int every=1) -> ()");
   // Whether a device solves rows like x0's whole, with H values in the hidden layer (−1: none).
   m.def("_dense_fits(Tensor x0, int hidden, int history) -> bool");
   // out = x Wᵀ + u by the same products in the same order:

@@ -42,19 +42,21 @@ pybind11::dict constants() {
   using pybind11::dict;
   using pybind11::literals::operator""_a;
   return dict(
-      "record"_a =
-          dict("ACTIVE"_a = +kActive, "STATUS"_a = +kStatus, "ITERATIONS"_a = +kIterations,
-               "REFERENCE_ITERATION"_a = +kReferenceIteration, "WINDOW"_a = +kWindow,
-               "HEAD"_a = +kHead, "RETREATS"_a = +kRetreats, "COUNTERS"_a = +kCounters,
-               "SCALARS"_a = +kScalars, "BOUNDS"_a = +kBounds, "ACTIVE_ROWS"_a = +kActiveRows,
-               "FAILED"_a = +kFailed, "ITERATION"_a = +kIteration, "RESIDUAL"_a = +kResidual,
-               "REFERENCE"_a = +kReference, "VALUE"_a = +kValue, "GAIN"_a = +kGain,
-               "FLOOR"_a = +kFloor, "OWN_RTOL"_a = +kOwnRtol, "OWN_OFFSET"_a = +kOwnOffset,
-               "OWN_PATIENCE"_a = +kOwnPatience, "OWN_MAX_ITERATIONS"_a = +kOwnMaxIterations,
-               "OWN_ROUNDING"_a = +kOwnRounding, "LEAST_GAIN"_a = kLeastGain,
-               "TRAIL"_a = kTrailLength, "NEAR_END"_a = kNearEnd, "MAX_RETREATS"_a = kMaxRetreats,
-               "RING_START"_a = +kRing, "RING"_a = +kRingLength, "GROWTH"_a = kGrowth,
-               "GROWTH_ITERATIONS"_a = kGrowthIterations, "NOISE"_a = kNoise, "FALL"_a = kFall),
+      "record"_a = dict(
+          "ACTIVE"_a = +kActive, "STATUS"_a = +kStatus, "ITERATIONS"_a = +kIterations,
+          "REFERENCE_ITERATION"_a = +kReferenceIteration, "WINDOW"_a = +kWindow, "HEAD"_a = +kHead,
+          "RETREATS"_a = +kRetreats, "PLAIN"_a = +kPlain, "HALVINGS"_a = +kHalvings,
+          "COUNTERS"_a = +kCounters, "SCALARS"_a = +kScalars, "BOUNDS"_a = +kBounds,
+          "ACTIVE_ROWS"_a = +kActiveRows, "FAILED"_a = +kFailed, "ITERATION"_a = +kIteration,
+          "RESIDUAL"_a = +kResidual, "REFERENCE"_a = +kReference, "VALUE"_a = +kValue,
+          "GAIN"_a = +kGain, "FLOOR"_a = +kFloor, "OWN_RTOL"_a = +kOwnRtol,
+          "OWN_OFFSET"_a = +kOwnOffset, "OWN_PATIENCE"_a = +kOwnPatience,
+          "OWN_MAX_ITERATIONS"_a = +kOwnMaxIterations, "OWN_ROUNDING"_a = +kOwnRounding,
+          "LEAST_GAIN"_a = kLeastGain, "TRAIL"_a = kTrailLength, "NEAR_END"_a = kNearEnd,
+          "MAX_RETREATS"_a = kMaxRetreats, "GOES_ON"_a = kGoesOn, "WORSE"_a = kWorse,
+          "SLOW_ITERATIONS"_a = kSlowIterations, "MAX_HALVINGS"_a = kMaxHalvings,
+          "RING_START"_a = +kRing, "RING"_a = +kRingLength, "GROWTH"_a = kGrowth,
+          "GROWTH_ITERATIONS"_a = kGrowthIterations, "NOISE"_a = kNoise, "FALL"_a = kFall),
       "status"_a =
           dict("CONVERGED"_a = +kConverged, "MAX_ITERATIONS"_a = +kMaxIterations,
                "STALLED"_a = +kStalled, "DIVERGED"_a = +kDiverged, "NONFINITE"_a = +kNonfinite),

@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "dispatch.h"
+#include "math/anderson.h"
 #include "math/dense.h"
 #include "math/window.h"
 
@@ -73,17 +74,24 @@ void picard_step(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalar
   });
 }
 
-// Kernel::run(x, call, window, ridge, restart), for a history up to Kernel::kMost
+template <typename T>
+Mixing<accumulate_t<T>> mixing_of(double ridge, double restart, int64_t every) {
+  using Acc = accumulate_t<T>;
+  return {static_cast<Acc>(ridge), static_cast<Acc>(restart), static_cast<int>(every)};
+}
+
+// Kernel::run(x, call, window, mixing), for a history up to Kernel::kMost
 template <typename Kernel>
 void anderson_step(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scalars, Tensor tally,
                    std::optional<Tensor> index, std::optional<Tensor> bounds, double rtol,
                    double offset, double rounding, int64_t patience, int64_t max_iterations,
                    double beta, double ridge, double restart, Tensor values, Tensor residuals,
-                   Tensor gram) {
+                   Tensor gram, int64_t every) {
   constexpr const char* op = "_anderson_step";
   check_step(op, x, gx, out, counters, scalars, tally, index, bounds);
   check_limits(op, patience, max_iterations);
   check_window(op, x, out, scalars, values, residuals, gram, Kernel::kMost);
+  check_every(op, every);
   dispatch_floating(op, "x", x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto record = record_of<accumulate_t<T>>(counters, scalars, index, bounds, rtol, offset,
@@ -92,7 +100,8 @@ void anderson_step(Tensor x, Tensor gx, Tensor out, Tensor counters, Tensor scal
                            .residuals = static_cast<T*>(residuals.mutable_data_ptr()),
                            .gram = static_cast<accumulate_t<T>*>(gram.mutable_data_ptr()),
                            .m = static_cast<int>(values.size(1))};
-    Kernel::run(x, step_call<T>(x, gx, out, tally, beta, record), window, ridge, restart);
+    Kernel::run(x, step_call<T>(x, gx, out, tally, beta, record), window,
+                mixing_of<T>(ridge, restart, every));
   });
 }
 
@@ -127,7 +136,7 @@ void dense_solve(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor 
                  int64_t activation, double residual, std::optional<Tensor> scale,
                  std::optional<Tensor> hidden_weight, std::optional<Tensor> hidden_u,
                  int64_t hidden_activation, std::optional<Tensor> hidden_scale,
-                 std::optional<Tensor> output_scale, bool tf32, int64_t slots) {
+                 std::optional<Tensor> output_scale, bool tf32, int64_t slots, int64_t every) {
   constexpr const char* op = "_dense_solve";
   check_not_differentiated(op, {x0, weight});
   check_step(op, x0, x0, out, counters, scalars, tally, std::nullopt, bounds);
@@ -135,6 +144,7 @@ void dense_solve(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor 
   check_dense(op, x0, weight, u, activation, scale, hidden_weight, hidden_u, hidden_activation,
               hidden_scale, output_scale);
   check_history(op, history, Kernel::kMost);
+  check_every(op, every);
   Kernel::check(x0, weight, hidden_weight, tf32, slots);
   dispatch_floating(op, "x0", x0, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -159,8 +169,7 @@ void dense_solve(Tensor x0, Tensor out, Tensor counters, Tensor scalars, Tensor 
                                              rounding, patience, max_iterations),
         .tally = static_cast<int32_t*>(tally.mutable_data_ptr()),
         .beta = beta,
-        .ridge = ridge,
-        .restart = restart,
+        .mixing = mixing_of<T>(ridge, restart, every),
         .history = static_cast<int>(history),
         .dense = dense,
         .tf32 = tf32,

@@ -16,10 +16,11 @@ from .status import MASKED, MIXED, Status
 # In counters[:, STATUS]: 0 while a sample iterates, then its Status + 1; csrc/math/progress.h.
 ACTIVE = 0
 
-# Columns of `counters`, int32 [B, 6]; csrc/math/progress.h has the same: of the window or trail how
-# many iterates it holds, and the slot of the newest; how often a mixture was taken back.
-STATUS, ITERATIONS, REFERENCE_ITERATION, WINDOW, HEAD, RETREATS = range(6)
-COUNTERS = 6
+# Columns of `counters`, int32 [B, 8]; csrc/math/progress.h has the same: of the window or trail how
+# many iterates it holds, and the slot of the newest; how often a mixture was taken back; plain
+# steps since the last mixture; how often β was halved.
+STATUS, ITERATIONS, REFERENCE_ITERATION, WINDOW, HEAD, RETREATS, PLAIN, HALVINGS = range(8)
+COUNTERS = 8
 # Entries of `tally`, int32 [3]: rows still active; samples that ended otherwise than converged, so
 # far; iterations made. The last so that a device needs no host to count them.
 ACTIVE_ROWS, FAILED, ITERATION = range(3)
@@ -41,6 +42,11 @@ LEAST_GAIN = 2.0**-100  # of a square: 0 says that nothing is known
 TRAIL = 2  # iterates that Picard keeps for its end,
 NEAR_END = 4  # when the residual comes near so many times the threshold
 MAX_RETREATS = 3  # mixtures that a sample takes back; then it takes plain steps
+# Between two mixtures plain steps go on while each residual is below so many times the last.
+GOES_ON = 0.999
+# β is halved, at most MAX_HALVINGS times, where the residual is WORSE times the reference, which is
+# at least SLOW_ITERATIONS old.
+WORSE, SLOW_ITERATIONS, MAX_HALVINGS = 3, 10, 2
 # A residual this much below the reference counts as progress. Slow contractions must not look
 # stalled: in ten iterations one of rate 0.9995 falls this far.
 FALL = 0.995

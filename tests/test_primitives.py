@@ -161,7 +161,7 @@ def test_picard_step_matches_the_oracle(backend, shape, dtype, beta):
 @pytest.mark.parametrize(("device", "backend", "shape"), CASES, ids=case_id, indirect=["device"])
 @pytest.mark.parametrize("history", [2, 5, 6, 11])
 @pytest.mark.parametrize("beta", [1.0, 0.6])
-def test_anderson_step_matches_the_oracle(backend, shape, dtype, history, beta):
+def test_anderson_step_matches_the_oracle(backend, shape, dtype, history, beta, every=1):
     torch.manual_seed(0)
     b, n = shape
     p = Progress(torch.empty(b, n, dtype=dtype), FOREVER)
@@ -174,10 +174,10 @@ def test_anderson_step_matches_the_oracle(backend, shape, dtype, history, beta):
         gx = torch.randn(b, n).to(dtype)
         q, y, gamma = oracle_of(p), x.double().clone(), gram.double().clone()
         oracle_values, oracle_residuals = (t.double().clone() for t in (values, residuals))
-        backend.anderson_step(p, x, gx, beta, ridge, 1e9, values, residuals, gram)
-        reference.anderson_step(
-            q, y, gx.double(), beta, ridge, 1e9, oracle_values, oracle_residuals, gamma
-        )
+        given = beta, ridge, 1e9
+        backend.anderson_step(p, x, gx, *given, values, residuals, gram, every=every)
+        oracles = oracle_values, oracle_residuals, gamma
+        reference.anderson_step(q, y, gx.double(), *given, *oracles, every=every)
         close(x, y, dtype, 30)
         same_record(p, q, dtype)
         close(values, oracle_values, dtype)

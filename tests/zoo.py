@@ -14,9 +14,18 @@ from fpi_cuda.record import ACTIVE, ITERATIONS, STATUS, TRAIL, WINDOW
 
 KINDS = ("symmetric", "positive", "general", "skew", "rotations", "nonlinear")
 RATES = (0.1, 0.5, 0.9, 0.99)
-SOLVERS = {"picard": Picard(), "damped": Picard(0.5), "anderson": Anderson()}
+SOLVERS = {
+    "picard": Picard(),
+    "damped": Picard(0.5),
+    "anderson": Anderson(),
+    "alternating": Anderson(every=3),
+}
 SOAK_RATES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
-SOAK_SOLVERS = {**SOLVERS, "anderson10": Anderson(10)}
+SOAK_SOLVERS = {
+    **SOLVERS,
+    "anderson10": Anderson(10),
+    "alternating10": Anderson(10, every=3),
+}
 
 
 def matrices(kind, rate, b, n, generator):

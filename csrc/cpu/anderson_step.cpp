@@ -11,12 +11,12 @@ struct AndersonOnCpu {
   static constexpr int kMost = kMaxHistory;
 
   template <typename T>
-  static void run(const Tensor&, const StepCall<T>& call, const Window<T>& window, double ridge,
-                  double restart) {
+  static void run(const Tensor&, const StepCall<T>& call, const Window<T>& window,
+                  const Mixing<accumulate_t<T>>& mixing) {
     const auto kernel = FPI_CPU_DISPATCH(anderson_step<T>);
     for_rows("_anderson_step", call, call.n * window.m, {window.m},
              [&](int64_t begin, int64_t end) {
-               return kernel(call.x, call.gx, call.out, call.n, call.beta, ridge, restart, window,
+               return kernel(call.x, call.gx, call.out, call.n, call.beta, mixing, window,
                              call.record, begin, end);
              });
   }

@@ -11,14 +11,12 @@ struct AndersonOnCuda {
   static constexpr int kMost = kMaxHistoryCuda;
 
   template <typename T>
-  static void run(const Tensor& x, const StepCall<T>& call, const Window<T>& window, double ridge,
-                  double restart) {
-    using Acc = accumulate_t<T>;
+  static void run(const Tensor& x, const StepCall<T>& call, const Window<T>& window,
+                  const Mixing<accumulate_t<T>>& mixing) {
     const Launch<T> launch(x, call, anderson_sums(window.m), window.m,
                            {window.values, window.residuals});
     with_groups(window.m, [&](auto groups) {
-      launch.run(AndersonStep<T, groups.value>{launch.batch(), window, static_cast<Acc>(ridge),
-                                               static_cast<Acc>(restart)},
+      launch.run(AndersonStep<T, groups.value>{launch.batch(), window, mixing},
                  AndersonMove<T>{launch.batch(), window});
     });
   }

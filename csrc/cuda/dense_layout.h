@@ -135,8 +135,7 @@ bool dense_solve(const DenseCall<T>& call, const Machine& machine) {
     } else {
       with_groups(call.history, [&](auto groups) {
         solve([&](const Batch<T>& batch, const Window<T>& window) {
-          return AndersonStep<T, decltype(groups)::value>{
-              batch, window, static_cast<Acc>(call.ridge), static_cast<Acc>(call.restart)};
+          return AndersonStep<T, decltype(groups)::value>{batch, window, call.mixing};
         });
       });
     }

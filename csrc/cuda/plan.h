@@ -112,7 +112,7 @@ struct Scratch {
 };
 
 constexpr Scratch scratch_of(const Plan& plan, int64_t rows, int acc_bytes, int sums, int m) {
-  constexpr int64_t kMoveBytes = 8, kCountBytes = 16;
+  constexpr int64_t kMoveBytes = 12, kCountBytes = 16;
   Scratch scratch = {};
   const int64_t r = plan.parts > 1 ? rows : 0;  // one launch needs the counts only
   scratch.arrivals = kCountBytes;

@@ -29,24 +29,64 @@ FPI_HOST_DEVICE bool are_trusted(const Acc* squares, int window) {
          (window == 0 || (is_trusted(squares[kValueSecant]) & is_trusted(squares[kStateSecant])));
 }
 
+// How iterates are mixed, beside beta: the ridge relative to the trace, the growth of the residual
+// that restarts the window, and every how many iterations there is a mixture.
+template <typename Acc>
+struct Mixing {
+  Acc ridge, restart;
+  int every = 1;
+};
+
 constexpr int kMaxRetreats = 3;
 
-// `differences` below 0 of a decision: the iterate is taken back, see Retreat.
+// Between two mixtures a plain step follows where the residual is below this many times the last.
+constexpr double kGoesOn = 0.999;
+
+// Where g has eigenvalues far below −1, even mixtures grow: beta is halved, at most twice, where
+// the residual has not fallen for so long and is so many times the reference.
+constexpr int32_t kSlowIterations = 10, kMaxHalvings = 2;
+constexpr double kWorse = 3;
+
+// `differences` below 0 of a decision: the iterate is taken back, see retreat_beta.
 struct AndersonDecision {
   int32_t status;   // after this step
   int differences;  // of residuals, from which the weights follow
+  bool mixes;       // false: a plain step, and the iterate joins the window
 };
 
-// Where g or the residual is not finite at a mixture, or the mixture itself is not, the sample goes
-// back to the last iterate where they were, in slot counters[kHead]: x ← x' + β r' there, and the
-// window starts anew. If g fails again, the step is halved: −1 − differences times. A sample that
-// ends at that, because it made all its iterations, ends with g(x').
 template <typename Acc>
-FPI_HOST_DEVICE Acc retreat_beta(int differences, Acc beta) {
-  for (int halvings = -1 - differences; halvings > 0; --halvings) {
+FPI_HOST_DEVICE Acc halved(Acc beta, int halvings) {
+  for (; halvings > 0; --halvings) {
     beta /= 2;
   }
   return beta;
+}
+
+// A sample's own beta.
+template <typename Acc>
+FPI_HOST_DEVICE Acc beta_of(const int32_t* counters, Acc beta) {
+  return halved(beta, counters[kHalvings]);
+}
+
+// Whether an iteration mixes by count: so much is known before its residual is. Another one does
+// where the residual does not go on falling.
+template <typename Acc>
+FPI_HOST_DEVICE bool is_due(int32_t plain, const Mixing<Acc>& mixing) {
+  return plain >= mixing.every - 1;
+}
+template <typename Acc>
+FPI_HOST_DEVICE bool goes_on(Acc residual, Acc last) {
+  return residual < Acc(kGoesOn) * last;
+}
+
+// Where g or the residual is not finite at a mixture, or the mixture itself is not, the sample goes
+// back to the last iterate where they were, in slot counters[kHead]: x ← x' + β r' there, and the
+// window starts anew. If g fails again, or failed at such a step, the step is halved: −1 −
+// differences times. A sample that ends at that, because it made all its iterations, ends with
+// g(x').
+template <typename Acc>
+FPI_HOST_DEVICE Acc retreat_beta(int differences, Acc beta) {
+  return halved(beta, -1 - differences);
 }
 
 // Ends a sample's iteration by the stop rule: its record but for the window. Where the residual has
@@ -54,31 +94,40 @@ FPI_HOST_DEVICE Acc retreat_beta(int differences, Acc beta) {
 // the window has no differences. scale: that of the squares of secants.
 template <typename T, typename Acc = accumulate_t<T>>
 FPI_HOST_DEVICE AndersonDecision decide(Acc residual, Acc value, const Acc* squares, Acc scale,
-                                        Acc restart, int m, int64_t sample,
+                                        const Mixing<Acc>& mixing, int m, int64_t sample,
                                         const Record<Acc>& record) {
   int32_t* counters = record.counters + sample * kCounters;
   Acc* scalars = record.scalars + sample * kScalars;
   const int32_t k = iteration_of(sample, record);
   const int32_t window = counters[kWindow], retreats = counters[kRetreats];
+  const int32_t plain = counters[kPlain];
   if (!is_finite(residual) || !is_finite(value)) {
-    const bool is_mixture = window > 1, went_back = window == 1 && retreats > 0;
-    if ((is_mixture || went_back) && retreats < kMaxRetreats) {
+    const bool is_mixture = window > 1 && plain == 0;
+    if ((window > 1 || (window == 1 && retreats > 0)) && retreats < kMaxRetreats) {
       const bool ends = k >= limits_of(sample, record).limits.max_iterations;
       counters[kStatus] = ends ? kMaxIterations : kActive;
       counters[kIterations] = k;
       counters[kWindow] = 1;
       counters[kRetreats] = retreats + 1;
-      return {counters[kStatus], -1 - (is_mixture ? 0 : retreats)};
+      counters[kPlain] = 0;
+      return {counters[kStatus], -1 - (is_mixture ? 0 : retreats > 0 ? retreats : 1), true};
     }
   } else if (window > 0) {
     scalars[kRing + (k - 2) % kRingLength] = squares[kValueSecant] / squares[kStateSecant];
     scalars[kGain] = larger_gain(scalars[kGain], squares[kValueSecant], squares[kResidualSecant],
                                  scale * noise_of<T>(value));
   }
-  const bool grown = k > 1 && residual > restart * scalars[kReference];
+  const bool grown = k > 1 && residual > mixing.restart * scalars[kReference];
+  const bool falls = goes_on(residual, scalars[kResidual]);
   const int32_t status = stop(residual, value, sample, record);
-  const bool is_plain = grown || retreats == kMaxRetreats;
-  return {status, is_plain ? 0 : window < m ? window : m - 1};
+  if (status == kActive && k - counters[kReferenceIteration] >= kSlowIterations &&
+      residual > Acc(kWorse) * scalars[kReference] && counters[kHalvings] < kMaxHalvings) {
+    counters[kHalvings] += 1;
+    counters[kReferenceIteration] = k;
+  }
+  const bool restarts = grown || retreats == kMaxRetreats;
+  const bool mixes = restarts || is_due(plain, mixing) || (k > 1 && !falls);
+  return {status, restarts ? 0 : window < m ? window : m - 1, mixes};
 }
 
 // The trace of the differences' Gram matrix below which they say nothing of g; value: ‖g(x)‖,
@@ -94,7 +143,15 @@ FPI_HOST_DEVICE int update_window(int32_t* counters, int head, int differences, 
   const int mixed = is_solved ? differences : 0;
   counters[kHead] = head;
   counters[kWindow] = mixed + 1;
+  counters[kPlain] = 0;
   return mixed;
+}
+
+// Likewise where there is no mixture.
+FPI_HOST_DEVICE void extend_window(int32_t* counters, int head, int differences) {
+  counters[kHead] = head;
+  counters[kWindow] = differences + 1;
+  counters[kPlain] += 1;
 }
 
 // The mixture x ← g_0 − Σ γ_j (g_j − g_{j+1}) − (1 − β)(r_0 − Σ γ_j (r_j − r_{j+1})), newest first,

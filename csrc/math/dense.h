@@ -12,7 +12,7 @@
 
 #include "accumulate.h"
 #include "activation.h"
-#include "progress.h"
+#include "anderson.h"
 
 namespace fpi {
 
@@ -56,7 +56,8 @@ struct DenseCall {
   T* out;       // [samples, n]
   Record<accumulate_t<T>> record;
   int32_t* tally;
-  double beta, ridge, restart;
+  double beta;
+  Mixing<accumulate_t<T>> mixing;
   int history;  // 1: Picard
   DenseStep<T> dense;
   bool tf32;

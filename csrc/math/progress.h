@@ -20,7 +20,8 @@ enum Status : int32_t {
 };
 
 // Columns of counters, int32 [B, kCounters]: of the window or trail how many iterates it holds, and
-// the slot of the newest; how often a mixture was taken back.
+// the slot of the newest; how often a mixture was taken back; plain steps since the last mixture;
+// how often beta was halved.
 enum Counter {
   kStatus,
   kIterations,
@@ -28,6 +29,8 @@ enum Counter {
   kWindow,
   kHead,
   kRetreats,
+  kPlain,
+  kHalvings,
   kCounters,
 };
 

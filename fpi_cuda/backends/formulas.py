@@ -15,23 +15,29 @@ from ..record import (
     ACTIVE,
     FALL,
     GAIN,
+    GOES_ON,
     GROWTH,
     GROWTH_ITERATIONS,
+    HALVINGS,
     ITERATIONS,
     LEAST_GAIN,
+    MAX_HALVINGS,
     MAX_RETREATS,
     NEAR_END,
     NOISE,
+    PLAIN,
     REFERENCE,
     REFERENCE_ITERATION,
     RESIDUAL,
     RETREATS,
     RING,
     RING_START,
+    SLOW_ITERATIONS,
     STATUS,
     TRAIL,
     VALUE,
     WINDOW,
+    WORSE,
 )
 from ..status import Status
 
@@ -65,6 +71,8 @@ class Rows(NamedTuple):
     since: Tensor
     window: Tensor
     retreats: Tensor
+    plain: Tensor
+    halvings: Tensor
     residual: Tensor
     reference: Tensor
     value: Tensor
@@ -73,15 +81,15 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(counters: Tensor, scalars: Tensor) -> Rows:
-        """Those of a record's rows, [R, 6] and [R, 9]."""
-        counted = (STATUS, ITERATIONS, REFERENCE_ITERATION, WINDOW, RETREATS)
+        """Those of a record's rows, [R, 8] and [R, 9]."""
+        counted = STATUS, ITERATIONS, REFERENCE_ITERATION, WINDOW, RETREATS, PLAIN, HALVINGS
         columns = [counters[:, i] for i in counted]
         columns += [scalars[:, i] for i in (RESIDUAL, REFERENCE, VALUE, GAIN)]
         return Rows._make([*columns, scalars[:, RING_START:]])
 
     def packed(self, head: Tensor) -> tuple[Tensor, Tensor]:
-        """The record's rows of them, [R, 6] and [R, 9]; head: [R]."""
-        counters = self.status, self.iterations, self.since, self.window, head, self.retreats
+        """The record's rows of them, [R, 8] and [R, 9]; head: [R]."""
+        counters = self.status, self.iterations, self.since, self.window, head, *self[4:7]
         scalars = self.residual, self.reference, self.value, self.gain
         scalar_columns = torch.stack(scalars, 1)
         return (
@@ -180,6 +188,7 @@ def anderson(
     restart: float,
     values: Tensor,
     residuals: Tensor,
+    every: int = 1,
 ) -> tuple[Rows, Tensor, Tensor, Tensor]:
     """One Anderson (type II) step; see `reference.anderson_step` for what it does.
 
@@ -194,6 +203,7 @@ def anderson(
         restart: growth of the residual that restarts the window.
         values: g(x) of the window before, [R, m, N], newest first; `window` of them are there.
         residuals: g(x) − x likewise.
+        every: how many iterations there are to a mixture.
 
     Returns:
         The record; the next iterates, as `picard`; which rows take g(x) into the window, bool [R];
@@ -216,9 +226,17 @@ def anderson(
     gain = torch.where(seen, _larger_gain(rows.gain, dg, dr, noise), rows.gain)
     status, new = _stop(rows, k, rule, residual, value, running)
 
-    plain = (k > 1) & (residual > restart * rows.reference)
-    plain = plain | (rows.retreats == MAX_RETREATS)
-    window = (torch.where(plain, 0, rows.window) + 1).clamp(max=m)
+    slow = running & (status == ACTIVE) & (k - new.since >= SLOW_ITERATIONS)
+    slow = slow & (residual > WORSE * new.reference) & (rows.halvings < MAX_HALVINGS)
+    halvings = rows.halvings + slow.to(rows.halvings.dtype)
+    new = new._replace(since=torch.where(slow, k, new.since).to(new.since.dtype))
+    own = (beta * 0.5 ** halvings.to(xa.dtype))[:, None]  # β
+
+    restarts = (k > 1) & (residual > restart * rows.reference)
+    restarts = restarts | (rows.retreats == MAX_RETREATS)
+    mixes = restarts | (rows.plain + 1 >= every)
+    mixes = mixes | ((k > 1) & ~(residual < GOES_ON * rows.residual))
+    window = (torch.where(restarts, 0, rows.window) + 1).clamp(max=m)
     rounded = r.to(dtype)
     # Differences of what the window holds, this iterate first.
     d, dg = (
@@ -238,18 +256,26 @@ def anderson(
     system = system + torch.diag_embed(torch.where(valid, ridge * trace[:, None], 1.0))
     gamma, sound = _solved(system, (scaled * (newest * scale)).sum(2))
     too_small = trace <= (noise * scale[:, 0, 0]) ** 2
-    bad = ~sound | ((window > 1) & too_small)
-    gamma = torch.where(bad[:, None], 0, gamma)[..., None]  # [R, m-1, 1]
-    mixed = ga - (gamma * dg).sum(1) - (1 - beta) * (r - (gamma * d).sum(1))
+    bad = mixes & (~sound | ((window > 1) & too_small))
+    gamma = torch.where((bad | ~mixes)[:, None], 0, gamma)[..., None]  # [R, m-1, 1]
+    mixed = ga - (gamma * dg).sum(1) - (1 - own) * (r - (gamma * d).sum(1))
     moved = _freeze(x, gx, mixed.to(dtype), status, running)
     pushed = running & (status == ACTIVE)
     length = torch.where(pushed, torch.where(bad, 1, window), rows.window)
-    new = new._replace(ring=ring, gain=gain, window=length)
+    since_mixed = torch.where(mixes, 0, rows.plain + 1)
+    new = new._replace(
+        ring=ring,
+        gain=gain,
+        window=length,
+        plain=torch.where(pushed, since_mixed, rows.plain),
+        halvings=halvings,
+    )
 
     # Back to the last good iterate, where the step is not wholly taken; the last iteration ends.
     good, its = _wide(rows, values[:, 0]), _wide(rows, residuals[:, 0])
-    halvings = torch.where(rows.window > 1, 0, rows.retreats)
-    part = (beta * 0.5 ** halvings.to(xa.dtype))[:, None]
+    mixture = (rows.window > 1) & (rows.plain == 0)
+    shorter = torch.where(mixture, 0, rows.retreats.clamp(min=1)) + rows.halvings
+    part = (beta * 0.5 ** shorter.to(xa.dtype))[:, None]
     short = torch.where(part == 1, good, good - (1 - part) * its)  # its may have overflowed a half
     ends = k >= rule.most
     ended = torch.where(ends, code(Status.MAX_ITERATIONS), ACTIVE)
@@ -258,6 +284,7 @@ def anderson(
         iterations=k.to(rows.iterations.dtype).expand_as(rows.iterations),
         window=torch.ones_like(rows.window),
         retreats=rows.retreats + 1,
+        plain=torch.zeros_like(rows.plain),
     )
     to = torch.where(ends.expand_as(back)[:, None], good, short).to(dtype)
     return retreated.where(back, new), torch.where(back[:, None], to, moved), pushed, rounded

@@ -100,10 +100,12 @@ def picard_step(
     _picard_step(x, gx, *given, *p.limits.values, beta, trail)
 
 
-def anderson_step(p: Progress, x: Tensor, gx: Tensor, *weights_and_window: Any) -> None:
-    """See `reference.anderson_step`; refreshes one row of gram."""
+def anderson_step(
+    p: Progress, x: Tensor, gx: Tensor, *weights_and_window: Any, every: int = 1
+) -> None:
+    """See `reference.anderson_step`; refreshes the rows of gram that are new since a mixture."""
     given = p.out, p.counters, p.scalars, p.tally, p.index, p.bounds
-    _anderson_step(x, gx, *given, *p.limits.values, *weights_and_window)
+    _anderson_step(x, gx, *given, *p.limits.values, *weights_and_window, every)
 
 
 def bicgstab_step(p: Progress, x: Tensor, gx: Tensor, *memory: Tensor) -> None:
@@ -146,6 +148,7 @@ def dense_solve(
     restart: float,
     tf32: bool = False,
     slots: int = 0,
+    every: int = 1,
 ) -> None:
     """Iterate every active sample of x0, [B, N], to its end; its result is in p.out.
 
@@ -159,6 +162,7 @@ def dense_solve(
         restart: likewise.
         tf32: whether products may round their operands to tf32 (CUDA, float32).
         slots: rows that a thread or block iterates at a time; 0: as fits the machine.
+        every: iterations to a mixture, as `anderson_step` takes it.
     """
     weight, hidden_weight = form.weight, form.hidden_weight
     if x0.device.type != "cpu":  # whose kernels pack any strides
@@ -169,7 +173,7 @@ def dense_solve(
         weight, _dense(form.u), CODES[form.activation], float(form.residual),
         _dense(_scale(form, x0)), hidden_weight, _dense(form.hidden_u),
         CODES[form.hidden_activation], _dense(form.hidden_scale), _dense(form.output_scale),
-        tf32, slots,
+        tf32, slots, every,
     )  # fmt: skip
 
 

@@ -56,15 +56,18 @@ def anderson_step(
     values: Tensor,
     residuals: Tensor,
     gram: Tensor,
+    every: int = 1,
 ) -> None:
     """One Anderson (type II) step of every active row; freezes those that finish.
 
     With d_i = r_i − r_{i−1} over the window, minimises ‖r_k − Σ γ_i d_i‖² + λ tr(DᵀD)‖γ‖² and sets
-    x ← g_k − Σ γ_i (g_i − g_{i−1}) − (1 − β)(r_k − Σ γ_i d_i). A sample whose factorisation fails,
-    or whose residual exceeds `restart` times its reference, takes a Picard step and restarts its
-    window, alone. One whose g or residual is not finite at a mixture goes back to the last iterate
-    where they were, x', and takes x' + β r' instead; if g fails there too, half of the step, and so
-    on, MAX_RETREATS times in a solve. After that it takes Picard steps alone.
+    x ← g_k − Σ γ_i (g_i − g_{i−1}) − (1 − β)(r_k − Σ γ_i d_i), `every` iterations after the last
+    mixture, and at once where the residual is not below GOES_ON times the last; before that it sets
+    x ← x + β r. A sample whose factorisation fails, or whose residual exceeds `restart` times its
+    reference, takes a Picard step and restarts its window, alone. One whose g or residual is not
+    finite at a mixture goes back to the last iterate where they were, x', and takes x' + β r'
+    instead; if g fails there too, half of the step, and so on, MAX_RETREATS times in a solve. After
+    that it takes Picard steps alone. Where the residual has grown for long, β is halved (WORSE).
 
     Args:
         p: the per-sample record; updated, as in `picard_step`.
@@ -75,14 +78,15 @@ def anderson_step(
         restart: growth of the residual that restarts the window.
         values: g(x) of the window, [B, m, N], a ring by sample with its newest at HEAD.
         residuals: g(x) − x likewise.
-        gram: unused here (the oracle forms it anew); the native kernels refresh one row of it.
+        gram: unused here (the oracle forms it anew); the native kernels keep it.
+        every: how many iterations there are to a mixture.
     """
     del gram
     m, k, s = values.shape[1], _next(p), p.samples
     before, head = _rows(p)
     slots = (head[:, None] - torch.arange(m, device=x.device)) % m  # newest first
     window = values[s[:, None], slots], residuals[s[:, None], slots]
-    given = before, k, _rule(p), x, gx, beta, ridge, restart, *window
+    given = before, k, _rule(p), x, gx, beta, ridge, restart, *window, every
     rows, moved, pushed, r = formulas.anderson(*given)
     head = torch.where(pushed, (head + 1) % m, head)
     values[s[pushed], head[pushed]] = gx[pushed]

@@ -112,13 +112,13 @@ def solve(
         eager.refuse_capture()
     x0 = x0.contiguous()
     progress = Progress(x0, limits, floor, skip)
-    history, beta, ridge, restart = solver.mixing(progress.precision)
+    history, beta, ridge, restart, every = solver.mixing(progress.precision)
     tf32 = native.tf32_wanted(x0)
     if form.products is not None:  # autocast asks for less than tf32, which rounds no such weight
         tf32 |= (x0.device.type, x0.dtype) == ("cuda", torch.float32)
         form = form.widened(x0.dtype)
     tf32 = tf32 and tf32_allowed(limits)
-    native.dense_solve(progress, x0, form, beta, history, ridge, restart, tf32, slots)
+    native.dense_solve(progress, x0, form, beta, history, ridge, restart, tf32, slots, every)
     tally = progress.tally.tolist()
     record = Record(
         progress=progress,

@@ -126,9 +126,9 @@ def _whole(form: DenseForm, x0: Tensor, solver: Any, limits: Limits) -> tuple[Te
     """The solve as one call of the native operator."""
     x0 = x0.contiguous()
     progress = Progress(x0, limits)
-    history, beta, ridge, restart = solver.mixing(x0.dtype)
+    history, beta, ridge, restart, every = solver.mixing(x0.dtype)
     tf32 = native.tf32_wanted(x0) and whole.tf32_allowed(limits)
-    native.dense_solve(progress, x0, form, beta, history, ridge, restart, tf32)
+    native.dense_solve(progress, x0, form, beta, history, ridge, restart, tf32, every=every)
     calls: Any = progress.tally[ITERATION]  # a tensor, of the program
     path = "native, whole, exported"
     record = Record(progress, x0.shape[:1], solver.contraction, path, failed=-1, evaluations=calls)

@@ -141,7 +141,7 @@ def _samples(
         trail = torch.where(kept, x, first), torch.where(kept, first, second)
         return [new], moved, (torch.where(running, x, at), *trail)
     values, residuals = window
-    of = mixing.beta, mixing.ridge, mixing.restart, values, residuals
+    of = mixing.beta, mixing.ridge, mixing.restart, values, residuals, mixing.every
     new, moved, pushed, r = formulas.anderson(rows, k, rule, x, gx, *of)
     shifted = (formulas.shifted(values, pushed, gx), formulas.shifted(residuals, pushed, r))
     return [new], moved, shifted

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._check import check_beta, check_whole
 from ..backends.scratch import Scratch
+from ..options import MOST
 from ..record import Progress
 from .picard import Mixing, Picard, Update
 
@@ -30,19 +31,29 @@ class Anderson:
         ridge: regulariser relative to the trace; None: by g's dtype (float64 1e-12, float32 1e-6,
             float16 1e-4, bfloat16 1e-3).
         restart: a residual this many times the best one restarts the sample's window.
+        every: iterations to a mixture. Between two mixtures the steps are plain ones, x ← x + β r,
+            as long as each residual is below .999 of the last, and their iterates join the window
+            too (alternating Anderson-Richardson; Suryanarayana et al. 2019, Pratapa et al. 2016).
+            3 takes fewer evaluations than 1 where g's Jacobian is nearly symmetric, and a third of
+            the mixing work; more where it is far from normal.
+
+    Where Jacobians have eigenvalues below −1, even mixtures may grow: where a sample's residual has
+    not fallen by 0.5 % in 10 iterations and is 3 times its best, its β is halved, at most twice.
 
     Raises:
-        ValueError: history < 1, beta outside (0, 2), ridge negative or restart <= 1.
+        ValueError: history or every < 1, beta outside (0, 2), ridge negative or restart <= 1.
     """
 
     history: int = 5
     beta: float = 1.0
     ridge: float | None = None
     restart: float = 10.0
+    every: int = 1
 
     def __post_init__(self) -> None:
         check_beta("Anderson", self.beta)
         check_whole("Anderson", "history", self.history, advice="; 5 is a good start, 1 is Picard")
+        check_whole("Anderson", "every", self.every, advice="; 1 mixes in each iteration")
         if self.ridge is not None and not 0 <= self.ridge < 1:
             raise ValueError(
                 f"Anderson: ridge must lie in [0, 1) (got {self.ridge!r}); it is relative to the "
@@ -50,6 +61,8 @@ class Anderson:
             )
         if not self.restart > 1:
             raise ValueError(f"Anderson: restart must be > 1 (got {self.restart!r})")
+        if self.every > MOST:
+            raise ValueError(f"Anderson: every must be at most {MOST} (got {self.every!r})")
 
     @property
     def patience(self) -> int:
@@ -62,7 +75,7 @@ class Anderson:
 
     def mixing(self, dtype: torch.dtype) -> Mixing:
         """What the kernels take where g computes in this dtype."""
-        return Mixing(self.history, self.beta, self.ridge_for(dtype), self.restart)
+        return Mixing(self.history, self.beta, self.ridge_for(dtype), self.restart, self.every)
 
     def start(self, backend: Any, progress: Progress, x: Tensor) -> Update:
         """The update `(x, gx) -> None` that moves x [R, N] in place; owns the window."""
@@ -70,7 +83,7 @@ class Anderson:
             return Picard(self.beta).start(backend, progress, x)
         b, n = x.shape
         m = self.history
-        _, beta, ridge, restart = self.mixing(progress.precision)
+        _, beta, ridge, restart, every = self.mixing(progress.precision)
         # Rings by sample, not by row: compaction moves no history.
         scratch = Scratch(x)
         values = scratch.empty((b, m, n), x.dtype, x.device)
@@ -78,7 +91,8 @@ class Anderson:
         gram = scratch.empty((b, m, m), progress.dtype, x.device)
 
         def update(x: Tensor, gx: Tensor) -> None:
-            backend.anderson_step(progress, x, gx, beta, ridge, restart, values, residuals, gram)
+            of = beta, ridge, restart, values, residuals, gram
+            backend.anderson_step(progress, x, gx, *of, every=every)
 
         update.scratch = scratch  # type: ignore[attr-defined]  # back to the pool with the update
         return update

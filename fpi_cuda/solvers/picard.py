@@ -25,6 +25,7 @@ class Mixing(NamedTuple):
     beta: float = 1.0
     ridge: float = 0.0
     restart: float = 0.0
+    every: int = 1
 
 
 @dataclass(frozen=True)

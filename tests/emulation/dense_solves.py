@@ -109,6 +109,7 @@ class Solver:
     beta: float = 1.0
     ridge: float = 1e-6
     restart: float = 1e9
+    every: int = 1
     rtol: float | None = None
     max_iterations: int = 100
     floor: float | None = None
@@ -151,7 +152,9 @@ class Solver:
             "shares_u": dense.u == "shared",
             "shares_hidden_u": dense.u == "shared",
             "history": self.history,
-            **{name: getattr(self, name) for name in ("beta", "ridge", "restart", "tf32", "slots")},
+            **{name: getattr(self, name) for name in ("beta", "ridge", "restart", "every")},
+            "tf32": self.tf32,
+            "slots": self.slots,
             "multiprocessors": self.blocks,
             "shared_limit": self.limit,
             **limits_of(p),
@@ -174,7 +177,8 @@ class Solver:
             if m == 1:
                 reference.picard_step(p, x, gx, self.beta, trail)
             else:
-                reference.anderson_step(p, x, gx, self.beta, self.ridge, self.restart, *window)
+                given = self.beta, self.ridge, self.restart, *window, self.every
+                reference.anderson_step(p, x, gx, *given)
         return Solved(p.out, p.counters, p.scalars, p.tally)
 
     def check(self, machine: Machine, dense: Dense, scale: float = 1.0) -> Solved:

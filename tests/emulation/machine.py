@@ -126,10 +126,11 @@ class Machine:
         values: Tensor,
         residuals: Tensor,
         gram: Tensor,
+        every: int = 1,
     ) -> None:
         window = {"values": values, "residuals": residuals, "gram": gram}
-        m = values.shape[1]
-        self._step("anderson_step", p, x, gx, window, beta=beta, ridge=ridge, restart=restart, m=m)
+        numbers = {"beta": beta, "ridge": ridge, "restart": restart, "every": every}
+        self._step("anderson_step", p, x, gx, window, **numbers, m=values.shape[1])
 
     def bicgstab_step(
         self, p: Progress, x: Tensor, gx: Tensor, base: Tensor, vectors: Tensor, numbers: Tensor

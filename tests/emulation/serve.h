@@ -7,7 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "../../csrc/math/progress.h"
+#include "../../csrc/math/anderson.h"
 #include "emulation.h"
 
 namespace fpi::emulation {
@@ -52,6 +52,12 @@ Record<Acc> record_of(const Request& r) {
                      .rounding = static_cast<Acc>(r.number("rounding")),
                      .patience = static_cast<int32_t>(r.integer("patience")),
                      .max_iterations = static_cast<int32_t>(r.integer("max_iterations"))}};
+}
+
+template <typename Acc>
+Mixing<Acc> mixing_of(const Request& r) {
+  return {static_cast<Acc>(r.number("ridge")), static_cast<Acc>(r.number("restart")),
+          static_cast<int>(r.integer("every"))};
 }
 
 // At namespace scope: `Operator name("name", function);`

@@ -76,8 +76,7 @@ void anderson_step(const Request& r) {
   const Run<T> run(r, anderson_sums(m), m);
   const Window<T> window{r.array<T>("values"), r.array<T>("residuals"), r.array<Acc>("gram"), m};
   with_groups(m, [&](auto groups) {
-    run(AndersonStep<T, groups.value>{run.batch, window, static_cast<Acc>(r.number("ridge")),
-                                      static_cast<Acc>(r.number("restart"))},
+    run(AndersonStep<T, groups.value>{run.batch, window, emulation::mixing_of<Acc>(r)},
         AndersonMove<T>{run.batch, window});
   });
 }

@@ -22,12 +22,18 @@ from fpi_cuda.record import (
     ACTIVE,
     COUNTERS,
     GAIN,
+    HALVINGS,
     HEAD,
     ITERATIONS,
+    MAX_HALVINGS,
     MAX_RETREATS,
+    PLAIN,
+    REFERENCE,
+    REFERENCE_ITERATION,
     RETREATS,
     RING,
     RING_START,
+    SLOW_ITERATIONS,
     STATUS,
     TRAIL,
     WINDOW,
@@ -58,6 +64,7 @@ class Solve:
     m: int = 1  # Picard
     beta: float = 1.0
     ridge: float = 1e-3
+    every: int = 1
 
     def __post_init__(self) -> None:
         (b, n), dtype, m = self.x.shape, self.x.dtype, self.m
@@ -73,7 +80,8 @@ class Solve:
             backend.picard_step(self.p, self.x, gx, self.beta, self.trail)
         else:
             window = self.values, self.residuals, self.gram
-            backend.anderson_step(self.p, self.x, gx, self.beta, self.ridge, 1e9, *window)
+            given = self.beta, self.ridge, 1e9, *window
+            backend.anderson_step(self.p, self.x, gx, *given, every=self.every)
 
     def run(self, backend, g, most: int = 200) -> Solve:
         for _ in range(most):
@@ -86,14 +94,17 @@ class Solve:
         return self.p.counters[:, STATUS] == ACTIVE
 
 
-def together(machine: Machine, solve: Solve, values) -> Solve:
-    """Steps of the emulation, each beside the oracle's from the same state; values(k, x) is g."""
+def together(machine: Machine, solve: Solve, values, most: int = 10**6) -> Solve:
+    """Steps of the emulation, each beside the oracle's from the same state; values(k, x) is g.
+
+    Before it returns that, it may change the state.
+    """
     tolerance = TOLERANCE[solve.x.dtype] * 30
     wide = TOLERANCE[solve.p.dtype] * 100
     k = 0
-    while solve.active.any():
-        oracle = copy.deepcopy(solve)
+    while solve.active.any() and k < most:
         gx = values(k, solve.x).to(solve.x.dtype)
+        oracle = copy.deepcopy(solve)
         solve.step(machine, gx)
         oracle.step(reference, gx)
         assert torch.equal(solve.p.counters, oracle.p.counters)
@@ -162,14 +173,15 @@ def test_picard_without_a_trail(machines):
     assert torch.equal(measured.out, plain.out)
 
 
-@pytest.mark.parametrize(("m", "beta"), [(2, 1.0), (3, 0.5), (7, 1.5)])
+@pytest.mark.parametrize(("m", "beta", "every"), [(2, 1.0, 1), (3, 0.5, 3), (7, 1.5, 2)])
 @pytest.mark.parametrize("n", PLANS.values(), ids=PLANS)
-def test_anderson_measures_all_the_way(machines, n, m, beta):
+def test_anderson_measures_all_the_way(machines, n, m, beta, every):
     if n == PLANS["c"] and m == 7:
         pytest.skip("long, and as the others")
     for dtype in (torch.float64, torch.float32)[n == PLANS["c"] :]:
         rates, z, x = affine(3, n, dtype)
-        solve = Solve(x, Limits(1e-2, 0.0, 0.0, 10**6, 2 * m), m, beta)
+        limits = Limits(1e-2, 0.0, 0.0, 10**6, 2 * m)
+        solve = Solve(x, limits, m, beta, every=every)
         together(machines[REVERSE], solve, lambda k, x: rates * x + z)  # noqa: B023
         assert (solve.p.scalars[:, GAIN] > 0).all()
         assert (solve.p.scalars[:, RING_START] > 0).all()
@@ -178,10 +190,13 @@ def test_anderson_measures_all_the_way(machines, n, m, beta):
 EXPONENTS = {torch.float32: (-100, 49, 97), torch.float64: (-900, 900), HALF: (8, 1)}
 
 
-@pytest.mark.parametrize(("m", "beta"), [(1, 1.0), (1, 0.7), (2, 1.0), (4, 0.7), (18, 1.0)])
+@pytest.mark.parametrize(
+    ("m", "beta", "every"),
+    [(1, 1.0, 1), (1, 0.7, 1), (2, 1.0, 1), (4, 0.7, 1), (5, 1.0, 3), (18, 1.0, 2)],
+)
 @pytest.mark.parametrize("dtype", EXPONENTS, ids=str)
 @pytest.mark.parametrize("n", PLANS.values(), ids=PLANS)
-def test_a_solve_times_a_power_of_two_has_its_bits(machines, n, dtype, m, beta):
+def test_a_solve_times_a_power_of_two_has_its_bits(machines, n, dtype, m, beta, every):
     """Wherever nothing is subnormal: half's residuals, which Anderson keeps, are."""
     if (n != PLANS["a"] and (m == 18 or dtype == HALF)) or (m > 1 and dtype == HALF):
         pytest.skip("long, and as the others; or has fewer bits")
@@ -191,7 +206,7 @@ def test_a_solve_times_a_power_of_two_has_its_bits(machines, n, dtype, m, beta):
 
     def solved(exponent: int) -> tuple[Tensor, ...]:
         power = 2.0**exponent
-        solve = Solve(x * power, limits, m, beta).run(
+        solve = Solve(x * power, limits, m, beta, every=every).run(
             machines[FORWARD], lambda x: rates * x + z * power
         )
         p = solve.p
@@ -215,9 +230,39 @@ def injected(gx: Tensor, k: int, where: dict[int, set[int]], value: float = math
     return gx
 
 
+@pytest.mark.parametrize("m", [3, 5])
+@pytest.mark.parametrize("n", PLANS.values(), ids=PLANS)
+def test_beta_is_halved_where_the_residual_has_grown_for_long(machines, n, m):
+    """In mixtures, in plain steps and where it goes back; at most so often."""
+    draws = torch.randn(2, n, generator=torch.Generator().manual_seed(5))
+    turned = torch.randn(14, 2, n, generator=torch.Generator().manual_seed(6)) / 8
+    sizes = [1.0, 0.9, 5.0, 4.8, 4.5, 4.2, 9.0, 8.5, 8.0, 7.7, 7.4, 7.2, 7.0, 6.9]
+    for beta in (1.0, 0.8):
+        solve = Solve(torch.zeros(2, n), FOREVER, m, beta, every=3)
+        kept, plain = [], []
+
+        def values(k: int, x: Tensor) -> Tensor:
+            counters = solve.p.counters  # noqa: B023
+            kept.append(counters[0, HALVINGS].item())  # noqa: B023
+            plain.append(counters[0, PLAIN].item())  # noqa: B023
+            if k in (2, 6, 8):  # as if it had been so for long, of the first sample alone
+                counters[0, REFERENCE_ITERATION] -= SLOW_ITERATIONS
+                solve.p.scalars[0, REFERENCE] = 0.5  # noqa: B023
+            gx = x + torch.tensor([[sizes[k]], [0.9**k]]) * (draws + turned[k])
+            if k == 10:
+                gx[0, -1] = math.nan
+            return gx
+
+        together(machines[REVERSE], solve, values, len(sizes))
+        assert kept[-1] == MAX_HALVINGS and kept[3] == 1
+        assert solve.p.counters[1, HALVINGS] == 0
+        assert max(plain) == 2 and solve.p.counters[0, RETREATS] == 1
+
+
+@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize(("beta", "value"), [(1.0, math.nan), (0.6, math.inf)])
 @pytest.mark.parametrize("n", PLANS.values(), ids=PLANS)
-def test_mixtures_are_taken_back_alone(machines, n, beta, value):
+def test_mixtures_are_taken_back_alone(machines, n, beta, value, every):
     """Once, twice in a row, over and over; at the first iterate and at a plain one it's the end."""
     always = set(range(20))
     where = {1: {3}, 2: {2, 3}, 3: {2, 4, 6, 8}, 4: always - {0, 1}, 5: always, 6: {1}, 7: {7}}
@@ -225,7 +270,7 @@ def test_mixtures_are_taken_back_alone(machines, n, beta, value):
     draws = torch.randn(8, 8, n, generator=generator)
     for dtype in (torch.float32, HALF) if n < PLANS["c"] else (torch.float32,):
         limits = replace(FOREVER, max_iterations=8)
-        solve = Solve(torch.zeros(8, n, dtype=dtype), limits, 3, beta)
+        solve = Solve(torch.zeros(8, n, dtype=dtype), limits, 3, beta, every=every)
         together(machines[RANDOM], solve, lambda k, x: injected(draws[k], k, where, value))
         c = solve.p.counters
         lost = 1 + Status.NONFINITE
@@ -268,6 +313,7 @@ def test_no_counter_leads_out_of_bounds(machines, n, m):
     for head, window in [(77, 1000), (-5, -7), (2**31 - 1, 2**31 - 1), (-(2**31), -(2**31))]:
         solve = Solve(torch.randn(2, n), FOREVER, m)
         solve.p.counters[:, HEAD], solve.p.counters[:, WINDOW] = head, window
+        solve.p.counters[:, PLAIN], solve.every = window, 3
         solve.values.zero_(), solve.residuals.zero_(), solve.gram.zero_()
         for _ in range(3):
             gx = torch.randn(2, n)
@@ -325,5 +371,5 @@ def test_a_whole_solve_takes_mixtures_back(machines):
 
 
 def test_the_records_columns_are_all_told_apart():
-    assert Progress(torch.empty(1, 1), FOREVER).counters.shape[1] == COUNTERS == RETREATS + 1
+    assert Progress(torch.empty(1, 1), FOREVER).counters.shape[1] == COUNTERS == HALVINGS + 1
     assert Progress(torch.empty(1, 1), FOREVER).scalars.shape[1] == RING_START + RING

@@ -41,19 +41,23 @@ FPI_HOST_DEVICE void prefetch(const void* begin, int64_t bytes) {
 }
 
 // One iterate's value and residual to the window's slot `head`, and the squares of its norms.
-template <bool kHasOlder, typename T>
+// kMixes: whether a row of the Gram matrix follows, which has that of Δr.
+template <bool kHasOlder, bool kMixes, typename T>
 FPI_HOST_DEVICE void push(const T* x, const T* gx, T* values, T* residuals, int64_t n, int old,
                           int head, accumulate_t<T>* square) {
   using Acc = accumulate_t<T>;
-  Vector<Acc> squares[kSquares] = {};
+  Vector<Acc> squares[kSquares] = {}, of_residuals[1] = {};
   for_vectors<T>(n, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
     const Vector<Acc> g = load(gx + i);
     const Vector<Acc> r = g - load(x + i);
     if constexpr (kHasOlder) {
       const Vector<Acc> dg = g - load(values + old * n + i);
-      const Vector<Acc> dx = dg - (r - load(residuals + old * n + i));
+      const Vector<Acc> dr = r - load(residuals + old * n + i), dx = dg - dr;
       squares[kValueSecant] += dg * dg;
       squares[kStateSecant] += dx * dx;
+      if constexpr (!kMixes) {
+        of_residuals[0] += dr * dr;
+      }
     }
     store(values + head * n + i, g);
     store(residuals + head * n + i, r);
@@ -62,6 +66,9 @@ FPI_HOST_DEVICE void push(const T* x, const T* gx, T* values, T* residuals, int6
   });
   sums<kSquares>(squares, square);
   square[kResidualSecant] = 0;  // not known yet: decide takes no gain from it
+  if constexpr (kHasOlder && !kMixes) {
+    sums<1>(of_residuals, square + kResidualSecant);
+  }
 }
 
 // x goes back to where g was finite last, the iterate in slot old, and on from there with that
@@ -112,10 +119,11 @@ struct Systems {
 }  // namespace
 
 template <typename T>
-Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ridge, double restart,
-                    const Window<T>& window, const Record<accumulate_t<T>>& record, int64_t begin,
-                    int64_t end) {
+Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double all_beta,
+                    const Mixing<accumulate_t<T>>& mixing, const Window<T>& window,
+                    const Record<accumulate_t<T>>& record, int64_t begin, int64_t end) {
   using Acc = accumulate_t<T>;
+  const Acc ridge = mixing.ridge;
   // The systems of a team of samples are solved together, one a lane.
   constexpr int kTeam = kLanes<Acc>;
   constexpr int kMaxSize = kMaxHistory - 1;
@@ -157,11 +165,14 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
       }
       const int old = counters[kHead], head = old + 1 == m ? 0 : old + 1;
       const int seen = counters[kWindow], most = seen < m ? seen : m - 1;  // differences
+      const int plain = counters[kPlain];
       Acc squares[kAndersonNorms];
-      if (seen > 0) {
-        push<true>(x_row, g_row, values, residuals, n, old, head, squares);
+      if (seen == 0) {
+        push<false, true>(x_row, g_row, values, residuals, n, old, head, squares);
+      } else if (plain + 1 >= mixing.every) {
+        push<true, true>(x_row, g_row, values, residuals, n, old, head, squares);
       } else {
-        push<false>(x_row, g_row, values, residuals, n, old, head, squares);
+        push<true, false>(x_row, g_row, values, residuals, n, old, head, squares);
       }
       const Acc residual = residual_norm(squares[kResidualSquares], x_row, g_row, n);
       const Acc value = value_norm(squares[kValueSquares], g_row, n);
@@ -170,11 +181,11 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
       };
       const bool trusted = are_trusted(squares, seen);
       Acc scale = __builtin_expect(trusted, 1) ? Acc(1) : rescale(seldom(), most, squares);
-      const auto [status, count] =
-          decide<T>(residual, value, squares, scale, static_cast<Acc>(restart), m, sample, record);
+      const auto [status, count, mixes] =
+          decide<T>(residual, value, squares, scale, mixing, m, sample, record);
+      const Acc beta = beta_of(counters, static_cast<Acc>(all_beta));
       if (__builtin_expect(count < 0, 0)) {
-        go_back(x_row, seldom(), old, status, retreat_beta(count, static_cast<Acc>(beta)),
-                out + sample * n);
+        go_back(x_row, seldom(), old, status, retreat_beta(count, beta), out + sample * n);
         (status == kActive ? tally.active : tally.failed) += 1;
         continue;
       }
@@ -187,16 +198,30 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
         continue;
       }
       ++tally.active;
+      if (!mixes) {
+        extend_window(counters, head, count);
+        damped_row(x_row, g_row, beta, n);
+        continue;
+      }
       const int lane = members++;
       team[lane] = {row, sample, place, head, count};
 
-      // One row of the Gram matrix is new; it is kept by slot, so nothing else moves.
+      // As many rows of the Gram matrix are new as iterates since the last mixture; it is kept by
+      // slot, so nothing else moves.
       Acc gram_row[kMaxHistory], rhs[kMaxHistory];
-      if (count > 0) {
-        all_dots<false>(Aged<T>(residuals, head, count + 1, m, n).rows, count, n, Acc(1), gram_row,
-                        rhs);
-      }
       Acc* gram = window.gram + place * m * m;
+      if (count > 0) {
+        const Aged<T> aged(residuals, head, count + 1, m, n);
+        for (int age = plain < count ? plain : count - 1; age > 0; --age) {
+          all_dots<false>(aged.rows + age, count - age, n, Acc(1), gram_row, rhs);
+          const int slot = slot_of(age, head, m);
+          for (int j = age; j < count; ++j) {
+            const int other = slot_of(j, head, m);
+            gram[slot * m + other] = gram[other * m + slot] = gram_row[j - age];
+          }
+        }
+        all_dots<false>(aged.rows, count, n, Acc(1), gram_row, rhs);
+      }
       Acc sum = 0;
       int slots[kMaxHistory];
       for (int i = 0; i < count; ++i) {
@@ -240,17 +265,17 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
       noise[lane] = noise_squares_of<T>(scale * value);
     }
 
-    const auto solved =
-        size == 4 ? ridge_solve(std::integral_constant<int, 4>{}, system, gamma, trace,
-                                static_cast<Acc>(ridge), noise)
-                  : ridge_solve(size, system, gamma, trace, static_cast<Acc>(ridge), noise);
+    const auto solved = size == 4 ? ridge_solve(std::integral_constant<int, 4>{}, system, gamma,
+                                                trace, ridge, noise)
+                                  : ridge_solve(size, system, gamma, trace, ridge, noise);
     for (int lane = 0; lane < members; ++lane) {
       const auto [at, sample, place, head, differences] = team[lane];
       T* x_row = x + at * n;
-      const int count =
-          update_window(record.counters + sample * kCounters, head, differences, solved[lane] != 0);
+      int32_t* counters = record.counters + sample * kCounters;
+      const Acc beta = beta_of(counters, static_cast<Acc>(all_beta));
+      const int count = update_window(counters, head, differences, solved[lane] != 0);
       if (count == 0) {
-        damped_row(x_row, gx + at * n, static_cast<Acc>(beta), n);
+        damped_row(x_row, gx + at * n, beta, n);
         continue;
       }
       Acc weights[kMaxSize];
@@ -259,8 +284,8 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
       }
       const Aged<T> values(window.values + place * m * n, head, count + 1, m, n);
       const Aged<T> residuals(window.residuals + place * m * n, head, count + 1, m, n);
-      if (beta != 1.0) {
-        mix<true>(x_row, values.rows, residuals.rows, count, weights, static_cast<Acc>(beta), n);
+      if (beta != Acc(1)) {
+        mix<true>(x_row, values.rows, residuals.rows, count, weights, beta, n);
       } else if (count == 4) {
         mix<false>(x_row, values.rows, residuals.rows, std::integral_constant<int, 4>{}, weights,
                    Acc(1), n);
@@ -273,9 +298,9 @@ Tally anderson_step(T* x, const T* gx, T* out, int64_t n, double beta, double ri
   return tally;
 }
 
-#define FPI_INSTANTIATE(T)                                                                \
-  template Tally anderson_step(T*, const T*, T*, int64_t, double, double, double,         \
-                               const Window<T>&, const Record<accumulate_t<T>>&, int64_t, \
+#define FPI_INSTANTIATE(T)                                                                        \
+  template Tally anderson_step(T*, const T*, T*, int64_t, double, const Mixing<accumulate_t<T>>&, \
+                               const Window<T>&, const Record<accumulate_t<T>>&, int64_t,         \
                                int64_t);
 FPI_FOR_DTYPES(FPI_INSTANTIATE)
 #undef FPI_INSTANTIATE

@@ -152,11 +152,10 @@ Ended dense_solve(const DenseSolve<T>& solve, int64_t* next, unsigned char* memo
     Tally tally;
     for (int first = 0; first < used; first += piece) {
       const int end = used - first < piece ? used : first + piece;
-      const Tally part =
-          call.history == 1
-              ? picard_step(tile.x, tile.gx, call.out, n, call.beta, trail, record, first, end)
-              : anderson_step(tile.x, tile.gx, call.out, n, call.beta, call.ridge, call.restart,
-                              window, record, first, end);
+      const Tally part = call.history == 1 ? picard_step(tile.x, tile.gx, call.out, n, call.beta,
+                                                         trail, record, first, end)
+                                           : anderson_step(tile.x, tile.gx, call.out, n, call.beta,
+                                                           call.mixing, window, record, first, end);
       tally.active += part.active;
       tally.failed += part.failed;
       if (end < used && stopped_after(end - first)) {

@@ -8,6 +8,14 @@
 //                            is one more than the least that two launches need: the secant ratio
 //                            wants the value before beside the residual before, and the mixture
 //                            wants it again.
+// An iteration without a mixture:
+//   one launch   reads x, g(x), the value and the residual before (4), writes the value, the
+//                residual and x (3): 7. Its row of the Gram matrix is left to the next mixture,
+//                which takes two rows a pass over residuals that it has just read. Where the
+//                residual turns out not to fall, there is a mixture after all: the pass is taken
+//                again.
+//   two launches read the m+2 and write the two as ever, so that no row of the matrix is ever
+//                missing where parts have gone; then read g(x) and write x (2): m+6.
 // The mixture at β ≠ 1 reads the m residuals too. A pass takes 4·kGroups differences; for each
 // further pass three residuals are read again: m > 17. A row that ends writes out too and stops at
 // that; one that has ended costs nothing. One that is taken back reads a value and a residual.
@@ -42,7 +50,7 @@ struct AndersonStep {
 
   Batch<T> batch;
   Window<T> window;
-  Acc ridge, restart;
+  Mixing<Acc> mixing;
 
   FPI_DEVICE void operator()() const {
     batch.each_row([&](const Team& team, const Row<T>& row) { return advance(team, row); });
@@ -56,20 +64,36 @@ struct AndersonStep {
     const int seen = counters[kWindow] < 0 ? 0 : counters[kWindow] < m ? counters[kWindow] : m;
     const Ring<T> ring = ring_of(window, row, batch.n, (newest_slot(counters, m) + 1) % m);
     const int count = seen < m ? seen : m - 1;  // differences, if the window is not restarted
+    const int plain = counters[kPlain];
+    const Acc last = batch.scalars(row)[kResidual];
 
-    gather(team, row, ring, count);
-    push(team, row, ring, seen, count);
-    if (!one_launch && !batch.all_arrived(team, row, anderson_sums(count + 1))) {
-      return {};
+    int taken = count;  // differences whose products are taken: all, if there may be a mixture
+    if (one_launch && count > 1 && !is_due(plain, mixing)) {
+      taken = 1;
     }
-    const auto [residual, value] = batch.norms(team, row);
-    const Acc scale = scale_of_sums(team, row, ring, seen, count);
+    typename Batch<T>::Norms norms;
+#pragma unroll 1
+    for (;; taken = count) {
+      // Of the Gram matrix, rows but that of this iterate.
+      const int missing = !one_launch || plain < 0 ? 0 : plain < taken ? plain : taken - 1;
+      gather(team, row, ring, taken, missing);
+      push(team, row, ring, seen, taken, missing);
+      if (!one_launch && !batch.all_arrived(team, row, anderson_sums(count + 1))) {
+        return {};
+      }
+      norms = batch.norms(team, row);
+      if (taken == count || goes_on(norms.residual, last)) {
+        break;
+      }
+    }
+    const Acc scale = scale_of_sums(team, row, ring, seen, taken);
     if (team.rank == 0) {
       batch.counters(row)[kWindow] = seen;
-      batch.announce(team, row, decision(team, row, ring, residual, value, scale));
+      batch.announce(team, row, decision(team, row, ring, norms, scale, taken));
     }
     team.barrier();
     const Move move = *batch.shared_move(team);
+    const Acc beta = halved(batch.beta, move.halvings);
     Acc* gamma = batch.template team_shared<Acc>(team, batch.shared.gamma);
     if (!one_launch) {
       for (int j = team.rank; j < move.differences; j += team.size) {
@@ -77,11 +101,11 @@ struct AndersonStep {
       }
     } else if (move.differences > 0) {
       mix(team, row, ring, batch.shared_vector(team, 0), batch.shared_vector(team, 1),
-          move.differences, gamma, batch.beta, batch.aligned);
+          move.differences, gamma, beta, batch.aligned);
     } else if (move.differences < 0) {
       go_back(batch, team, row, ring.value(1 % m), ring.residual(1 % m), move);
     } else {
-      batch.damp_or_end(team, row, row.x, batch.shared_vector(team, 0), move.status);
+      batch.damp_or_end(team, row, row.x, batch.shared_vector(team, 0), move.status, beta);
     }
     return {1, move.status == kActive, move.status > kConverged};
   }
@@ -90,22 +114,24 @@ struct AndersonStep {
     return window.gram + window.place(row.number, row.sample) * window.m * window.m;
   }
 
-  // The older rows of the Gram matrix, to shared memory: its row of this iterate is yet to come.
-  FPI_DEVICE void gather(const Team& team, const Row<T>& row, const Ring<T>& ring,
-                         int count) const {
+  // The older rows of the Gram matrix, to shared memory: its row of this iterate is yet to come,
+  // and so many after it.
+  FPI_DEVICE void gather(const Team& team, const Row<T>& row, const Ring<T>& ring, int count,
+                         int missing) const {
     const Acc* gram = gram_of(row);
     Acc* system = batch.template team_shared<Acc>(team, batch.shared.system);
     for (int e = team.rank; e < count * count; e += team.size) {
       const int i = e / count, j = e % count;
-      if (0 < j && j <= i) {
+      if (missing < j && j <= i) {
         system[e] = gram[ring.slot(i) * window.m + ring.slot(j)];
       }
     }
   }
 
-  // Stores g(x) and its residual, and takes the sums that need them.
+  // Stores g(x) and its residual, and takes the sums that need them; and the rows of the Gram
+  // matrix that are missing.
   FPI_DEVICE void push(const Team& team, const Row<T>& row, const Ring<T>& ring, int seen,
-                       int count) const {
+                       int count, int missing) const {
     const bool one_launch = batch.plan.parts == 1;
     // Where there is none before, anything that can be read will do: those sums are not used.
     const T* previous_value = seen > 0 ? ring.value(1 % window.m) : row.gx;
@@ -150,26 +176,34 @@ struct AndersonStep {
     });
     Acc* all = batch.shared_sums(team);
     team.reduce(sums.squares, batch.stage(team), all, Add{});
-    reduce_dots(team, sums, 0, count);
+    reduce_dots(team, row, ring, sums, 0, 0, count, missing);
 
-    for (int first = kGroups * kGroup; first < count; first += kGroups * kGroup) {
-      sums = {};
-      for_packs<T>(team, row.begin, row.end, batch.aligned, [&](int64_t i, auto access) {
-        constexpr int kValues = access.kValues;
-        Differences<kValues> d;
-        d.newest = widened<Acc>(access.load(new_residual + i));
-        d.first = widened<Acc>(access.load(residual_of(1) + i));
-        d.younger = widened<Acc>(access.load(residual_of(first) + i));
+    // A pass for further differences, or for two of the missing rows: d_{age+1} in place of r_0.
+    for (int age = 0; age <= missing; age += age == 0 ? 1 : 2) {
+      for (int first = age == 0 ? kGroups * kGroup : age; first < count;
+           first += kGroups * kGroup) {
+        sums = {};
+        for_packs<T>(team, row.begin, row.end, batch.aligned, [&](int64_t i, auto access) {
+          constexpr int kValues = access.kValues;
+          const auto residual = [&](int age) {
+            return widened<Acc>(access.load(residual_of(age) + i));
+          };
+          Differences<kValues> d;
+          d.first = residual(age);
+          const auto second = residual(age + 1), third = residual(age == 0 ? 1 : age + 2);
 #pragma unroll
-        for (int l = 0; l < kValues; ++l) {
-          d.first.values[l] = d.newest.values[l] - d.first.values[l];
-        }
-        Pack<T, kValues> older[kGroup];
-        load_group(older, first, residual_of, i, access);
-        dot_group(sums.dots[0], older, d);
-        more_groups(sums, first, count, residual_of, i, access, d);
-      });
-      reduce_dots(team, sums, first, count);
+          for (int l = 0; l < kValues; ++l) {
+            d.newest.values[l] = age == 0 ? d.first.values[l] : second.values[l] - third.values[l];
+            d.first.values[l] -= second.values[l];
+          }
+          d.younger = residual(first);
+          Pack<T, kValues> older[kGroup];
+          load_group(older, first, residual_of, i, access);
+          dot_group(sums.dots[0], older, d);
+          more_groups(sums, first, count, residual_of, i, access, d);
+        });
+        reduce_dots(team, row, ring, sums, age, first, count, missing);
+      }
     }
   }
 
@@ -220,14 +254,34 @@ struct AndersonStep {
     }
   }
 
-  FPI_DEVICE void reduce_dots(const Team& team, const Sums& sums, int first, int count) const {
-    Acc* all = batch.shared_sums(team) + kAndersonNorms + 2 * first;
+  // To the row's sums; those of older rows of the Gram matrix to where the matrix is.
+  FPI_DEVICE void reduce_dots(const Team& team, const Row<T>& row, const Ring<T>& ring,
+                              const Sums& sums, int age, int first, int count, int missing) const {
+    Acc* all = batch.shared_sums(team) + kAndersonNorms;
+    Acc* system = batch.template team_shared<Acc>(team, batch.shared.system);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      if (first + group * kGroup < count) {
-        team.reduce(sums.dots[group], batch.stage(team), all + group * 2 * kGroup, Add{});
+      const int begin = first + group * kGroup;
+      if (begin < count) {
+        const auto put = [&](int i, Acc dot) {
+          const int left = age + i / kGroup, j = begin + i % kGroup;
+          if (age == 0) {
+            all[2 * begin + i] = dot;
+          } else if (left <= missing && left <= j && j < count) {
+            system[j * count + left] = dot;
+            keep(row, ring, left, j, dot);
+          }
+        };
+        team.reduce(sums.dots[group], batch.stage(team), put, Add{});
       }
     }
+  }
+
+  // An entry of the Gram matrix, by slot, so that nothing else moves.
+  FPI_DEVICE void keep(const Row<T>& row, const Ring<T>& ring, int i, int j, Acc dot) const {
+    Acc* gram = gram_of(row);
+    const int one = ring.slot(i), other = ring.slot(j);
+    gram[one * window.m + other] = gram[other * window.m + one] = dot;
   }
 
   // Squares of secants from the value and residual before: those of Δg, Δx and Δr.
@@ -316,33 +370,32 @@ struct AndersonStep {
   }
 
   // The record after this step, the new row of the Gram matrix, and the weights, by one thread.
-  // scale: of the sums of differences; the matrix is kept without.
-  FPI_DEVICE Move decision(const Team& team, const Row<T>& row, const Ring<T>& ring, Acc residual,
-                           Acc value, Acc scale) const {
+  // scale: of the sums of differences, of which there are `taken`; the matrix is kept without.
+  FPI_DEVICE Move decision(const Team& team, const Row<T>& row, const Ring<T>& ring,
+                           const typename Batch<T>::Norms& norms, Acc scale, int taken) const {
     Acc* sums = batch.shared_sums(team);
-    const auto [status, used] =
-        decide<T>(residual, value, sums, scale, restart, window.m, row.sample, batch.record);
-    if (used < 0) {
-      return {status, used};
+    int32_t* counters = batch.counters(row);
+    const auto [status, used, mixes] = decide<T>(norms.residual, norms.value, sums, scale, mixing,
+                                                 window.m, row.sample, batch.record);
+    const int32_t halvings = counters[kHalvings];
+    if (used < 0 || status != kActive) {
+      return {status, used < 0 ? used : 0, halvings};
     }
-    if (status != kActive) {
-      return {status, 0};
-    }
-    Acc* gram = gram_of(row);
     Acc* gamma = batch.template team_shared<Acc>(team, batch.shared.gamma);
     Acc* system = batch.template team_shared<Acc>(team, batch.shared.system);
-    for (int j = 0; j < used; ++j) {
+    for (int j = 0; j < used && j < taken; ++j) {
       const Acc dot = place_of_dot(sums, j, false);
-      const Acc kept = scale == Acc(1) ? dot : dot / scale / scale;
-      // Kept by slot, so that nothing else moves.
-      gram[ring.head * window.m + ring.slot(j)] = kept;
-      gram[ring.slot(j) * window.m + ring.head] = kept;
+      keep(row, ring, 0, j, scale == Acc(1) ? dot : dot / scale / scale);
       system[j * used] = dot;
       gamma[j] = place_of_dot(sums, j, true);
     }
+    if (!mixes) {
+      extend_window(counters, ring.head, used);
+      return {status, 0, halvings};
+    }
     const bool is_solved =
-        used > 0 && solve(used, system, gamma, noise_squares_of<T>(scale * value));
-    return {status, update_window(batch.counters(row), ring.head, used, is_solved)};
+        used > 0 && solve(used, system, gamma, noise_squares_of<T>(scale * norms.value));
+    return {status, update_window(counters, ring.head, used, is_solved), halvings};
   }
 
   // gamma from the right-hand side; see ridge_solve.
@@ -361,7 +414,7 @@ struct AndersonStep {
         }
         b[i] = i < count ? gamma[i] : Acc(0);
       }
-      const bool solved = ridge_solve(GroupSize{}, a, b, trace, ridge, noise);
+      const bool solved = ridge_solve(GroupSize{}, a, b, trace, mixing.ridge, noise);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         if (i < count) {
@@ -370,7 +423,7 @@ struct AndersonStep {
       }
       return solved;
     } else {
-      return ridge_solve(count, system, gamma, trace, ridge, noise);
+      return ridge_solve(count, system, gamma, trace, mixing.ridge, noise);
     }
   }
 };
@@ -381,6 +434,7 @@ template <typename T>
 struct AndersonMove {
   static constexpr int kThreads = kStepThreads;
   static constexpr int kBlocks = 5;
+  using Acc = accumulate_t<T>;
 
   Batch<T> batch;
   Window<T> window;
@@ -389,14 +443,15 @@ struct AndersonMove {
     const Team team = batch.team();
     const Row<T> row = batch.row_of(team, grid_size() - 1 - block_index());
     const Move move = batch.moves[row.number];
+    const Acc beta = halved(batch.beta, move.halvings);
     const Ring<T> ring = ring_of(window, row, batch.n, newest_slot(batch.counters(row), window.m));
     if (move.differences > 0) {
       mix(team, row, ring, row.gx, ring.value(1), move.differences,
-          batch.gamma + row.number * (window.m - 1), batch.beta, batch.aligned);
+          batch.gamma + row.number * (window.m - 1), beta, batch.aligned);
     } else if (move.differences < 0) {
       go_back(batch, team, row, ring.value(0), ring.residual(0), move);
     } else if (move.status != kFrozen) {
-      batch.damp_or_end(team, row, row.x, row.gx, move.status);
+      batch.damp_or_end(team, row, row.x, row.gx, move.status, beta);
     }
   }
 };

@@ -75,10 +75,10 @@ FPI_DEVICE void go_back(const Batch<T>& batch, const Team& team, const Row<T>& r
                         const T* residual, Move move) {
   using Acc = accumulate_t<T>;
   if (move.status != kActive) {
-    batch.damp_or_end(team, row, row.x, value, move.status);
+    batch.damp_or_end(team, row, row.x, value, move.status, batch.beta);
     return;
   }
-  const Acc beta = retreat_beta(move.differences, batch.beta);
+  const Acc beta = retreat_beta(move.differences, halved(batch.beta, move.halvings));
   for_packs<T>(team, row.begin, row.end, batch.aligned, [&](int64_t i, auto access) {
     auto pack = access.load(value + i);
     const auto rs = access.load(residual + i);

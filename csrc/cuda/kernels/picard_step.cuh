@@ -78,7 +78,7 @@ struct PicardStep {
     }
     if (one_launch) {
       keep(batch, trail, team, row, shared_x, move);
-      batch.damp_or_end(team, row, shared_x, shared_g, move.status);
+      batch.damp_or_end(team, row, shared_x, shared_g, move.status, batch.beta);
     }
     return {1, move.status == kActive, move.status > kConverged};
   }
@@ -121,7 +121,7 @@ struct PicardMove {
     const Move move = batch.moves[row.number];
     if (move.status != kFrozen) {
       keep(batch, trail, team, row, row.x, move);
-      batch.damp_or_end(team, row, row.x, row.gx, move.status);
+      batch.damp_or_end(team, row, row.x, row.gx, move.status, batch.beta);
     }
   }
 };

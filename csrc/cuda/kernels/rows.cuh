@@ -12,6 +12,7 @@ struct Move {
   // Anderson: in the mixture; 0 is a damped step, and below that x is taken back. Picard: 1 and the
   // slot of the trail that x goes to, or 0.
   int32_t differences;
+  int32_t halvings = 0;  // Anderson: of beta
 };
 
 constexpr int32_t kFrozen = -1;  // ended in an earlier step, and is left alone
@@ -268,7 +269,7 @@ struct Batch {
   // row of x, where it stays from now on, is g(x), or the last finite iterate where g(x) is not
   // finite. old and value are x and g(x), or copies of them.
   FPI_DEVICE void damp_or_end(const Team& team, const Row<T>& row, const T* old, const T* value,
-                              int32_t status) const {
+                              int32_t status, Acc beta) const {
     const bool ends = status != kActive;
     if (ends || beta == Acc(1)) {
       const T* result = status == kNonfinite ? old : value;

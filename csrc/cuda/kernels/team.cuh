@@ -1,6 +1,8 @@
 // The threads that share a row: a warp or a block.
 #pragma once
 
+#include <type_traits>
+
 #include "../plan.h"
 #include "../primitives.cuh"
 
@@ -32,9 +34,9 @@ struct Team {
 
   // Joins the values of all threads by a tree of fixed shape: lanes by halves, then warps in their
   // order. joined [kCount] is in shared memory and seen by all after; stage [warps][kCount] too is
-  // free again then.
-  template <int kCount, typename Acc, typename Join>
-  FPI_DEVICE void reduce(const Acc (&values)[kCount], Acc* stage, Acc* joined,
+  // free again then. Or joined(i, value) puts it somewhere.
+  template <int kCount, typename Acc, typename Joined, typename Join>
+  FPI_DEVICE void reduce(const Acc (&values)[kCount], Acc* stage, const Joined& joined,
                          const Join& join) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -49,7 +51,11 @@ struct Team {
       for (int w = 1; w < warps(); ++w) {
         value = join(value, stage[w * kCount + i]);
       }
-      joined[i] = value;
+      if constexpr (std::is_pointer_v<Joined>) {
+        joined[i] = value;
+      } else {
+        joined(i, value);
+      }
     }
     barrier();
   }

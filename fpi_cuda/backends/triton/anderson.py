@@ -14,6 +14,7 @@ from .language import bound
 from .rows import (
     COUNTERS,
     FROZEN,
+    HALVINGS,
     HEAD,
     NONFINITE,
     aligned,
@@ -106,28 +107,37 @@ def _combine(window, head, newest, before, i, n, gamma, used, M: tl.constexpr, S
 
 
 @triton.jit
+def _halved(beta, times, ACC: tl.constexpr):
+    part = number(beta, ACC)
+    for _ in range(0, bound(times)):
+        part *= 0.5
+    return part
+
+
+@triton.jit
 def _mix(
     x, gs, before, ring, i, n, gamma, used, beta,
-    ACC: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr, DAMPED: tl.constexpr,
+    ACC: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """x ← g_0 − Σ γ_j (g_j − g_{j+1}) − (1 − β)(r_0 − Σ γ_j d_j). gamma is 0 from `used` on."""
     values, residuals, head = ring
     mixed = _combine(values, head, gs.to(ACC), before.to(ACC), i, n, gamma, used, M, SIZE)
-    if DAMPED:
+    if beta != 1:
         r = older(residuals, head, 0, i, n, used, ACC, M)
         r_before = older(residuals, head, 1 % M, i, n, used, ACC, M)
         least = _combine(residuals, head, r, r_before, i, n, gamma, used, M, SIZE)
-        mixed -= (1 - number(beta, ACC)) * least
+        mixed -= (1 - beta) * least
     tl.store(x + i, mixed.to(gs.dtype), mask=i < n)
 
 
 @triton.jit
 def _move(
     x, gx, out, ring, i, n, weights, used, beta, status,
-    ACC: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr, DAMPED: tl.constexpr,
+    ACC: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """The mixture; without one a damped step, or the end of the row, from g(x), to which gx points.
 
+    beta: the sample's own, in ACC.
     used < 0: gx points to the last good g', and its r' is in the ring's newest slot. There the step
     is x ← g' − (1 − part) r', with β halved −1 − used times for part.
     """
@@ -135,14 +145,12 @@ def _move(
     gs = tl.load(gx + i, mask=mask, other=0)
     if used > 0:
         before = older(ring[0], ring[2], 1 % M, i, n, used, ACC, M)
-        _mix(x, gs, before, ring, i, n, weights, used, beta, ACC, M, SIZE, DAMPED)
+        _mix(x, gs, before, ring, i, n, weights, used, beta, ACC, M, SIZE)
     else:
-        xs = tl.load(x + i, mask=mask & (DAMPED | (status == NONFINITE)), other=0)
-        moved = damped(xs, gs, beta, ACC, DAMPED)
+        xs = tl.load(x + i, mask=mask & ((status == NONFINITE) | (beta != 1)), other=0)
+        moved = tl.where(beta == 1, gs, damped(xs, gs, beta, ACC, True))
         if used < 0:
-            part = number(beta, ACC)
-            for _ in range(0, bound(-1 - used)):
-                part *= 0.5
+            part = _halved(beta, -1 - used, ACC)
             r = older(ring[1], ring[2], 0, i, n, 0, ACC, M)
             rest = tl.where(part == 1, 0, (1 - part) * r)  # r' may have overflowed a half type
             moved = (gs.to(ACC) - rest).to(gs.dtype)
@@ -153,9 +161,8 @@ def _move(
 def _anderson_row(
     x, gx, out, record, window, indexed, rows, n,
     rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
-    beta: tl.float64, ridge: tl.float64, restart: tl.float64, NOISE: tl.constexpr,
+    beta: tl.float64, ridge: tl.float64, restart: tl.float64, every, NOISE: tl.constexpr,
     M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    DAMPED: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = record.scalars.dtype.element_ty
     row, sample, active = row_of_program(record, indexed, rows)
@@ -168,8 +175,8 @@ def _anderson_row(
         i = tl.arange(0, BLOCK)
         sums = _push(x, gx, ring, i, n, at[1], at[3], acc, M, SIZE)
         limits = (rtol, offset, rounding, patience, max_iterations)
-        status, used, weights = anderson_stop(
-            sums, x, gx, n, sample, at, record, window, limits, (ridge, restart),
+        status, used, weights, halvings = anderson_stop(
+            sums, x, gx, n, sample, at, record, window, limits, (ridge, restart, every),
             NOISE, M, SIZE, WIDTH,
         )  # fmt: skip
         # g(x) and all else is read again, from the cache: the registers are needed in between.
@@ -178,9 +185,8 @@ def _anderson_row(
             head = slot_of(head, 1 % M, M)
             gx = vector(ring[0], head, 0, n, M)
         ring = ring_of(window, sample, n, head, M)
-        _move(
-            x, gx, out + sample * n, ring, i, n, weights, used, beta, status, acc, M, SIZE, DAMPED
-        )
+        own = _halved(beta, halvings, acc)
+        _move(x, gx, out + sample * n, ring, i, n, weights, used, own, status, acc, M, SIZE)
     count_row(status, row, record, rows)
 
 
@@ -228,7 +234,7 @@ def _anderson_parts(
 def _anderson_decide(
     x, gx, record, window, sums, moves, gamma, indexed, rows, n, parts,
     rtol: tl.float64, offset: tl.float64, rounding: tl.float64, patience, max_iterations,
-    ridge: tl.float64, restart: tl.float64, NOISE: tl.constexpr,
+    ridge: tl.float64, restart: tl.float64, every, NOISE: tl.constexpr,
     M: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row, sample, active = row_of_program(record, indexed, rows)
@@ -248,9 +254,9 @@ def _anderson_decide(
             total_of(sums + 5 + SIZE, parts, width, SIZE),
         )
         limits = (rtol, offset, rounding, patience, max_iterations)
-        status, used, weights = anderson_stop(
+        status, used, weights, _halvings = anderson_stop(
             totals, x + row * n, gx + row * n, n, sample, at, record, window, limits,
-            (ridge, restart), NOISE, M, SIZE, WIDTH,
+            (ridge, restart, every), NOISE, M, SIZE, WIDTH,
         )  # fmt: skip
         tl.store(gamma + row * SIZE + tl.arange(0, SIZE), weights)
         tl.store(moves + row * 2 + 1, used)
@@ -262,7 +268,6 @@ def _anderson_decide(
 def _anderson_move(
     x, gx, out, record, window, moves, gamma, indexed, rows, n, parts, beta: tl.float64,
     M: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    DAMPED: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = record.scalars.dtype.element_ty
     place = tl.num_programs(0) - 1 - tl.program_id(0)  # as in _picard_move
@@ -273,7 +278,9 @@ def _anderson_move(
         x += row * n
         gx += row * n
         used = tl.load(moves + row * 2 + 1)
-        head = tl.load(record.counters + sample * COUNTERS + HEAD)
+        counters = record.counters + sample * COUNTERS
+        head = tl.load(counters + HEAD)
+        own = _halved(beta, tl.load(counters + HALVINGS), acc)
         ring = ring_of(window, sample, n, head, M)
         weights = tl.load(gamma + row * SIZE + tl.arange(0, SIZE))
         if used < 0:
@@ -281,7 +288,7 @@ def _anderson_move(
         out += sample * n
         for chunk in range(CHUNKS):
             i = (part * CHUNKS + chunk) * BLOCK + tl.arange(0, BLOCK)
-            _move(x, gx, out, ring, i, n, weights, used, beta, status, acc, M, SIZE, DAMPED)
+            _move(x, gx, out, ring, i, n, weights, used, own, status, acc, M, SIZE)
 
 
 def anderson_step(
@@ -294,11 +301,12 @@ def anderson_step(
     values: Tensor,
     residuals: Tensor,
     gram: Tensor,
+    every: int = 1,
 ) -> None:
     """One Anderson (type II) step of every active row; see `reference.anderson_step`.
 
     Here 1 ≤ m ≤ MAX_HISTORY, every tensor is contiguous, and gram holds d_i · d_j by slot,
-    [B, m, m] in the accumulate dtype, of which one row is refreshed.
+    [B, m, m] in the accumulate dtype, of which one row is refreshed, mixture or not.
 
     Raises:
         ValueError: shapes, dtypes or strides are not those.
@@ -311,8 +319,8 @@ def anderson_step(
     each_row, each_part = (max(rows, 1),), (rows * plan.parts,)
     system = {"M": m, "SIZE": triton.next_power_of_2(max(m - 1, 1))}
     sizes, deciding = {**system, **plan.options}, {**system, **plan.decision}
-    solving = (float(ridge), float(restart), progress.NOISE * torch.finfo(x.dtype).eps / 2)
-    damping = {"DAMPED": beta != 1, **sizes}
+    noise = progress.NOISE * torch.finfo(x.dtype).eps / 2
+    solving = (float(ridge), float(restart), every, noise)
     window = Window(values, residuals, gram)
     with torch.cuda.device_of(x):
         record, place, limits = launched(p, x)
@@ -327,7 +335,7 @@ def anderson_step(
                 *limits,
                 beta,
                 *solving,
-                **damping | plan.decision,
+                **sizes | plan.decision,
             )
             return
         cut = (*place, plan.parts)
@@ -341,7 +349,7 @@ def anderson_step(
             x, gx, record, window, *left, *cut, *limits, *solving, **deciding
         )
         _anderson_move[each_part](
-            x, gx, p.out, record, window, moves, gamma, *cut, beta, CHUNKS=plan.chunks, **damping
+            x, gx, p.out, record, window, moves, gamma, *cut, beta, CHUNKS=plan.chunks, **sizes
         )
 
 

@@ -11,7 +11,8 @@ that the order of every sum: a sample's bits are the same in any batch.
 The last columns count the vectors of N values that a row moves at β = 1, window full. A damped
 Picard step of a long row reads x once more, a damped mixture the m residuals. Where the kernel that
 computed g(x) left the sums behind the norms, a Picard step reads g(x) and writes x only: 2 vectors,
-damped 3. Where the end is near, a Picard step copies x to the trail besides.
+damped 3. Where the end is near, a Picard step copies x to the trail besides. An Anderson step
+without a mixture moves m+5, in three launches m+6.
 
 In three launches each part leaves its sums, one program a row adds them up in their order, decides
 and solves for the weights, and the parts move. An Anderson program of a whole row holds no vector
@@ -46,10 +47,12 @@ COUNTERS = tl.constexpr(progress.COUNTERS)  # columns of the record; the names o
 SCALARS = tl.constexpr(progress.SCALARS)
 STATUS = tl.constexpr(progress.STATUS)
 ITERATIONS = tl.constexpr(progress.ITERATIONS)
-_REFERENCE_ITERATION = tl.constexpr(progress.REFERENCE_ITERATION)
+REFERENCE_ITERATION = tl.constexpr(progress.REFERENCE_ITERATION)
 WINDOW = tl.constexpr(progress.WINDOW)
 HEAD = tl.constexpr(progress.HEAD)
 RETREATS = tl.constexpr(progress.RETREATS)
+PLAIN = tl.constexpr(progress.PLAIN)
+HALVINGS = tl.constexpr(progress.HALVINGS)
 RESIDUAL = tl.constexpr(progress.RESIDUAL)
 REFERENCE = tl.constexpr(progress.REFERENCE)
 _VALUE = tl.constexpr(progress.VALUE)
@@ -79,7 +82,7 @@ FROZEN = tl.constexpr(-1)  # ended in an earlier step, and is left alone
 
 # What changes from call to call: no value of it is compiled in. The small tensors are read a number
 # at a time, so nothing is gained from where they begin.
-_CHANGING = ["rows", "indexed", "parts", "patience", "max_iterations"]
+_CHANGING = ["rows", "indexed", "parts", "patience", "max_iterations", "every"]
 _SMALL = ["sums", "moves", "gamma"]
 kernel = triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_SMALL)
 
@@ -207,7 +210,7 @@ def stop(residual, value, k, reference, sample, record, own):
     rtol, offset, rounding, patience, max_iterations, floor = own
     counters = record.counters + sample * COUNTERS
     scalars = record.scalars + sample * SCALARS
-    since = tl.load(counters + _REFERENCE_ITERATION)
+    since = tl.load(counters + REFERENCE_ITERATION)
     fell = (k == 1) | (residual <= reference * _FALL)
     reference = tl.where(fell, residual, reference)
     since = tl.where(fell, k, since)
@@ -224,7 +227,7 @@ def stop(residual, value, k, reference, sample, record, own):
     tl.debug_barrier()  # every warp has read the record
     tl.store(counters + STATUS, status)
     tl.store(counters + ITERATIONS, k)
-    tl.store(counters + _REFERENCE_ITERATION, since)
+    tl.store(counters + REFERENCE_ITERATION, since)
     tl.store(scalars + RESIDUAL, residual)
     tl.store(scalars + REFERENCE, reference)
     tl.store(scalars + _VALUE, value)

@@ -20,10 +20,14 @@ from .rows import (
     ACTIVE,
     COUNTERS,
     GAIN,
+    HALVINGS,
     HEAD,
     ITERATIONS,
     MAX_ITERATIONS,
+    PLAIN,
     REFERENCE,
+    REFERENCE_ITERATION,
+    RESIDUAL,
     RETREATS,
     RING,
     RING_START,
@@ -39,6 +43,10 @@ from .rows import (
 __all__ = ["Window", "anderson_stop", "older", "ring_of", "slot_of", "vector", "window_of"]
 
 _MAX_RETREATS = tl.constexpr(progress.MAX_RETREATS)
+_GOES_ON = tl.constexpr(progress.GOES_ON)
+_WORSE = tl.constexpr(progress.WORSE)
+_SLOW_ITERATIONS = tl.constexpr(progress.SLOW_ITERATIONS)
+_MAX_HALVINGS = tl.constexpr(progress.MAX_HALVINGS)
 
 
 class Window(NamedTuple):
@@ -203,14 +211,18 @@ def anderson_stop(
     """The record after this step, and the new row of the Gram matrix.
 
     sums: ‖r‖², ‖g‖², ‖Δg‖², ‖Δx‖², ‖Δr‖², d_0 · d_j, r_0 · d_j; at: as `window_of` has them;
-    solving: ridge, restart. Returns the status, how many differences the mixture takes (0: a damped
-    step; below: it is taken back, and the step halved −1 − so often), and their γ.
+    solving: ridge, restart, every. Returns the status, how many differences the mixture takes (0: a
+    damped step; below: it is taken back, and the step halved −1 − so often), their γ, and how often
+    β is halved.
     """
     k, seen, head, count = at
     counters = record.counters + sample * COUNTERS
     scalars = record.scalars + sample * SCALARS
     acc: tl.constexpr = record.scalars.dtype.element_ty
     retreats = tl.load(counters + RETREATS)
+    plain = tl.load(counters + PLAIN)
+    halvings = tl.load(counters + HALVINGS)
+    last = tl.load(scalars + RESIDUAL)
     reference = tl.load(scalars + REFERENCE)
     gain = tl.load(scalars + GAIN)
     own = limits_of(sample, record, limits)
@@ -222,14 +234,21 @@ def anderson_stop(
     may_go_back = (seen > 1) | ((seen == 1) & (retreats > 0))
     if (finite == 0) & may_go_back & (retreats < _MAX_RETREATS):
         status = tl.where(k >= own[4], MAX_ITERATIONS, ACTIVE)
-        used = -1 - tl.where(seen > 1, 0, retreats)
+        is_mixture = (seen > 1) & (plain == 0)
+        used = -1 - tl.where(is_mixture, 0, tl.maximum(retreats, 1))
         tl.debug_barrier()  # every warp has read the record
         tl.store(counters + STATUS, status)
         tl.store(counters + ITERATIONS, k)
         tl.store(counters + WINDOW, 1)
         tl.store(counters + RETREATS, retreats + 1)
+        tl.store(counters + PLAIN, 0)
     else:
-        status, _since, _threshold = stop(residual, value, k, reference, sample, record, own)
+        status, since, _threshold = stop(residual, value, k, reference, sample, record, own)
+        worse = (k - since >= _SLOW_ITERATIONS) & (residual > reference * _WORSE)
+        if (status == ACTIVE) & worse & (halvings < _MAX_HALVINGS):
+            halvings += 1
+            tl.store(counters + HALVINGS, halvings)
+            tl.store(counters + REFERENCE_ITERATION, k)
         if finite:
             ring = ring_of(window, sample, n, head, M)
             gram = window.gram + sample * (M * M)
@@ -256,15 +275,21 @@ def anderson_stop(
                 tl.store(scalars + GAIN, larger_gain(gain, dgdg, drdr, noise))
             if status == ACTIVE:
                 grown = (k > 1) & (residual > number(solving[1], acc) * reference)
-                used = tl.where(grown | (retreats == _MAX_RETREATS), 0, count)
-                ridge = number(solving[0], acc)
-                gamma, solved = _solve(system, rights, used, ridge, noise * noise, SIZE)
+                restarts = grown | (retreats == _MAX_RETREATS)
+                mixes = restarts | (plain >= solving[2] - 1)
+                mixes = mixes | ((k > 1) & ((residual < last * _GOES_ON) == 0))
+                used = tl.where(restarts, 0, count)
                 dots = tl.sum(tl.where(j[:, None] == 0, system, 0), axis=0) * inverse * inverse
                 slot = slot_of(head, j, M)  # kept by slot, so that nothing else moves
                 tl.store(gram + head * M + slot, dots, mask=j < used)
                 tl.store(gram + slot * M + head, dots, mask=j < used)
                 tl.store(counters + HEAD, head)
-                # Where it can't be solved: a damped step, and the window starts anew from here.
-                used = tl.where(solved, used, 0)
+                if mixes:
+                    ridge = number(solving[0], acc)
+                    gamma, solved = _solve(system, rights, used, ridge, noise * noise, SIZE)
+                    # Where it can't be solved: a damped step, and the window starts anew from here.
+                    used = tl.where(solved, used, 0)
                 tl.store(counters + WINDOW, used + 1)
-    return status, used, gamma
+                tl.store(counters + PLAIN, tl.where(mixes, 0, plain + 1))
+                used = tl.where(mixes, used, 0)
+    return status, used, gamma, halvings
