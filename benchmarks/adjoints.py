@@ -24,7 +24,9 @@ from .machine import device_name
 SOLVERS: dict[str, Solver] = {
     "Picard": Picard(),
     "Anderson(5)": Anderson(5),
+    "(5, every=3)": Anderson(5, every=3),
     "Anderson(10)": Anderson(10),
+    "(10, every=3)": Anderson(10, every=3),
     "BiCGSTAB": BiCGSTAB(),
 }
 RATES = (0.1, 0.5, 0.9, 0.99, 0.999)
@@ -97,7 +99,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float64")
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype)
-    print(f"torch {torch.__version__}, {device_name('cpu')}; N = {given.size}, {given.dtype}, ")
+    print(f"torch {torch.__version__}, {device_name('cpu')}; N = {given.size}, {given.dtype},")
     print(f"rtol {given.rtol}, {given.samples} samples, at most {given.most} products\n")
     print(f"| Jacobian | rate | {' | '.join(SOLVERS)} | error, covered |")
     print("|---" * (len(SOLVERS) + 3) + "|")

@@ -22,8 +22,8 @@ class ImplicitAdjoint(ByValue):
     """How the backward fixed-point iteration is solved (paper eq. 9), and that of a tangent.
 
     Args:
-        solver: None: the forward's. `BiCGSTAB()` takes fewer products where ∂g/∂x is slow or far
-            from normal (docs/adjoint.md).
+        solver: None: the forward's. `BiCGSTAB()` takes fewer products where ∂g/∂x is slow and far
+            from symmetric, and needs no contraction (docs/adjoint.md).
         tolerance: None: the default rtol of `Tolerance`, under the autocast of the forward solve,
             wherever the backward runs. The test is ‖r‖ ≤ rtol·max(‖c‖, ‖v‖), so
             the scale of the loss does not matter; an atol is added only where it is given.

@@ -19,10 +19,10 @@ class BiCGSTAB:
     """Solves an adjoint or a tangent, u = M u + v, as linear equations (van der Vorst 1992).
 
     For `ImplicitAdjoint(solver=BiCGSTAB())` alone: a forward solve is not linear. Where M is slow
-    (a rate of .99 and more) or far from normal it takes a fraction of Anderson's products, and it
-    needs no contraction; on easy problems Anderson takes fewer (docs/adjoint.md has both). It keeps
-    six vectors a sample: two in the state's dtype, four in the accumulate dtype (float32 for half
-    types, in which a recursion would lose the digits that its products still have).
+    (a rate of .99 and more) and far from symmetric it takes fewer products than Anderson, and it
+    needs no contraction; on easy problems Anderson takes as few (docs/adjoint.md has both). It
+    keeps six vectors a sample: two in the state's dtype, four in the accumulate dtype (float32 for
+    half types, in which a recursion would lose the digits that its products still have).
 
     `iterations` counts products M y. Only some of them are of iterates; `residual_norm` and status
     are always of one that was evaluated. What breaks down begins anew, alone, from its solution so
