@@ -102,7 +102,7 @@ struct KrylovRow {
   // x and the vectors, as the step says.
   FPI_DEVICE void move(const KrylovStep<Acc>& step) const {
     if (step.move == kEnd) {
-      batch.damp_or_end(team, row, row.x, row.gx, step.status);
+      batch.damp_or_end(team, row, row.x, row.gx, step.status, Acc(1));
     } else if (step.move == kToBaseValue || step.move == kToBase || step.move == kToValue) {
       const T* to = step.move == kToValue ? row.gx : step.move == kToBase ? old : old_g;
       batch.copy(team, row, to, row.x);
