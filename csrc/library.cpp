@@ -33,6 +33,10 @@ STABLE_TORCH_LIBRARY(fpi_cuda, m) {
   m.def("_anderson_step(" FPI_STEP
         ", float ridge, float restart, Tensor(f!) values, Tensor(g!) residuals, Tensor(h!) gram, "
         "int every=1, bool starts_plain=False) -> ()");
+  //   base [B, 2, N], vectors [B, 4, N] Acc, numbers [B, 6] Acc: csrc/math/bicgstab.h; a window is
+  //   what x is, 0 to 2; beta is not looked at
+  m.def("_bicgstab_step(" FPI_STEP
+        ", Tensor(f!) base, Tensor(g!) vectors, Tensor(h!) numbers) -> ()");
 #undef FPI_STEP
 
   // A whole solve of a step of dense layers: every sample of x0 iterated to its own end. With

@@ -13,12 +13,13 @@ from .solution import (
     Status,
     Tolerance,
 )
-from .solvers import Anderson, Auto, Picard
+from .solvers import Anderson, Auto, BiCGSTAB, Picard
 from .steps import ConvStep, DenseEnergy, DenseStep, GradientStep, NeuralStep
 
 __all__ = [
     "Anderson",
     "Auto",
+    "BiCGSTAB",
     "ConvStep",
     "DenseEnergy",
     "DenseStep",

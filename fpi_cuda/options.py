@@ -107,7 +107,10 @@ def _finite(value: Any) -> bool:
 
 
 class Solver(Protocol):
-    """An algorithm: `Picard`, `Anderson`, or any object with these."""
+    """An algorithm: `Picard`, `Anderson`, `BiCGSTAB`, or any object with these.
+
+    One that solves linear equations alone has `linear = True`, and is refused for a forward solve.
+    """
 
     @property
     def history(self) -> int:
@@ -121,7 +124,8 @@ class Solver(Protocol):
         """The update `(x, gx) -> None` that moves x, [R, N], in place, for one solve.
 
         Where the batch is one system, x is [1, B · N] and progress is the system's, with limits
-        that are never reached: when it stops, is decided outside.
+        that are never reached: when it stops, is decided outside. An update that wants g of more
+        than iterates has `iterate(x, gx)`, which gives the iterate and g by its recursion.
         """
 
     def contraction(self, ring: Tensor, iterations: Tensor, /) -> Tensor:
@@ -202,8 +206,17 @@ def check_parts(
 ) -> None:
     """Raise unless these are what they must be; own False: None stands for another solve's."""
     if (own or solver is not None) and not _has(solver, _SOLVER):
-        kinds = 'Picard(...), Anderson(...) or "auto"' if own else 'Picard, Anderson or "auto"'
+        kinds = 'Picard(...), Anderson(...) or "auto"'
+        if not own:
+            kinds = 'Picard, Anderson, BiCGSTAB or "auto"'
         raise TypeError(f"{owner}: solver must be {kinds} (got {solver!r})")
+    if own and getattr(solver, "linear", False):
+        name = type(solver).__name__
+        raise TypeError(
+            f"{owner}: solver must solve any g, and {name} solves linear equations alone (got "
+            f"{solver!r}); give it as adjoint=ImplicitAdjoint(solver={name}()), and Anderson(...) "
+            "or Picard(...) here"
+        )
     if (own or tolerance is not None) and not isinstance(tolerance, Tolerance):
         advice = "; write Tolerance(rtol=1e-4)" if own else ""
         raise TypeError(f"{owner}: tolerance must be a Tolerance (got {tolerance!r}){advice}")

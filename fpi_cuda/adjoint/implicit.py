@@ -91,7 +91,8 @@ class ImplicitAdjoint(_ByNode):
     """The exact gradient: how the backward iteration is solved (paper eq. 9), and a tangent's.
 
     Args:
-        solver: None: the forward's; "auto": `Auto()`.
+        solver: None: the forward's; "auto": `Auto()`. `BiCGSTAB()` takes fewer products where ∂g/∂x
+            is slow and far from symmetric, and needs no contraction (docs/adjoint.md).
         tolerance: None: the default rtol of `Tolerance`, under the autocast of the forward solve,
             wherever the backward runs. The test is ‖r‖ ≤ rtol·max(‖c‖, ‖v‖), so
             the scale of the loss does not matter; an atol is added only where it is given.

@@ -7,13 +7,14 @@ run on the devices that this build has kernels for; `triton` needs a GPU and no 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
 from ..options import BACKENDS as NAMES
 from . import native, reference, triton
 
-__all__ = ["NAMES", "available", "choose"]
+__all__ = ["NAMES", "available", "choose", "operator"]
 
 
 def available() -> dict[str, tuple[str, ...]]:
@@ -52,3 +53,14 @@ def choose(name: str, x: Tensor) -> ModuleType:
     if lacking is None:
         return native
     return triton if device == "cuda" and triton.missing(device) is None else reference
+
+
+def operator(backend: Any, name: str, x: Tensor) -> Any:
+    """A step operator that not every backend has, for a state like x.
+
+    The backend's own; else the native one where this build has it there, else the reference's.
+    """
+    if hasattr(backend, name):
+        return getattr(backend, name)
+    native_too = native.missing(x.device) is None and native.has(x.device.type, name)
+    return getattr(native if native_too else reference, name)

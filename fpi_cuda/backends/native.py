@@ -30,6 +30,7 @@ CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # csrc/math/activ
 _ops = torch.ops.fpi_cuda
 _picard_step = _ops._picard_step.default
 _anderson_step = _ops._anderson_step.default
+_bicgstab_step = _ops._bicgstab_step.default
 _dense_map = _ops._dense_map.default
 _dense_solve = _ops._dense_solve.default
 
@@ -76,6 +77,11 @@ def _runs(arch: str, major: int, minor: int) -> bool:
     return (major == least[0] and minor >= least[1]) or (later and (major, minor) >= least)
 
 
+def has(device_type: str, operator: str) -> bool:
+    """Whether this build has the step operator of this name there."""
+    return _has(device_type, f"_{operator}")
+
+
 @cache
 def dense_devices() -> tuple[str, ...]:
     """Device types that dense steps are solved whole on."""
@@ -105,6 +111,12 @@ def anderson_step(
     """See `reference.anderson_step`; refreshes the rows of gram that are new since a mixture."""
     given = p.out, p.counters, p.scalars, p.tally, p.index, p.bounds
     _anderson_step(x, gx, *given, *p.limits.values, *weights_and_window, every, starts_plain)
+
+
+def bicgstab_step(p: Progress, x: Tensor, gx: Tensor, *memory: Tensor) -> None:
+    """See `reference.bicgstab_step`."""
+    given = p.out, p.counters, p.scalars, p.tally, p.index, p.bounds
+    _bicgstab_step(x, gx, *given, *p.limits.values, 1.0, *memory)
 
 
 def dense_refusal(form: DenseForm, x0: Tensor, history: int) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..record import ACTIVE, ACTIVE_ROWS, FAILED, HEAD, ITERATION, Progress
 from ..status import Status
-from . import formulas
+from . import formulas, krylov
 from .formulas import Rows, Rule, code
 
 NAME = "reference"
@@ -96,6 +96,39 @@ def anderson_step(
     _write(p, before, rows, head, x, moved)
 
 
+def bicgstab_step(
+    p: Progress, x: Tensor, gx: Tensor, base: Tensor, vectors: Tensor, numbers: Tensor
+) -> None:
+    """What BiCGSTAB (van der Vorst 1992) makes of one product, for every active row.
+
+    Of u = M u + v, where A = 1 − M: an iterate is judged by the stop rule, and where it does not
+    end its residual r = g(x) − x is r̂ and p. Then in turns, with the product M y of a direction y,
+    y = p:  α = ⟨r̂, r⟩ / ⟨r̂, A p⟩, s = r − α A p; y = s:  ω = ⟨s, A s⟩ / ‖A s‖², u ← u + α p + ω s,
+    r ← s − ω A s, p ← r + β (p − ω A p), with ω lengthened where s and A s are nearly orthogonal
+    (Sleijpen and van der Vorst 1995). Once ‖r‖ meets the threshold, by the recursion, or a divisor
+    is at the rounding level, u is judged. Where u is no better than the last judged iterate x′, a
+    plain step from there is, g(x′). The last of `max_iterations` products is always of an iterate.
+
+    No wait for a device. Row by row, so the record's `window` says what x is: 0 an iterate, 1 p,
+    2 s; its iterations count products.
+
+    Args:
+        p: the per-sample record; updated, as in `picard_step`.
+        x: iterates or directions, [R, N]; moved.
+        gx: g(x), [R, N].
+        base: [B, 2, N] in x's dtype: x′ and g(x′).
+        vectors: [B, 4, N] in the accumulate dtype.
+        numbers: [B, 6] in the accumulate dtype; what all three hold, `krylov` says.
+    """
+    k, s = _next(p), p.samples
+    before, head = _rows(p)
+    given = before, k, _rule(p), x, gx, base[s], vectors[s], numbers[s]
+    rows, moved, *memory = krylov.bicgstab(*given)
+    for kept, new in zip((base, vectors, numbers), memory, strict=True):
+        kept[s] = new
+    _write(p, before, rows, head, x, moved)
+
+
 def _next(p: Progress) -> Tensor:
     p.tally[ITERATION] += 1
     return p.tally[ITERATION].clone()
@@ -125,5 +158,5 @@ def _write(p: Progress, before: Rows, rows: Rows, head: Tensor, x: Tensor, moved
     p.counters[s], p.scalars[s] = rows.packed(head)
     p.tally[ACTIVE_ROWS] = (rows.status == ACTIVE).sum()
     p.tally[FAILED] += (ended & (rows.status != code(Status.CONVERGED))).sum()
-    p.out[s[ended]] = moved[ended]
+    p.out[s] = torch.where(ended[:, None], moved, p.out[s])
     x.copy_(moved)

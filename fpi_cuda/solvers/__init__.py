@@ -5,9 +5,10 @@ from typing import Any
 from ..options import Solver
 from .anderson import Anderson
 from .auto import Auto
+from .bicgstab import BiCGSTAB
 from .picard import Mixing, Picard
 
-__all__ = ["Anderson", "Auto", "Mixing", "Picard", "Solver", "named"]
+__all__ = ["Anderson", "Auto", "BiCGSTAB", "Mixing", "Picard", "Solver", "named"]
 
 
 def named(solver: Any) -> Any:

@@ -41,7 +41,9 @@ class Coupled:
     system ends where all of its samples do in the same iteration, and no sample is frozen before.
     It also ends where it holds NaN or Inf, or where its residual as a whole has grown steadily.
     (One sample's may well grow: it is zero until what the others know has arrived.) The solver
-    moves a system as if it were one sample, so Anderson has one set of weights for all.
+    moves a system as if it were one sample, so Anderson has one set of weights for all. Where a
+    solver evaluates directions (BiCGSTAB), the iterate and g that its recursion has are judged
+    instead; where all samples would end there, it evaluates that iterate next.
 
     Args:
         solver: the algorithm.
@@ -80,6 +82,7 @@ class Coupled:
         joint.bounds[:, OWN_MAX_ITERATIONS] = most if most <= 2**24 else 2**30
         threshold = joint.bounds[:, OWN_OFFSET]
         move = self.solver.start(backend, joint, joint.out)
+        iterate = getattr(move, "iterate", None)  # of a solver that evaluates directions, too
         judged = torch.empty_like(x)
         status = progress.counters[:, STATUS].view(systems, samples)
         since = progress.counters[:, REFERENCE_ITERATION].view(systems, samples)
@@ -93,9 +96,12 @@ class Coupled:
         joint_measured = joint.scalars[:, None, GAIN:]
 
         def update(x: Tensor, gx: Tensor) -> None:
-            judged.copy_(x)
+            at, value = x, gx
+            if iterate is not None:
+                at, value = (t.view_as(x) for t in iterate(x.view(whole), gx.view(whole)))
+            judged.copy_(at)
             before = norms.clone()
-            backend.picard_step(progress, judged, gx, 1.0)
+            backend.picard_step(progress, judged, value, 1.0)
             least, most = torch.aminmax(status, dim=1)
             threshold.copy_(torch.where(least > ACTIVE, math.inf, NEVER.offset))
             move(x.view(whole), gx.view(whole))

@@ -134,6 +134,12 @@ class Machine:
         numbers["starts_plain"] = int(starts_plain)
         self._step("anderson_step", p, x, gx, window, **numbers, m=values.shape[1])
 
+    def bicgstab_step(
+        self, p: Progress, x: Tensor, gx: Tensor, base: Tensor, vectors: Tensor, numbers: Tensor
+    ) -> None:
+        memory = {"base": base, "vectors": vectors, "numbers": numbers}
+        self._step("bicgstab_step", p, x, gx, memory, beta=1.0)
+
     def _step(
         self,
         name: str,

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../../csrc/cuda/kernels/anderson_step.cuh"
+#include "../../csrc/cuda/kernels/bicgstab_step.cuh"
 #include "../../csrc/cuda/kernels/picard_step.cuh"
 #include "../../csrc/cuda/layout.h"
 #include "serve.h"
@@ -43,7 +44,8 @@ class Run {
     batch = layout_.batch(r.array<T>("x"), r.array<T>("gx"), r.array<T>("out"),
                           static_cast<Acc>(r.number("beta")), emulation::record_of<Acc>(r),
                           r.array<int32_t>("tally"), memory_.bytes(),
-                          {r.array<T>("values"), r.array<T>("residuals"), r.array<T>("trail")});
+                          {r.array<T>("values"), r.array<T>("residuals"), r.array<T>("trail"),
+                           r.array<T>("base"), r.array<T>("vectors")});
   }
 
   template <typename First, typename Second>
@@ -79,14 +81,23 @@ void anderson_step(const Request& r) {
   });
 }
 
+template <typename T>
+void bicgstab_step(const Request& r) {
+  using Acc = accumulate_t<T>;
+  const Run<T> run(r, kKrylovSums, kKrylovHistory);
+  const Krylov<T> krylov{r.array<T>("base"), r.array<Acc>("vectors"), r.array<Acc>("numbers")};
+  run(BicgstabStep<T>{run.batch, krylov}, BicgstabMove<T>{run.batch, krylov});
+}
+
 // `StepOperators<T> name("dtype");` registers them.
 template <typename T>
 struct StepOperators {
   explicit StepOperators(const std::string& dtype)
       : picard("picard_step." + dtype, picard_step<T>),
-        anderson("anderson_step." + dtype, anderson_step<T>) {}
+        anderson("anderson_step." + dtype, anderson_step<T>),
+        bicgstab("bicgstab_step." + dtype, bicgstab_step<T>) {}
 
-  Operator picard, anderson;
+  Operator picard, anderson, bicgstab;
 };
 
 }  // namespace fpi::cuda
