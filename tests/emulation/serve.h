@@ -57,8 +57,7 @@ Record<Acc> record_of(const Request& r) {
 template <typename Acc>
 Mixing<Acc> mixing_of(const Request& r) {
   return {static_cast<Acc>(r.number("ridge")), static_cast<Acc>(r.number("restart")),
-          static_cast<int>(r.integer("every")),
-          r.integer("starts_plain") != 0};
+          static_cast<int>(r.integer("every")), r.integer("starts_plain") != 0};
 }
 
 // At namespace scope: `Operator name("name", function);`
