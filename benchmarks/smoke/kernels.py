@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import platform
 from collections.abc import Iterator
@@ -153,9 +154,9 @@ def anderson(place: Place) -> Iterator[Check]:
     most = native.MAX_HISTORY["cuda"]
     for layout, sizes in lengths(place, torch.float32).items():
         step = functools.partial(anderson_step, native, place, torch.float32, sizes[-1:])
-        yield f"{layout}-history-18", functools.partial(step, 18, (0.6,))
+        yield f"{layout}-history-18", functools.partial(step, 18, ((0.6, 3),))
         if not place.tiny:
-            yield f"{layout}-history-{most}", functools.partial(step, most, (1.0,))
+            yield f"{layout}-history-{most}", functools.partial(step, most, ((1.0, 1),))
 
 
 def triton_anderson(place: Place) -> Iterator[Check]:
@@ -184,10 +185,10 @@ def anderson_of(backend: ModuleType, layouts: Any, place: Place) -> Iterator[Che
             if backend is backends.triton and place.tiny and dtype.itemsize == 2:
                 continue  # the interpreter
             name = f"{layout}-{name_of(dtype)}"
-            m, betas = 5, (1.0, 0.6)
+            m, mixing = 5, ((1.0, 1), (0.6, 1), (1.0, 3))
             if backend is backends.triton and place.tiny:
-                m, betas = 3, (0.6,)
-            yield name, functools.partial(anderson_step, backend, place, dtype, sizes, m, betas)
+                m, mixing = 3, ((0.6, 3),)
+            yield name, functools.partial(anderson_step, backend, place, dtype, sizes, m, mixing)
     for layout, sizes in layouts(place, torch.float32).items():
         yield f"{layout}-finish", functools.partial(finish, backend, place, "anderson", sizes[-2])
 
@@ -247,14 +248,15 @@ def anderson_step(
     dtype: torch.dtype,
     sizes: tuple[int, ...],
     m: int,
-    betas: tuple[float, ...],
+    mixing: tuple[tuple[float, int], ...],
 ) -> Iterator[Error]:
+    """mixing: pairs of beta and every."""
     b = place.size(5, 2)
     allowed = ROUNDED[dtype]
     ridge = 0.05  # well posed also where N < m, so that rounding is all that may differ
     kind = {"device": place.device}
-    for n, beta in ((n, beta) for n in sizes for beta in betas):
-        what = f"n {n}, beta {beta}"
+    for n, (beta, every) in itertools.product(sizes, mixing):
+        what = f"n {n}, beta {beta}, every {every}"
         x = normal(n, b, n).to(dtype).to(place.device)
         p = Progress(x, FOREVER)
         p.out.fill_(math.nan)
@@ -265,8 +267,9 @@ def anderson_step(
             gx = normal(n + k + 1, b, n).to(dtype).to(place.device)
             q, y = oracle_of(p), x.double().cpu().clone()
             window = [t.double().cpu().clone() for t in (values, residuals, gram)]
-            backend.anderson_step(p, x, gx, beta, ridge, 1e9, values, residuals, gram)
-            reference.anderson_step(q, y, gx.double().cpu(), beta, ridge, 1e9, *window)
+            given = beta, ridge, 1e9
+            backend.anderson_step(p, x, gx, *given, values, residuals, gram, every=every)
+            reference.anderson_step(q, y, gx.double().cpu(), *given, *window, every=every)
             yield compare(f"{at}: x", x, y, MIXED * allowed, True, gx)
             yield from record_errors(at, p, q)
             yield compare(f"{at}: values", values, window[0], allowed)

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("history", [1, 3])
 def test_every_activation_after_either_layer(activation, history):
     machine = machine_of("sanitized")
-    solver = Solver(history)
+    solver = Solver(history, every=2)
     solver.check(machine, Dense(9, activation=activation).fill(5, torch.float64))
     hidden = Dense(9, 12, TANH if activation == IDENTITY else activation, activation)
     solver.check(machine, hidden.fill(5, torch.float64))
@@ -97,7 +97,8 @@ def test_a_block_takes_a_long_row(machine, dtype):
 
 @pytest.mark.parametrize("b", [0, 1, 5])
 def test_few_samples(machine, dtype, b):
-    Solver(3, slots=0, blocks=3).check(machine, Dense(12).fill(b, dtype))
+    for history in (5, 7):
+        Solver(history, every=3, slots=0, blocks=3).check(machine, Dense(12).fill(b, dtype))
 
 
 def test_tensor_cores_of_float32():
@@ -147,7 +148,7 @@ def test_weights_stay_or_stream(machine, dtype, n, hidden, slots):
 def test_a_sample_has_its_bits_in_any_batch_order_and_tile(history, dtype):
     b, n = 39, 37
     dense = Dense(n, 18, scaled=True).fill(b, dtype)
-    base = Solver(history, slots=39, blocks=1, max_iterations=12)
+    base = Solver(history, every=3, slots=39, blocks=1, max_iterations=12)
 
     def some(rows: list[int]) -> Dense:
         tensors = {
@@ -181,7 +182,7 @@ def test_samples_end_alone(machine, dtype, history):
     dense = Dense(n, activation=IDENTITY, scaled=True).fill(b, dtype)
     t = dense.tensors
     t["scale"][:] = 0.5
-    solver = Solver(history, slots=3, max_iterations=30, ridge=1e-3)
+    solver = Solver(history, every=3, slots=3, max_iterations=30, ridge=1e-3)
     before = solver(machine, dense)
     t["u"][1, n - 1] = math.nan
     t["scale"][2] = 0

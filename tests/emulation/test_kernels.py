@@ -312,9 +312,6 @@ REDUNDANT = {
     "solves the system; those before come before barriers of reductions",
     "team.barrier(); #1 < rows.cuh: join_parts(team, row, kCount, joined); < anderson_step.cuh: "
     "batch.template whole_sums<3>": "the system's sums follow",
-    "barrier(); #2 < anderson_step.cuh: team.reduce(sums.dots[group], batch.stage(team), "
-    "all + group * 2 * kGroup, Add{}); < anderson_step.cuh: reduce_dots(team, sums, first": "a "
-    "barrier stands behind the sums of long windows",
 }
 
 

@@ -39,7 +39,7 @@ SET_ASIDE = {
     ("float32 sm_80", "_anderson_decide"): 40,
     ("float32 sm_90", "_anderson_row"): 8,
     ("float32 sm_90", "_picard_row"): 8,
-    ("float32 sm_90", "_anderson_decide"): 16,
+    ("float32 sm_90", "_anderson_decide"): 40,
     ("float16 sm_80", "_anderson_decide"): 40,
     ("float16 sm_90", "_anderson_row"): 8,
     ("float16 sm_90", "_anderson_decide"): 32,
