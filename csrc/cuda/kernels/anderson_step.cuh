@@ -24,10 +24,9 @@
 #include <type_traits>
 
 #include "mixture.cuh"
+#include "products.cuh"
 
 namespace fpi::cuda {
-
-static_assert(anderson_sums(1) == kAndersonNorms);
 
 // kGroup, as a constant that unrolls loops.
 struct GroupSize {
@@ -41,12 +40,8 @@ struct AndersonStep {
   static constexpr int kBlocks = kGroups == 1 ? 4 : 2;
   static constexpr bool kHasWindow = true;
   using Acc = accumulate_t<T>;
-
-  // Of a pass; of every group d_0 · d_j, then r_0 · d_j.
-  struct Sums {
-    Acc squares[kAndersonNorms];
-    Acc dots[kGroups][2 * kGroup];
-  };
+  using Products = fpi::cuda::Products<T, kGroups>;
+  using Sums = typename Products::Sums;
 
   Batch<T> batch;
   Window<T> window;
@@ -150,8 +145,8 @@ struct AndersonStep {
       const auto gs = access.load(row.gx + i);
       const auto before = access.load(previous_value + i);
       Pack<T, kValues> older[kProducts ? kGroup : 1], rs;
-      load_group(older, 0, residual_of, i, access);
-      Differences<kValues> d;
+      Products::load_group(older, 0, residual_of, i, access);
+      typename Products::template Differences<kValues> d;
 #pragma unroll
       for (int l = 0; l < kValues; ++l) {
         const Acc g = static_cast<Acc>(gs.values[l]);
@@ -165,8 +160,8 @@ struct AndersonStep {
         d.first.values[l] = d.newest.values[l] - static_cast<Acc>(older[0].values[l]);
       }
       if constexpr (kProducts) {
-        dot_group(sums.dots[0], older, d);
-        more_groups(sums, 0, count, residual_of, i, access, d);
+        Products::dot_group(sums.dots[0], older, d);
+        Products::more_groups(sums, 0, count, residual_of, i, access, d);
       }
       access.store(new_value + i, gs);
       access.store(new_residual + i, rs);
@@ -183,38 +178,6 @@ struct AndersonStep {
     }
   }
 
-  // Of the values that a thread has at hand: r_0, d_0, and the last residual read.
-  template <int kValues>
-  struct Differences {
-    Pack<Acc, kValues> newest, first, younger;
-  };
-
-  // The residuals of ages first + 1 to first + kCount; beyond the last, the last again.
-  template <typename ResidualOf, typename Access, int kValues, int kCount>
-  FPI_DEVICE static void load_group(Pack<T, kValues> (&older)[kCount], int first,
-                                    const ResidualOf& residual_of, int64_t i, Access access) {
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) {
-      older[c] = access.load(residual_of(first + c + 1) + i);
-    }
-  }
-
-  template <int kValues>
-  FPI_DEVICE static void dot_group(Acc (&dots)[2 * kGroup], const Pack<T, kValues> (&older)[kGroup],
-                                   Differences<kValues>& d) {
-#pragma unroll
-    for (int c = 0; c < kGroup; ++c) {
-#pragma unroll
-      for (int l = 0; l < kValues; ++l) {
-        const Acc old = static_cast<Acc>(older[c].values[l]);
-        const Acc difference = d.younger.values[l] - old;
-        dots[c] += d.first.values[l] * difference;
-        dots[kGroup + c] += d.newest.values[l] * difference;
-        d.younger.values[l] = old;
-      }
-    }
-  }
-
   // A pass for further differences, or for two of the missing rows: d_{age+1} in place of r_0.
   template <typename ResidualOf>
   FPI_DEVICE void more_passes(const Team& team, const Row<T>& row, const Ring<T>& ring,
@@ -228,7 +191,7 @@ struct AndersonStep {
           const auto residual = [&](int age) {
             return widened<Acc>(access.load(residual_of(age) + i));
           };
-          Differences<kValues> d;
+          typename Products::template Differences<kValues> d;
           d.first = residual(age);
           const auto second = residual(age + 1), third = residual(age == 0 ? 1 : age + 2);
 #pragma unroll
@@ -238,26 +201,11 @@ struct AndersonStep {
           }
           d.younger = residual(first);
           Pack<T, kValues> older[kGroup];
-          load_group(older, first, residual_of, i, access);
-          dot_group(sums.dots[0], older, d);
-          more_groups(sums, first, count, residual_of, i, access, d);
+          Products::load_group(older, first, residual_of, i, access);
+          Products::dot_group(sums.dots[0], older, d);
+          Products::more_groups(sums, first, count, residual_of, i, access, d);
         });
         reduce_dots(team, row, ring, sums, age, first, count, missing);
-      }
-    }
-  }
-
-  // The groups of a pass after its first.
-  template <typename ResidualOf, typename Access, int kValues>
-  FPI_DEVICE static void more_groups(Sums& sums, int first, int count,
-                                     const ResidualOf& residual_of, int64_t i, Access access,
-                                     Differences<kValues>& d) {
-#pragma unroll
-    for (int group = 1; group < kGroups; ++group) {
-      if (first + group * kGroup < count) {
-        Pack<T, kValues> older[kGroup];
-        load_group(older, first + group * kGroup, residual_of, i, access);
-        dot_group(sums.dots[group], older, d);
       }
     }
   }
@@ -437,34 +385,6 @@ struct AndersonStep {
       return solved;
     } else {
       return ridge_solve(count, system, gamma, trace, mixing.ridge, noise);
-    }
-  }
-};
-
-// The second launch of plan c: moves the rows. Rows that the first launch had last come first,
-// which may still be in the cache.
-template <typename T>
-struct AndersonMove {
-  static constexpr int kThreads = kStepThreads;
-  static constexpr int kBlocks = 5;
-  using Acc = accumulate_t<T>;
-
-  Batch<T> batch;
-  Window<T> window;
-
-  FPI_DEVICE void operator()() const {
-    const Team team = batch.team();
-    const Row<T> row = batch.row_of(team, grid_size() - 1 - block_index());
-    const Move move = batch.moves[row.number];
-    const Acc beta = halved(batch.beta, move.halvings);
-    const Ring<T> ring = ring_of(window, row, batch.n, newest_slot(batch.counters(row), window.m));
-    if (move.differences > 0) {
-      mix(team, row, ring, row.gx, ring.value(1), move.differences,
-          batch.gamma + row.number * (window.m - 1), beta, batch.aligned);
-    } else if (move.differences < 0) {
-      go_back(batch, team, row, ring.value(0), ring.residual(0), move);
-    } else if (move.status != kFrozen) {
-      batch.damp_or_end(team, row, row.x, row.gx, move.status, beta);
     }
   }
 };

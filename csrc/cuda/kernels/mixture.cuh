@@ -91,4 +91,32 @@ FPI_DEVICE void go_back(const Batch<T>& batch, const Team& team, const Row<T>& r
   });
 }
 
+// The second launch of plan c: moves the rows. Rows that the first launch had last come first,
+// which may still be in the cache.
+template <typename T>
+struct AndersonMove {
+  static constexpr int kThreads = kStepThreads;
+  static constexpr int kBlocks = 5;
+  using Acc = accumulate_t<T>;
+
+  Batch<T> batch;
+  Window<T> window;
+
+  FPI_DEVICE void operator()() const {
+    const Team team = batch.team();
+    const Row<T> row = batch.row_of(team, grid_size() - 1 - block_index());
+    const Move move = batch.moves[row.number];
+    const Acc beta = halved(batch.beta, move.halvings);
+    const Ring<T> ring = ring_of(window, row, batch.n, newest_slot(batch.counters(row), window.m));
+    if (move.differences > 0) {
+      mix(team, row, ring, row.gx, ring.value(1), move.differences,
+          batch.gamma + row.number * (window.m - 1), beta, batch.aligned);
+    } else if (move.differences < 0) {
+      go_back(batch, team, row, ring.value(0), ring.residual(0), move);
+    } else if (move.status != kFrozen) {
+      batch.damp_or_end(team, row, row.x, row.gx, move.status, beta);
+    }
+  }
+};
+
 }  // namespace fpi::cuda
