@@ -265,6 +265,7 @@ class FixedPointLayer(nn.Module):
         # All of them: a compiler of torch 2.11 makes a tuple without the defaults.
         values: list[Any] = [*[getattr(self, name) for name in _OPTIONS], sizes, None, ()]
         options = Options(*values)
+        options = options._replace(solver=named(options.solver))  # it may have been set since
         if not self.training and self.eval_factor != 1:
             options = self._evaluating(options, x0)
         if tolerance is not None:
@@ -313,7 +314,7 @@ class FixedPointLayer(nn.Module):
         given = inputs if x0 is None else (*inputs, x0)
         if others or not all([isinstance(t, Tensor) for t in given]):
             raise TypeError(strict.TENSORS)
-        own, rate = [*self.parameters(), *self.buffers()], self.solver.contraction
+        own, rate = [*self.parameters(), *self.buffers()], named(self.solver).contraction
         one = self.per_sample is False
         self._traced = strict.call(self._kept_by(), own, inputs, x0, rate, one)
         x: Tensor = self._traced.x.clone()

@@ -9,6 +9,7 @@ from fpi_cuda import (
     Anderson,
     Auto,
     DenseStep,
+    FixedPointLayer,
     ImplicitAdjoint,
     Picard,
     Status,
@@ -163,6 +164,14 @@ def test_by_name():
     assert (s.adjoint.record.progress.counters[:, WINDOW] > 1).any()
     with pytest.raises(TypeError, match=r'solver must be .*"auto"'):
         solve(sines(0.5), z, "fast")
+
+
+def test_a_layers_solver_may_be_named_later():
+    z = torch.randn(3, 4, dtype=torch.float64)
+    layer, named = (FixedPointLayer(sines(0.5), solver=solver) for solver in (Picard(), "auto"))
+    layer.solver = "auto"
+    assert torch.equal(layer(z), named(z))
+    assert torch.equal(layer.last.iterations, named.last.iterations)
 
 
 def test_arguments_are_andersons():

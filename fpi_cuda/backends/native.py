@@ -101,16 +101,11 @@ def picard_step(
 
 
 def anderson_step(
-    p: Progress,
-    x: Tensor,
-    gx: Tensor,
-    *weights_and_window: Any,
-    every: int = 1,
-    starts_plain: bool = False,
+    p: Progress, x: Tensor, gx: Tensor, *weights_and_window: Any, **more: Any
 ) -> None:
     """See `reference.anderson_step`; refreshes the rows of gram that are new since a mixture."""
     given = p.out, p.counters, p.scalars, p.tally, p.index, p.bounds
-    _anderson_step(x, gx, *given, *p.limits.values, *weights_and_window, every, starts_plain)
+    _anderson_step(x, gx, *given, *p.limits.values, *weights_and_window, **more)
 
 
 def bicgstab_step(p: Progress, x: Tensor, gx: Tensor, *memory: Tensor) -> None:

@@ -99,9 +99,10 @@ class Anderson:
         residuals = scratch.empty((b, m, n), x.dtype, x.device)
         gram = scratch.empty((b, m, m), progress.dtype, x.device)
 
+        of = beta, ridge, restart, values, residuals, gram, every, starts_plain
+
         def update(x: Tensor, gx: Tensor) -> None:
-            of = beta, ridge, restart, values, residuals, gram
-            backend.anderson_step(progress, x, gx, *of, every=every, starts_plain=starts_plain)
+            backend.anderson_step(progress, x, gx, *of)
 
         update.scratch = scratch  # type: ignore[attr-defined]  # back to the pool with the update
         return update
