@@ -10,7 +10,7 @@ from typing import Any
 
 from ..problems import Problem
 from . import ours, plain, replaced
-from .ours import HISTORY, SOLVERS
+from .ours import FEWER, HISTORY, SOLVERS
 from .runner import Build, NotForThis, Runner, Solver, gradients
 
 __all__ = ["HISTORY", "Method", "NotForThis", "Runner", "Solver", "all_methods", "gradients"]
@@ -62,7 +62,8 @@ DENSE_KINDS = ("easy", "hard", "two-layer", "energy", "linear", "stiff")
 
 
 def of_this_library(backend: str) -> list[Method]:
-    found = [torch_method(n, "ours", ours.opaque(s, backend)) for n, s in SOLVERS.items()]
+    solvers = {**SOLVERS, **FEWER}
+    found = [torch_method(n, "ours", ours.opaque(s, backend)) for n, s in solvers.items()]
     native = backend in ("auto", "native")  # no other solves whole
     for name, solver in zip(WHOLE, SOLVERS.values(), strict=True) if native else ():
         build = functools.partial(ours.Whole, solver=solver, backend=backend)

@@ -17,6 +17,10 @@ from .runner import Build, NotForThis, Solve, Solver
 
 HISTORY = 5  # Anderson's window, ours and the plain loop's
 SOLVERS = {"Picard": fpi_cuda.Picard(), "Anderson": fpi_cuda.Anderson(history=HISTORY)}
+FEWER = {  # that mix more seldom
+    "Anderson, every 3": fpi_cuda.Anderson(history=HISTORY, every=3),
+    "Auto": fpi_cuda.Auto(history=HISTORY),
+}
 
 
 def options_for(solver: Any, rule: Rule, backend: str = "auto") -> dict[str, Any]:
