@@ -54,9 +54,9 @@ def test_tf32_is_for_loose_tolerances_forward_and_backward(monkeypatch):
     asked, kernel = [], native.dense_solve
 
     def watched(*arguments):
-        *most, tf32, slots = arguments
+        *most, tf32, slots, every, starts_plain = arguments
         asked.append(tf32)
-        kernel(*most, False, slots)
+        kernel(*most, False, slots, every, starts_plain)
 
     monkeypatch.setattr(native, "tf32_wanted", lambda x: True)
     monkeypatch.setattr(native, "dense_solve", watched)

@@ -46,9 +46,9 @@ def calls(monkeypatch):
     def watched(module, name):
         plain = getattr(module, name)
 
-        def call(p, *rest):
+        def call(p, *rest, **more):
             found.append((module.__name__.split(".")[2], name, p.norms is not None))
-            plain(p, *rest)
+            plain(p, *rest, **more)
 
         monkeypatch.setattr(module, name, call)
 
