@@ -31,7 +31,7 @@ from helpers_states import (
 from tape import captures, tape_fixture  # noqa: F401
 from torch.autograd import grad
 
-from fpi_cuda import Picard, (
+from fpi_cuda import (
     Anderson,
     FixedPointError,
     FixedPointLayer,
