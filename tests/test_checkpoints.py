@@ -190,3 +190,19 @@ def test_shapes_alone():
     z = torch.empty(4, 5, device="meta")
     s = fixed_point(lambda x, z: torch.tanh(x) + z, torch.zeros_like(z), z, checkpoints=(1, 2))
     assert [x.shape for x in s.checkpoints] == [z.shape, z.shape]
+
+
+@pytest.mark.parametrize("adjoint", [OneStep(), ImplicitAdjoint(), Unrolled(2)], ids=str)
+def test_where_all_samples_failed_a_loss_on_them_has_no_gradient_and_no_error(adjoint):
+    """Of captured tensors, too."""
+    w = torch.full((5, 5), torch.nan, requires_grad=True)
+    s = fixed_point(
+        lambda x: torch.tanh(x @ w.mT),
+        torch.zeros(3, 5),
+        adjoint=adjoint,
+        per_sample=True,
+        on_failure="return",
+        checkpoints=(1,),
+    )
+    (s.checkpoints[0].sum() + s.x.sum()).backward()
+    assert w.grad is None or not w.grad.any()

@@ -39,10 +39,7 @@ class _Recorded(ByValue):
         assert report.record is not None
         steps, damping = self._steps()
         report.record.evaluations += steps
-        x = recorded(problem, x, keep, tensors, steps, damping)
-        if report.closure and not x.requires_grad:  # all have failed: no gradient, and no error
-            x = x.detach().requires_grad_()
-        return x
+        return recorded(problem, x, keep, tensors, steps, damping, closure=report.closure)
 
     def transposed(self, problem: Problem) -> Problem:
         """There is none.

@@ -163,7 +163,10 @@ def enter(
         tensors = (*posed.inputs, *posed.params, *own)
         x = options.adjoint.attach(problem, posed.state.packed, tensors, report)
         keep = report.keep
-        points = [recorded(problem, at, keep, tensors, 1) for at in report.checkpoints]
+        closure = report.closure
+        points = [
+            recorded(problem, at, keep, tensors, 1, closure=closure) for at in report.checkpoints
+        ]
         report.checkpoints = ()
     except FixedPointError as error:
         solution = error.solution

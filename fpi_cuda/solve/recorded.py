@@ -24,6 +24,8 @@ def recorded(
     tensors: Sequence[Tensor],
     steps: int,
     damping: float = 1.0,
+    *,
+    closure: bool = False,
 ) -> Tensor:
     """x after steps x ← damping · g(x) + (1 − damping) · x, attached by them to the tensors.
 
@@ -35,6 +37,7 @@ def recorded(
         tensors: the map's.
         steps: how many, 1 or more.
         damping: see above.
+        closure: whether g has closure tensors that need gradients.
     """
     begin = x = x.detach()
     if keep is not None:
@@ -44,7 +47,7 @@ def recorded(
         elif every(keep):
             keep = None
         elif every(~keep):
-            return _cut_off(x, tensors)
+            return _cut_off(x, tensors, closure and problem.context.grad_enabled)
     map, x, tensors = standing(problem, x, keep, tensors)
     n = map.n_inputs
     with problem.context.autocast():
@@ -55,11 +58,13 @@ def recorded(
     return x if keep is None else torch.where(like(keep, x), x, begin)
 
 
-def _cut_off(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """x, attached to the tensors all the same, by gradients of zero."""
+def _cut_off(x: Tensor, tensors: Sequence[Tensor], closure: bool) -> Tensor:
+    """x, attached to the tensors all the same, by gradients of zero; to closure tensors by none."""
     never = torch.zeros((), dtype=torch.bool, device=x.device)
     for t in tensors:
         if differentiable(t):
             nothing = torch.where(never, t, 0).sum()
             x = x + (nothing.real if nothing.is_complex() else nothing).to(x)
+    if closure and not x.requires_grad:  # a loss on it has no gradient, and its backward no error
+        x = x.requires_grad_()
     return x
