@@ -25,11 +25,15 @@ from fpi_cuda.record import (
     HALVINGS,
     HEAD,
     ITERATIONS,
+    MAX_HALVINGS,
     MAX_RETREATS,
     PLAIN,
+    REFERENCE,
+    REFERENCE_ITERATION,
     RETREATS,
     RING,
     RING_START,
+    SLOW_ITERATIONS,
     STATUS,
     TRAIL,
     WINDOW,
@@ -224,6 +228,35 @@ def injected(gx: Tensor, k: int, where: dict[int, set[int]], value: float = math
         if k in iterations:
             gx[row, -1] = value
     return gx
+
+
+@pytest.mark.parametrize("m", [3, 5])
+@pytest.mark.parametrize("n", PLANS.values(), ids=PLANS)
+def test_beta_is_halved_where_the_residual_has_grown_for_long(machines, n, m):
+    """In mixtures, in plain steps and where it goes back; at most so often."""
+    draws = torch.randn(2, n, generator=torch.Generator().manual_seed(5))
+    turned = torch.randn(14, 2, n, generator=torch.Generator().manual_seed(6)) / 8
+    sizes = [1.0, 0.9, 5.0, 4.8, 4.5, 4.2, 9.0, 8.5, 8.0, 7.7, 7.4, 7.2, 7.0, 6.9]
+    for beta in (1.0, 0.8):
+        solve = Solve(torch.zeros(2, n), FOREVER, m, beta, every=3)
+        kept, plain = [], []
+
+        def values(k: int, x: Tensor) -> Tensor:
+            counters = solve.p.counters  # noqa: B023
+            kept.append(counters[0, HALVINGS].item())  # noqa: B023
+            plain.append(counters[0, PLAIN].item())  # noqa: B023
+            if k in (2, 6, 8):  # as if it had been so for long, of the first sample alone
+                counters[0, REFERENCE_ITERATION] -= SLOW_ITERATIONS
+                solve.p.scalars[0, REFERENCE] = 0.5  # noqa: B023
+            gx = x + torch.tensor([[sizes[k]], [0.9**k]]) * (draws + turned[k])
+            if k == 10:
+                gx[0, -1] = math.nan
+            return gx
+
+        together(machines[REVERSE], solve, values, len(sizes))
+        assert kept[-1] == MAX_HALVINGS and kept[3] == 1
+        assert solve.p.counters[1, HALVINGS] == 0
+        assert max(plain) == 2 and solve.p.counters[0, RETREATS] == 1
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -17,11 +17,17 @@ from fpi_cuda import Status
 from fpi_cuda.backends import reference, triton
 from fpi_cuda.record import (
     GAIN,
+    HALVINGS,
     HEAD,
     ITERATIONS,
+    MAX_HALVINGS,
+    PLAIN,
+    REFERENCE,
+    REFERENCE_ITERATION,
     RESIDUAL,
     RETREATS,
     RING_START,
+    SLOW_ITERATIONS,
     STATUS,
     TRAIL,
     VALUE,
@@ -278,6 +284,31 @@ def test_a_mixture_is_taken_back(plan, dtype, every):
     assert p.counters[:, ITERATIONS].tolist() == [7, 7, 6, 3, 1]
     assert p.counters[1, WINDOW] == 1  # after three retreats plain steps alone
     assert x.isfinite().all() and p.out[[2, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.8])
+def test_beta_is_halved_where_the_residual_has_grown_for_long(plan, beta):
+    """In a mixture, a plain step and a step back; at most so often, and of that sample alone."""
+    n, dtype = 70, torch.float32
+    draws, turned = torch.randn(2, n), torch.randn(7, 2, n) / 8
+    x = torch.zeros(2, n)
+    p, memory = Progress(x, FOREVER), window(2, M, n, dtype)
+    kept = []
+    for k, size in enumerate([1.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5]):
+        if k in (1, 3, 4):  # as if the first sample had been so for long
+            p.counters[0, REFERENCE_ITERATION] -= SLOW_ITERATIONS
+            p.scalars[0, REFERENCE] = 0.5
+        gx = x + torch.tensor([[size], [0.9**k]]) * (draws + turned[k])
+        if k == 5:
+            gx[0, -1] = math.nan
+        q, y = step("anderson", p, x, gx, beta, memory, 3)
+        agree(p, q, dtype)
+        close(x, y, dtype, 30)
+        kept.append(p.counters[0, [HALVINGS, PLAIN]].tolist())
+    most = MAX_HALVINGS
+    assert kept == [[0, 1], [1, 0], [1, 1], [most, 2], [most, 0], [most, 0], [most, 1]]
+    assert p.counters[1, HALVINGS] == 0
+    assert p.counters[:, RETREATS].tolist() == [1, 0]
 
 
 # --- limits of a sample's own ---------------------------------------------------------------------
