@@ -288,16 +288,17 @@ def test_a_mixture_is_taken_back(plan, dtype, every):
 
 @pytest.mark.parametrize("beta", [1.0, 0.8])
 def test_beta_is_halved_where_the_residual_has_grown_for_long(plan, beta):
-    """In a mixture, a plain step and a step back; at most so often, and of that sample alone."""
+    """Mixtures, a step back and a plain step have it; of that sample alone."""
     n, dtype = 70, torch.float32
     draws, turned = torch.randn(2, n), torch.randn(7, 2, n) / 8
     x = torch.zeros(2, n)
     p, memory = Progress(x, FOREVER), window(2, M, n, dtype)
     kept = []
-    for k, size in enumerate([1.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5]):
-        if k in (1, 3, 4):  # as if the first sample had been so for long
+    for k, size in enumerate([1.0, 5.0, 2.5, 1.2, 60.0, 3.0, 2.5]):
+        if k in (1, 4):  # as if the first sample had been so for long
             p.counters[0, REFERENCE_ITERATION] -= SLOW_ITERATIONS
             p.scalars[0, REFERENCE] = 0.5
+            p.scalars[0, RING_START:] = 9.0
         gx = x + torch.tensor([[size], [0.9**k]]) * (draws + turned[k])
         if k == 5:
             gx[0, -1] = math.nan
@@ -306,7 +307,8 @@ def test_beta_is_halved_where_the_residual_has_grown_for_long(plan, beta):
         close(x, y, dtype, 30)
         kept.append(p.counters[0, [HALVINGS, PLAIN]].tolist())
     most = MAX_HALVINGS
-    assert kept == [[0, 1], [1, 0], [1, 1], [most, 2], [most, 0], [most, 0], [most, 1]]
+    latched = [[1 + (k == 3), 1 - 2 * M + k] for k in range(4)]  # it grew after a plain step
+    assert kept == [[0, 1], *latched, [most, 0], [most, 1]]
     assert p.counters[1, HALVINGS] == 0
     assert p.counters[:, RETREATS].tolist() == [1, 0]
 
