@@ -140,17 +140,9 @@ def fixed_point(
             to do.
         FixedPointError: `on_failure="raise"` and a sample did not converge.
     """
+    chosen: Solver = named(solver)
     options = Options(
-        *(
-            named(solver),
-            adjoint,
-            tolerance,
-            max_iterations,
-            backend,
-            on_failure,
-            per_sample,
-            driver,
-        ),
+        *(chosen, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
         *(trace, callback, has_aux, norm_weights, sizes),
         checkpoints=checkpoints,
     )

@@ -118,17 +118,9 @@ class FixedPointLayer(nn.Module):
         norm_weights: Any = None,
     ) -> None:
         super().__init__()
+        chosen: Solver = named(solver)
         options = Options(
-            *(
-                named(solver),
-                adjoint,
-                tolerance,
-                max_iterations,
-                backend,
-                on_failure,
-                per_sample,
-                driver,
-            ),
+            *(chosen, adjoint, tolerance, max_iterations, backend, on_failure, per_sample, driver),
             *(trace, callback, has_aux, norm_weights),
         )
         options.check()

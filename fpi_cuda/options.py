@@ -206,9 +206,8 @@ def check_parts(
 ) -> None:
     """Raise unless these are what they must be; own False: None stands for another solve's."""
     if (own or solver is not None) and not _has(solver, _SOLVER):
-        kinds = 'Picard(...), Anderson(...) or "auto"'
-        if not own:
-            kinds = 'Picard, Anderson, BiCGSTAB or "auto"'
+        linear = "" if own else "BiCGSTAB(), "
+        kinds = f'Picard(...), Anderson(...), {linear}Auto(...) or its name, "auto"'
         raise TypeError(f"{owner}: solver must be {kinds} (got {solver!r})")
     if own and getattr(solver, "linear", False):
         name = type(solver).__name__

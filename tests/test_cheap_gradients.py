@@ -405,9 +405,7 @@ def test_arguments_out_of_range_are_refused(make):
 
 
 def test_what_is_no_adjoint_is_refused():
-    with pytest.raises(
-        TypeError, match='Truncated: solver must be Picard, Anderson, BiCGSTAB or "auto"'
-    ):
+    with pytest.raises(TypeError, match=r'Truncated: solver must be .*BiCGSTAB.*"auto"'):
         Truncated(2, solver=3)
     with pytest.raises(
         TypeError, match=r"adjoint must be ImplicitAdjoint\(...\), or one of OneStep"

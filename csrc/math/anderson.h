@@ -181,19 +181,18 @@ FPI_HOST_DEVICE accumulate_t<T> noise_squares_of(accumulate_t<T> value) {
   return noise_of<T>(value) * noise_of<T>(value);
 }
 
-// Adds the newest iterate, in slot head, to the window. Returns the differences in the mixture: 0
-// where the weights could not be solved for, and is a Picard step, by which the window starts anew.
-FPI_HOST_DEVICE int update_window(int32_t* counters, int head, int differences, bool is_solved) {
-  const int mixed = is_solved ? differences : 0;
-  counters[kHead] = head;
-  counters[kWindow] = mixed + 1;
-  return mixed;
-}
-
-// Likewise where there is no mixture.
+// Adds the newest iterate, in slot head, to a window with so many differences then.
 FPI_HOST_DEVICE void extend_window(int32_t* counters, int head, int differences) {
   counters[kHead] = head;
   counters[kWindow] = differences + 1;
+}
+
+// Likewise at a mixture. Returns the differences in it: 0 where the weights could not be solved
+// for, and is a Picard step, by which the window starts anew.
+FPI_HOST_DEVICE int update_window(int32_t* counters, int head, int differences, bool is_solved) {
+  const int mixed = is_solved ? differences : 0;
+  extend_window(counters, head, mixed);
+  return mixed;
 }
 
 // The mixture x ← g_0 − Σ γ_j (g_j − g_{j+1}) − (1 − β)(r_0 − Σ γ_j (r_j − r_{j+1})), newest first,

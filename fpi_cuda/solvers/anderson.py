@@ -35,10 +35,12 @@ class Anderson:
             as long as each residual is below .999 of the last, and their iterates join the window
             too (alternating Anderson-Richardson; Suryanarayana et al. 2019, Pratapa et al. 2016).
             3 takes fewer evaluations than 1 where g's Jacobian is nearly symmetric, and a third of
-            the mixing work; more where it is far from normal.
+            the mixing work (docs/solvers.md). Where a plain step lets the residual grow, the next
+            2 `history` iterations all mix.
 
     Where Jacobians have eigenvalues below −1, even mixtures may grow: where a sample's residual has
-    not fallen by 0.5 % in 10 iterations and is 3 times its best, its β is halved, at most twice.
+    not fallen by 0.5 % in 10 iterations, is 3 times its best and g expands by half in each of the
+    last five, its β is halved, at most twice.
 
     Raises:
         ValueError: history or every < 1, beta outside (0, 2), ridge negative or restart <= 1.
@@ -64,7 +66,10 @@ class Anderson:
         if not self.restart > 1:
             raise ValueError(f"{owner}: restart must be > 1 (got {self.restart!r})")
         if self.every > MOST:
-            raise ValueError(f"{owner}: every must be at most {MOST} (got {self.every!r})")
+            raise ValueError(
+                f"{owner}: every must be at most {MOST} (got {self.every!r}); so large a number "
+                "mixes only where the residual does not fall"
+            )
 
     @property
     def patience(self) -> int:
@@ -98,7 +103,6 @@ class Anderson:
         values = scratch.empty((b, m, n), x.dtype, x.device)
         residuals = scratch.empty((b, m, n), x.dtype, x.device)
         gram = scratch.empty((b, m, m), progress.dtype, x.device)
-
         of = beta, ridge, restart, values, residuals, gram, every, starts_plain
 
         def update(x: Tensor, gx: Tensor) -> None:

@@ -16,9 +16,8 @@ class Auto(Anderson):
 
     Each sample starts with plain steps. From its second iteration on it goes on so while three more
     of them would do, if its residual falls as it did last: ‖r_k‖ (‖r_k‖ / ‖r_{k−1}‖)³ ≤ the
-    threshold of its tolerance. Else it turns to `Anderson(history, beta, every=3)`, for good, with
-    an empty window. There, whenever a plain step lets the residual grow, the next 2 `history`
-    iterations all mix.
+    threshold of its tolerance. Else it turns to `Anderson` with these arguments, for good, with an
+    empty window.
 
     A batch that is one system turns to Anderson in its second iteration.
 
@@ -28,6 +27,7 @@ class Auto(Anderson):
         beta: weight of the new value, in (0, 2).
         ridge: as of `Anderson`.
         restart: likewise.
+        every: likewise; by default 3.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -20,7 +20,8 @@ class BiCGSTAB:
 
     For `ImplicitAdjoint(solver=BiCGSTAB())` alone: a forward solve is not linear. Where M is slow
     (a rate of .99 and more) and far from symmetric it takes fewer products than Anderson, and it
-    needs no contraction; on easy problems Anderson takes as few (docs/adjoint.md has both). It
+    needs no contraction (but 1 − M must not be exactly skew-symmetric: Anderson serves there); on
+    easy problems Anderson takes as few (docs/adjoint.md has both). It
     keeps six vectors a sample: two in the state's dtype, four in the accumulate dtype (float32 for
     half types, in which a recursion would lose the digits that its products still have).
 

@@ -72,15 +72,7 @@ struct KrylovRow {
   // ‖g(x) − x‖² and ‖g(x)‖²
   FPI_DEVICE void squares(Acc (&sums)[kPicardSums]) const {
     for_packs<T>(team, row.begin, row.end, batch.aligned, [&](int64_t i, auto access) {
-      const auto xs = access.load(row.x + i);
-      const auto gs = access.load(row.gx + i);
-#pragma unroll
-      for (int l = 0; l < access.kValues; ++l) {
-        const Acc g = static_cast<Acc>(gs.values[l]);
-        const Acc rest = g - static_cast<Acc>(xs.values[l]);
-        sums[0] += rest * rest;
-        sums[1] += g * g;
-      }
+      add_norms(sums, access.load(row.x + i), access.load(row.gx + i));
     });
   }
 

@@ -47,13 +47,7 @@ struct PicardStep {
     for_packs<T>(team, row.begin, row.end, batch.aligned, [&](int64_t i, auto access) {
       const auto xs = access.load(row.x + i);
       const auto gs = access.load(row.gx + i);
-#pragma unroll
-      for (int l = 0; l < access.kValues; ++l) {
-        const Acc g = static_cast<Acc>(gs.values[l]);
-        const Acc r = g - static_cast<Acc>(xs.values[l]);
-        squares[0] += r * r;
-        squares[1] += g * g;
-      }
+      add_norms(squares, xs, gs);
       if (one_launch) {
         access.store(shared_x + i, xs);
         access.store(shared_g + i, gs);

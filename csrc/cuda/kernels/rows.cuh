@@ -41,6 +41,19 @@ struct Row {
   int64_t begin, end;
 };
 
+// Adds a pack's terms of ‖g(x) − x‖² and ‖g(x)‖².
+template <typename Acc, typename T, int kValues>
+FPI_DEVICE void add_norms(Acc (&squares)[kPicardSums], const Pack<T, kValues>& xs,
+                          const Pack<T, kValues>& gs) {
+#pragma unroll
+  for (int l = 0; l < kValues; ++l) {
+    const Acc g = static_cast<Acc>(gs.values[l]);
+    const Acc r = g - static_cast<Acc>(xs.values[l]);
+    squares[0] += r * r;
+    squares[1] += g * g;
+  }
+}
+
 // The slot of the newest iterate. Whatever the counter holds, it is one of the ring's.
 FPI_DEVICE int newest_slot(const int32_t* counters, int length) {
   return static_cast<int>(static_cast<uint32_t>(counters[kHead]) % static_cast<uint32_t>(length));
