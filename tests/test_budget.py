@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import budget
 import pytest
 
 HERE = Path(__file__).resolve().parent
@@ -43,7 +44,7 @@ def run(folder, *options, **files):
 
 
 def test_over_the_budget_a_green_run_fails_and_names_what_cost_most(tmp_path):
-    code, output = run(tmp_path, "-p", "budget", "--processor-budget", "1", test_busy=BUSY)
+    code, output = run(tmp_path, "-p", "budget", "--processor-budget", "0.1", test_busy=BUSY)
     assert code == pytest.ExitCode.TESTS_FAILED, output
     (line,) = (line for line in output.splitlines() if "OVER ITS BUDGET" in line)
     for name in ("test_dear", "test_child"):
@@ -55,6 +56,11 @@ def test_over_the_budget_a_green_run_fails_and_names_what_cost_most(tmp_path):
 def test_ci_shares_1500_seconds_among_all_tests():
     shares = re.findall(r"test\S* BUDGET=(\d+)$", (HERE.parent / ".ci" / "run").read_text(), re.M)
     assert len(shares) == 2 and sum(map(int, shares)) == 1500
+
+
+def test_a_slower_processor_may_take_longer_and_a_faster_one_no_less():
+    assert budget.allowed(1350, 2 * budget.REFERENCE) == 2700
+    assert budget.allowed(1350, budget.REFERENCE / 2) == 1350
 
 
 def test_time_asleep_is_not_counted(tmp_path):
